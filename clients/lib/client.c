@@ -1,0 +1,1 @@
+#include "clients/lib/client.h"

@@ -1,0 +1,2 @@
+#include "proto/base.h"
+int main(void) { return 0; }

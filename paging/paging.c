@@ -1,0 +1,1 @@
+#include "paging/paging.h"

@@ -1,0 +1,69 @@
+/* Test support: fixtures on disk, the golden reference outputs, a deterministic generator. cmocka's
+ * headers come with it in the order they need. */
+#ifndef MOED_TESTS_SUPPORT_H
+#define MOED_TESTS_SUPPORT_H
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "proto/base.h"
+
+#define TINY_MODEL TEST_DATA "/tiny-moe-q4_k_m.gguf"
+#define QWEN3_VOCAB TEST_DATA "/qwen3-vocab.gguf"
+
+/* Fail with the error's text unless st is ST_OK. */
+#define assert_ok(st, err) \
+    do { \
+        enum status st_ = (st); \
+        if (st_ != ST_OK) fail_msg("%s: %s", status_name(st_), (err) ? (err)->text : ""); \
+    } while (0)
+
+/* Whole file in malloc'd memory; fails the test if it cannot be read. */
+uint8_t *test_read_file(const char *path, size_t *n);
+/* Write n bytes to a fresh temporary file; returns its path (malloc'd; unlink and free it). */
+char *test_write_temp(const void *p, size_t n);
+
+/* Deterministic pseudo-random numbers (splitmix64). */
+uint64_t test_random(uint64_t *state);
+float test_uniform(uint64_t *state, float lo, float hi);
+
+/* ---- golden: Hugging Face transformers' outputs on the bundled model (tests/make_golden.py) ------ */
+
+struct golden_route {
+    int layer, pos, n;
+    int32_t ids[8];
+    float weights[8];
+};
+
+struct golden_prompt {
+    char name[32];
+    int32_t *ids;
+    int n_ids;
+    int32_t *greedy; /* continuation; generation did not stop at end-of-turn tokens */
+    float *margins;  /* top-1 minus top-2 logit at each greedy step */
+    int n_greedy;
+    double nll;      /* sum over the prompt */
+    int32_t top8_ids[8];
+    float top8_logprobs[8];
+    /* Only where has_full: */
+    int has_full;
+    int n_tokens, n_vocab, n_layers, n_embd;
+    const float *logits; /* [T][V] */
+    const float *hidden; /* [L][T][D]: the embedding, then the outputs of layers 0 … L-2 */
+    struct golden_route *routes;
+    int n_routes;
+};
+
+struct golden {
+    struct golden_prompt *prompts;
+    int n_prompts;
+    float *f32; /* the .f32 file, which logits and hidden point into */
+};
+
+struct golden *golden_load(void); /* of the bundled model; fails the test on any error */
+void golden_free(struct golden *g);
+
+#endif
