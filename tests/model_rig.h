@@ -19,13 +19,14 @@ struct model_rig {
     int32_t n_rows;
 };
 
-static inline struct model_rig rig_open(const char *device, const struct moe_limits *limits) {
+static inline struct model_rig rig_open(const char *device, int n_threads,
+                                        const struct moe_limits *limits) {
     struct model_rig r = {0};
     struct error e = {0};
     struct moe_options o = {.model_path = TINY_MODEL,
                             .device = device,
                             .limits = *limits,
-                            .n_threads = 2,
+                            .n_threads = n_threads,
                             .gpu_memory_utilization = 0.5};
     assert_ok(moe_open(&o, NULL, NULL, &e, &r.m), &e);
     r.info = moe_info(r.m);

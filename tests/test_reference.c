@@ -26,7 +26,7 @@ static int setup(void **state) {
     golden = golden_load();
     struct moe_limits limits = {
         .max_batch_tokens = 256, .max_seqs = 40, .max_rows = 256, .n_blocks = 40 * 66, .max_seq_tokens = 1056};
-    rig = rig_open("reference", &limits);
+    rig = rig_open("reference", 1, &limits);
     return 0;
 }
 
