@@ -322,7 +322,7 @@ static struct moe_sampling nth_parameters(int i, int32_t baseline_first) {
     case 8: p.seed = 9; break;
     case 9:
         p.n_bias = 1;
-        p.bias[0] = (struct moe_bias){100, 12.0f};
+        p.bias[0] = (struct moe_bias){baseline_first, -50.0f};
         break;
     case 10:
         p.min_tokens = 1;
