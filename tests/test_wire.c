@@ -356,6 +356,21 @@ static void test_consequences(void **state) {
     free(p);
 }
 
+/* Memory that is given back may only be used again for what fits: a tag that comes twice frees the first
+ * one's byte before the submessage with more than 16 fields asks for a table. */
+static void test_reuse(void **state) {
+    (void)state;
+    struct wire_msg m;
+    size_t n;
+    uint8_t *p = build("1a0161 7a0162 7a0163 2a58", "42020807", 22, &n);
+    assert_int_equal(decode(WIRE_SUBMIT, p, n, NULL, &m), ST_OK);
+    assert_int_equal(m.submit.tag.p[0], 'c');
+    assert_int_equal(m.submit.sampling.n_bias, 22);
+    for (int i = 0; i < 22; i++) assert_int_equal(m.submit.sampling.bias[i].token, 7);
+    assert_true(m.submit.sampling.top_p == 1);
+    free(p);
+}
+
 /* ---- memory -------------------------------------------------------------------------------- */
 
 /* True if no byte at or above `from` was ever written (the arena's pages start as zeros). */
@@ -414,10 +429,11 @@ static void test_budget(void **state) {
     arena_destroy(&small);
     free(p);
     /* The most of what a client may send, packed: a token per byte, 4 bytes each when decoded. */
-    p = build("12faffff01", "01", WIRE_MAX_BODY_BYTES - 6, &n);
+    p = build("12fbffff01", "01", WIRE_MAX_BODY_BYTES - 5, &n);
+    assert_int_equal(n, WIRE_MAX_BODY_BYTES);
     assert_int_equal(decode(WIRE_SUBMIT, p, n - 1, NULL, &m), ST_INVALID);
     assert_int_equal(decode(WIRE_SUBMIT, p, n, NULL, &m), ST_OK);
-    assert_int_equal(m.submit.n_prompt_ids, WIRE_MAX_BODY_BYTES - 6);
+    assert_int_equal(m.submit.n_prompt_ids, WIRE_MAX_BODY_BYTES - 5);
     assert_true(arena.used_bytes <= (size_t)32 << 20);
     free(p);
 }
@@ -535,9 +551,10 @@ int main(void) {
         cmocka_unit_test(test_header),        cmocka_unit_test(test_header_refused),
         cmocka_unit_test(test_rules),         cmocka_unit_test(test_envelope),
         cmocka_unit_test(test_defaults),      cmocka_unit_test(test_consequences),
-        cmocka_unit_test(test_amplification), cmocka_unit_test(test_budget),
-        cmocka_unit_test(test_large_chunk),   cmocka_unit_test(test_encode_limits),
-        cmocka_unit_test(test_encode_checks), cmocka_unit_test(test_names),
+        cmocka_unit_test(test_reuse),         cmocka_unit_test(test_amplification),
+        cmocka_unit_test(test_budget),        cmocka_unit_test(test_large_chunk),
+        cmocka_unit_test(test_encode_limits), cmocka_unit_test(test_encode_checks),
+        cmocka_unit_test(test_names),
     };
     return cmocka_run_group_tests_name("wire", tests, setup, teardown);
 }

@@ -313,6 +313,27 @@ static void test_truncation(void **state) {
     assert_true(n_kept > 30);
 }
 
+/* Each allocation failed in turn: every arena too small for a message refuses it and stays as it was. */
+static void test_small_arena(void **state) {
+    (void)state;
+    for (size_t i = 0; i < N(golden); i++) {
+        uint8_t p[MAX_GOLDEN];
+        size_t n = unhex(golden[i].hex, p);
+        struct wire_header h = {WIRE_MAJOR, WIRE_MINOR, (uint16_t)golden[i].msg.type, (uint32_t)n,
+                                1};
+        struct wire_msg m;
+        arena_reset(&arena);
+        assert_int_equal(wire_decode(&h, p, n, &arena, NULL, &m), ST_OK);
+        size_t needed = arena.used_bytes;
+        for (size_t cap = 0; cap <= needed; cap++) {
+            struct arena part = {.base = arena.base, .cap_bytes = cap};
+            enum status st = wire_decode(&h, p, n, &part, NULL, &m);
+            assert_int_equal(st, cap < needed ? ST_TOO_LARGE : ST_OK);
+            assert_int_equal(part.used_bytes, cap < needed ? 0 : needed);
+        }
+    }
+}
+
 static size_t mutate(uint64_t *rng, uint8_t *p, size_t n, size_t cap) {
     uint64_t r = test_random(rng);
     size_t at = n ? (size_t)(r >> 8) % n : 0;
@@ -387,7 +408,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_encode),        cmocka_unit_test(test_decode),
         cmocka_unit_test(test_decode_values), cmocka_unit_test(test_complete),
-        cmocka_unit_test(test_truncation),    cmocka_unit_test(test_mutation),
+        cmocka_unit_test(test_truncation),    cmocka_unit_test(test_small_arena),
+        cmocka_unit_test(test_mutation),
     };
     return cmocka_run_group_tests_name("wire_golden", tests, setup, teardown);
 }
