@@ -138,6 +138,7 @@ static int parse_option(const struct command *c, int argc, char **argv, int *i) 
 bool args_parse(const struct command *c, int argc, char **argv, int *code) {
     bool options = true;
     *code = EXIT_DONE;
+    if (c->rest) *c->rest = (struct operands){.items = argv};
     for (int i = 1; i < argc && *code == EXIT_DONE; i++) {
         if (options && strcmp(argv[i], "--") == 0) {
             options = false;
@@ -148,8 +149,6 @@ bool args_parse(const struct command *c, int argc, char **argv, int *code) {
             *code = parse_option(c, argc, argv, &i);
         } else if (!c->rest) {
             *code = usage_error(c, "what is '%s'? No operands are taken", argv[i]);
-        } else if (c->rest->n == ARG_LIST_MAX) {
-            *code = usage_error(c, "more than %d operands", ARG_LIST_MAX);
         } else {
             c->rest->items[c->rest->n++] = argv[i];
         }

@@ -23,6 +23,11 @@ struct arg_list {
     size_t n;
 };
 
+struct operands {
+    char **items; /* in argv, compacted */
+    int n;
+};
+
 struct arg {
     enum arg_kind kind;
     const char *name; /* "max-tokens" */
@@ -40,7 +45,7 @@ struct command {
     const char *details; /* after the options; NULL = nothing */
     const struct arg *args;
     size_t n_args;
-    struct arg_list *rest; /* operands; may be NULL when none are taken */
+    struct operands *rest; /* NULL when none are taken */
 };
 
 /* Parse argv[1 …]. Returns true to go on; false when the program is to exit with *code: help was printed
