@@ -133,6 +133,7 @@ struct chat_style;
 /* By the name the user gave, or by the text of the file's template; NULL: unknown. */
 const struct chat_style *chat_style_named(const char *name);
 const struct chat_style *chat_style_of(struct bytes template_text);
+const struct chat_style *chat_style_hashed(uint64_t fnv1a); /* of the template's text */
 const char *chat_style_name(const struct chat_style *style);
 const char *chat_style_names(void); /* for error sentences */
 
