@@ -54,8 +54,8 @@ static bool holds_special(const struct text *t, struct bytes s) {
     return false;
 }
 
-/* The ids spell the template's output. Where no message names a special token, they are the ids of that
- * output; where one does, they must not be, and no control token may come from it. */
+/* The ids spell the template's output, and where no message names a special token they are the ids of that
+ * output. (What becomes of the others: test_forged.) */
 static void assert_rendering(const struct text *t, json_t *line) {
     json_t *list = json_object_get(line, "messages");
     struct bytes text = string_bytes(json_object_get(line, "text"));
@@ -89,7 +89,7 @@ static void assert_rendering(const struct text *t, json_t *line) {
 
     assert_int_equal(text_encode(t, text.p, text.n, true, want, MAX_IDS, &n_want), ST_OK);
     bool same = n_ids == n_want && memcmp(ids, want, n_ids * sizeof *ids) == 0;
-    assert_int_equal(same, !special);
+    assert_true(same || special);
 }
 
 static void test_rendering(void **state) {
