@@ -43,7 +43,12 @@ static void test_limits(void **state) {
     assert_null(p);
     p = create(1, 1, 1, 1);
     paging_destroy(p);
-    p = create(1, 256, 1, 1);
+    p = create(1, 256, 2, 3);
+    struct paging_limits l = paging_limits(p);
+    assert_int_equal(l.n_blocks, 1);
+    assert_int_equal(l.block_tokens, 256);
+    assert_int_equal(l.n_slots, 2);
+    assert_int_equal(l.max_blocks_per_seq, 3);
     paging_destroy(p);
     paging_destroy(NULL);
 }
