@@ -31,8 +31,9 @@ static enum status check_progress(const struct sched *s, int32_t idx, struct err
     }
     if (q->slot < 0 || q->slot >= s->limits.max_running || s->seq_of_slot[q->slot] != idx)
         return BROKEN(e, "sequence %d runs in slot %d, which is not its own", idx, q->slot);
-    if (q->n_scheduled < 0 || q->n_scheduled > n_virtual(q) ||
-        (q->decoding && !q->failed && q->n_scheduled != n_virtual(q) - 1))
+    /* After a row that failed, the token computed ahead of it belongs to nothing. */
+    if (q->n_scheduled < 0 || (!q->failed && (q->n_scheduled > n_virtual(q) ||
+                                              (q->decoding && q->n_scheduled != n_virtual(q) - 1))))
         return BROKEN(e, "sequence %d has %d of %d tokens scheduled", idx, q->n_scheduled,
                       n_virtual(q));
     if (q->n_out != rows_out(s, idx))

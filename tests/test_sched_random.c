@@ -44,7 +44,8 @@ struct fake {
     int32_t n_blocks, block_tokens, n_slots, max_batch_tokens;
     struct cell *cells;
     struct fake_slot *slots;
-    uint64_t n_runs;
+    uint64_t n_runs, rng;
+    int32_t fail_permille; /* rows with ST_NUMERIC */
 };
 
 static void fake_start(struct fake *f, const struct moe_slot_start *start) {
@@ -98,6 +99,10 @@ static void fake_seq(struct fake *f, const struct moe_step_seq *q, const int32_t
     *row = (struct moe_row){.slot = q->slot, .token = token_of(h)};
     slot->ids[slot->n_ids++] = row->token;
     slot->sampled = true;
+    if (test_random(&f->rng) % 1000 < (uint64_t)f->fail_permille) {
+        row->st = ST_NUMERIC;
+        row->token = -1;
+    }
 }
 
 static void fake_step(struct fake *f, const struct sched_plan *plan, struct moe_result *out) {
@@ -136,7 +141,7 @@ struct world {
     uint64_t rng, now;
     struct sched_limits limits;
     int32_t n_priorities, n_blocks, block_tokens, depth;
-    int32_t cancel_percent, hold_percent;
+    int32_t cancel_percent, hold_percent, fail_permille;
     struct paging *paging;
     struct sched *sched;
     struct fake fake;
@@ -217,7 +222,7 @@ static void check_oldest(struct world *w, const struct sched_plan *plan) {
         const struct client *c = &w->clients[i];
         const struct seq *q = &w->sched->seqs[i];
         if (!c->live || q->state != SEQ_RUNNING) continue;
-        bool waits = n_virtual(q) == q->limit;
+        bool waits = n_virtual(q) == q->limit || q->failed;
         for (int32_t k = 0; k < plan->step.n_seqs; k++) waits &= plan->id_of[k].idx != i;
         if (waits) continue;
         if (!oldest || c->priority < oldest->priority ||
@@ -255,6 +260,11 @@ static void apply(struct world *w) {
         const struct sched_token *t = &w->tokens[i];
         struct client *c = &w->clients[t->id.idx];
         assert_true(c->live && !c->held && c->id.generation == t->id.generation);
+        if (t->row->st != ST_OK) {
+            assert_int_equal(t->n_sampled, c->n_ids - c->n_prompt);
+            leave(w, c);
+            continue;
+        }
         assert_int_equal(t->row->token, direct_next(c->ids, c->n_ids));
         c->ids[c->n_ids++] = t->row->token;
         assert_int_equal(t->n_sampled, c->n_ids - c->n_prompt); /* none lost, none twice */
@@ -270,8 +280,12 @@ static void open_world(struct world *w) {
     int32_t n = w->limits.max_running;
     assert_int_equal(paging_create(&pl, &w->paging), ST_OK);
     assert_int_equal(sched_create(&w->limits, w->paging, w->block_tokens, &w->sched), ST_OK);
-    w->fake =
-        (struct fake){w->n_blocks, w->block_tokens, n, w->limits.max_batch_tokens, NULL, NULL, 0};
+    w->fake = (struct fake){.n_blocks = w->n_blocks,
+                            .block_tokens = w->block_tokens,
+                            .n_slots = n,
+                            .max_batch_tokens = w->limits.max_batch_tokens,
+                            .rng = w->rng,
+                            .fail_permille = w->fail_permille};
     w->fake.cells = calloc((size_t)(w->n_blocks * w->block_tokens), sizeof *w->fake.cells);
     w->fake.slots = calloc((size_t)n, sizeof *w->fake.slots);
     for (int32_t i = 0; i < n; i++)
@@ -352,6 +366,7 @@ static struct world random_world(uint64_t seed) {
     w.n_priorities = below(&w, 2) ? 1 : SCHED_N_PRIORITIES;
     w.cancel_percent = below(&w, 3) * 3;
     w.hold_percent = below(&w, 3) == 0 ? 5 : 0;
+    w.fail_permille = below(&w, 4) == 0 ? 10 : 0;
     return w;
 }
 
@@ -374,7 +389,7 @@ static void test_no_starvation(void **state) {
     for (uint64_t seed = 1000; seed < 1100; seed++) {
         struct world w = random_world(seed);
         w.n_priorities = 1;
-        w.cancel_percent = w.hold_percent = 0;
+        w.cancel_percent = w.hold_percent = w.fail_permille = 0;
         run_world(&w, 40);
         assert_true(w.n_plans <= w.n_work);
         assert_true(w.n_done == w.n_added);
