@@ -58,7 +58,8 @@ double progress_update(struct progress *p, const struct progress_now *now) {
 }
 
 void progress_clear(struct progress *p) {
-    if (p->drawn) fputs("\r\033[K", stderr);
+    if (!p->drawn) return;
+    fputs("\r\033[K", stderr);
     p->drawn = false;
     p->last_ns = 0;
 }
