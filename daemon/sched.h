@@ -57,6 +57,10 @@ enum status sched_add(struct sched *s, const struct sched_request *r, uint64_t n
                       struct sched_id *out);
 /* The sequence is over (stopped, cancelled, failed): give back slot and blocks. Unknown or old id: no effect. */
 void sched_remove(struct sched *s, struct sched_id id);
+/* Hold: as if preempted (slot and blocks go back, rows still out are dropped) and not planned again until
+ * released; then it returns to the head of its queue. For sequences whose client does not read. A sequence held already,
+ * or not held, or unknown: no effect. */
+void sched_hold(struct sched *s, struct sched_id id, bool held);
 
 /* A plan: what to hand to the engine. Owned by the caller, sized by sched_plan_create, filled by sched_plan, left alone until
  * its results were applied. */
