@@ -1,0 +1,2 @@
+#include "clients/cli/cli.h"
+int command_batch(int argc, char **argv) { (void)argc; (void)argv; return 2; }
