@@ -105,6 +105,8 @@ void paging_seq_copy(const struct paging *p, int32_t slot, int32_t n, int32_t *o
 
 int32_t paging_n_free(const struct paging *p) { return p->n_free; }
 
+struct paging_limits paging_limits(const struct paging *p) { return p->limits; }
+
 struct paging_stats paging_stats(const struct paging *p) {
     return (struct paging_stats){
         .total = p->limits.n_blocks,

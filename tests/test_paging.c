@@ -2,12 +2,17 @@
  * of reuse; limits; and paging_check sees each invariant broken. */
 #include "tests/support.h"
 
-#include <stdio.h>
-#include <stdlib.h>
+#include <signal.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "paging/paging.h"
 #include "paging/pool.h"
+
+/* AddressSanitizer asks here: an allocation that cannot be made is NULL, as without it. */
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
 
 static struct paging *create(int32_t n_blocks, int32_t block_tokens, int32_t n_slots,
                              int32_t max_blocks) {
@@ -33,9 +38,17 @@ static void test_limits(void **state) {
         assert_int_equal(paging_create(&bad[i], &p), ST_INVALID);
         assert_null(p);
     }
+    struct paging_limits huge = {1, 16, INT32_MAX, INT32_MAX};
+    assert_int_equal(paging_create(&huge, &p), ST_NO_MEMORY);
+    assert_null(p);
     p = create(1, 1, 1, 1);
     paging_destroy(p);
-    p = create(1, 256, 1, 1);
+    p = create(1, 256, 2, 3);
+    struct paging_limits l = paging_limits(p);
+    assert_int_equal(l.n_blocks, 1);
+    assert_int_equal(l.block_tokens, 256);
+    assert_int_equal(l.n_slots, 2);
+    assert_int_equal(l.max_blocks_per_seq, 3);
     paging_destroy(p);
     paging_destroy(NULL);
 }
@@ -213,7 +226,7 @@ static void test_repeatable(void **state) {
 
 /* ---- paging_check sees what it promises to see -------------------------------------------------- */
 
-enum { N_BREAKS = 12 };
+enum { N_BREAKS = 14 };
 
 static const char *break_it(struct paging *p, int how) {
     int32_t *table0 = p->tables, *table1 = p->tables + p->limits.max_blocks_per_seq;
@@ -228,6 +241,11 @@ static const char *break_it(struct paging *p, int how) {
     case 7: p->n_free = 11; return "11 blocks are free of 10";
     case 8: p->n_table[0]--; return "slot 0 has 1 blocks for 7 tokens";
     case 9: p->n_tokens[1] += 4; return "slot 1 has 2 blocks for 9 tokens";
+    case 12: p->n_table[0] = -1; return "slot 0 has -1 blocks";
+    case 13:
+        p->n_table[0] = 5;
+        p->n_tokens[0] = 20;
+        return "slot 0 has 5 blocks";
     case 10: p->n_released++; return "counters";
     default: p->peak_held = 3; return "counters";
     }
@@ -249,11 +267,49 @@ static void test_check_sees(void **state) {
     }
 }
 
+/* ---- programmer errors end the process ------------------------------------------------------------ */
+
+static void misuse(struct paging *p, int how) {
+    int32_t ids[4];
+    switch (how) {
+    case 0: paging_seq_reserve(p, -1, 1); break;
+    case 1: paging_seq_reserve(p, 2, 1); break;
+    case 2: paging_seq_reserve(p, 0, -1); break;
+    case 3: paging_seq_free(p, 2); break;
+    case 4: paging_seq_n_blocks(p, 2); break;
+    case 5: paging_seq_copy(p, 2, 0, ids); break;
+    case 6: paging_seq_copy(p, 0, 2, ids); break;
+    case 7: paging_seq_copy(p, 0, -1, ids); break;
+    default: paging_seq_copy(p, 0, 1, ids); break; /* the one that is right */
+    }
+}
+
+static void test_misuse(void **state) {
+    (void)state;
+    for (int how = 0; how <= 8; how++) {
+        struct paging *p = create(10, 4, 2, 4);
+        assert_int_equal(paging_seq_reserve(p, 0, 4), ST_OK);
+        pid_t pid = fork();
+        assert_true(pid >= 0);
+        if (pid == 0) {
+            close(STDERR_FILENO);
+            misuse(p, how);
+            _exit(0);
+        }
+        int status;
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        bool aborted = WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+        assert_int_equal(aborted, how < 8);
+        paging_destroy(p);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_limits),     cmocka_unit_test(test_reserve),
         cmocka_unit_test(test_order),      cmocka_unit_test(test_random_histories),
         cmocka_unit_test(test_repeatable), cmocka_unit_test(test_check_sees),
+        cmocka_unit_test(test_misuse),
     };
     return cmocka_run_group_tests_name("paging", tests, NULL, NULL);
 }
