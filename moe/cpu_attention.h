@@ -48,10 +48,9 @@ CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int 
 /* Scores to p = exp(score - max) in place; returns what the row's sums so far must be multiplied by. */
 CPU_INLINE float attend_softmax(const struct cpu_attend *a, int row, float *scores) {
     const int n_groups = (a->n_pos + CPU_POS - 1) / CPU_POS;
-    vf top = vf_load(scores);
-    for (int g = 1; g < n_groups; g++) top = vf_max(top, vf_load(scores + g * CPU_POS));
+    vf top = vf_set1(*a->max[row]);
+    for (int g = 0; g < n_groups; g++) top = vf_max(top, vf_load(scores + g * CPU_POS));
     float max = vf_max_lane(top);
-    if (*a->max[row] > max) max = *a->max[row];
     vf m = vf_set1(max), sum = vf_zero();
     for (int g = 0; g < n_groups; g++) {
         vf p = vf_exp(vf_sub(vf_load(scores + g * CPU_POS), m));
@@ -67,7 +66,7 @@ CPU_INLINE float attend_softmax(const struct cpu_attend *a, int row, float *scor
 
 /* out[r] = out[r] * scale[r] + sum over positions of p * v, `wide` vectors of columns in one pass. */
 CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int wide, int32_t column,
-                              const float scores[][CPU_SPLIT], const float *scale) {
+                              float scores[][CPU_SPLIT], const float *scale) {
     vf acc[16];
     CPU_UNROLL
     for (int r = 0; r < n; r++) {

@@ -213,11 +213,16 @@ CPU_INLINE void dot_float(const uint8_t *w, int32_t n_cols, const float *x, size
 
 /* ---- one function per format, planes and tile width ------------------------------------------- */
 
+#define CPU_DOT_WIDTHS_4(M, name, planes) \
+    M(name, planes, 1) M(name, planes, 2) M(name, planes, 3) M(name, planes, 4)
+#if defined(__AVX512F__)
 #define CPU_DOT_WIDTHS(M, name, planes) \
-    M(name, planes, 1) M(name, planes, 2) M(name, planes, 3) M(name, planes, 4) M(name, planes, 5) \
-    M(name, planes, 6) M(name, planes, 7) M(name, planes, 8) M(name, planes, 9) M(name, planes, 10) \
-    M(name, planes, 11) M(name, planes, 12) M(name, planes, 13) M(name, planes, 14) \
-    M(name, planes, 15) M(name, planes, 16)
+    CPU_DOT_WIDTHS_4(M, name, planes) \
+    M(name, planes, 5) M(name, planes, 6) M(name, planes, 7) M(name, planes, 8) \
+    M(name, planes, 12) M(name, planes, 16)
+#else /* 16 registers hold no more */
+#define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
+#endif
 #define CPU_DOT_ARGS \
     const uint8_t *w, int32_t n_units, const uint8_t *x, float *out, size_t stride
 #define CPU_DOT_K(name, five, planes, n) \
@@ -255,7 +260,7 @@ CPU_DOT_FLOATS(f32, CPU_F32)
 CPU_DOT_FLOATS(f16, CPU_F16)
 CPU_DOT_FLOATS(bf16, CPU_BF16)
 
-#define CPU_DOT_ENTRY(name, planes, n) k_dot_##name##_##planes##_##n,
+#define CPU_DOT_ENTRY(name, planes, n) [n] = k_dot_##name##_##planes##_##n,
 #define CPU_DOT_ROW(name) \
     {{CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 1)}, {CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 2)}}
 #define CPU_DOT_TABLE {CPU_DOT_ROW(q4_k), CPU_DOT_ROW(q5_k), CPU_DOT_ROW(q6_k), CPU_DOT_ROW(q8_0)}

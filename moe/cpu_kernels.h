@@ -81,8 +81,9 @@ struct cpu_attend {
 };
 
 struct cpu_kernels {
-    const char *name;                                   /* "avx512-vnni" */
-    cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE];         /* [format][planes - 1][tokens - 1] */
+    const char *name; /* "avx512-vnni" */
+    int max_tile;     /* tokens: 16, for which kernels exist at 1 … 8, 12 and 16, or 4 */
+    cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE + 1]; /* [format][planes - 1][tokens] */
     cpu_dot_float_fn *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */
     /* y = x / sqrt(mean(x²) + eps) * norm over n values. y may be x. */
     void (*rms_norm)(const float *x, const float *norm, float eps, int32_t n, float *y);
@@ -90,8 +91,10 @@ struct cpu_kernels {
     void (*quantize)(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
     /* gate = silu(gate) * up, n values. */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
-    void (*add)(float *x, const float *y, int32_t n);               /* x += y */
-    void (*add_scaled)(float *x, const float *y, float a, int32_t n); /* x += a * y */
+    void (*add)(float *x, const float *y, int32_t n); /* x += y */
+    /* h[i] += sum over j < k, in order, of weights[j] * y[rows[j] * stride + i], i < n. */
+    void (*combine)(float *h, const float *y, size_t stride, const int32_t *rows,
+                    const float *weights, int32_t k, int32_t n);
     /* NEOX rotation of x[Hd] by cs = cos[Hd/2], sin[Hd/2]. */
     void (*rope)(float *x, const float *cs, int32_t head_dim);
     /* Key to positions' layout: dst[i * stride] = f16(x[i]); value: dst[i] = f16(x[i]). */
@@ -100,6 +103,13 @@ struct cpu_kernels {
     /* x[i] = x[i] / sum, n values. */
     void (*divide)(float *x, float sum, int32_t n);
 };
+
+/* How many of n > 0 tokens the next tile takes. */
+static inline int cpu_tile_width(const struct cpu_kernels *k, int32_t n) {
+    if (n >= k->max_tile) return k->max_tile;
+    if (n <= 8 || n == 12) return (int)n;
+    return (int)(n + 1) / 2;
+}
 
 /* NULL if this build or this processor lacks them. */
 const struct cpu_kernels *cpu_kernels_avx2(void);

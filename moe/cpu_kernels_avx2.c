@@ -8,13 +8,14 @@
 
 static const struct cpu_kernels kernels = {
     .name = "avx2",
+    .max_tile = 4,
     .dot = CPU_DOT_TABLE,
     .dot_float = CPU_DOT_FLOAT_TABLE,
     .rms_norm = k_rms_norm,
     .quantize = k_quantize,
     .silu_mul = k_silu_mul,
     .add = k_add,
-    .add_scaled = k_add_scaled,
+    .combine = k_combine,
     .rope = k_rope,
     .to_f16 = k_to_f16,
     .attend = k_attend,

@@ -78,10 +78,14 @@ static void k_add(float *x, const float *y, int32_t n) {
     }
 }
 
-static void k_add_scaled(float *x, const float *y, float a, int32_t n) {
+static void k_combine(float *h, const float *y, size_t stride, const int32_t *rows,
+                      const float *weights, int32_t k, int32_t n) {
     for (int32_t i = 0; i < n; i += 16) {
         int l = lanes_left(n, i);
-        vf_store_n(x + i, vf_fma(vf_load_n(y + i, l), vf_set1(a), vf_load_n(x + i, l)), l);
+        vf sum = vf_zero();
+        for (int32_t j = 0; j < k; j++)
+            sum = vf_fma(vf_load_n(y + (size_t)rows[j] * stride + i, l), vf_set1(weights[j]), sum);
+        vf_store_n(h + i, vf_add(vf_load_n(h + i, l), sum), l);
     }
 }
 
