@@ -123,8 +123,7 @@ static bool parse_cuda(const char *device, int *out) {
 static enum status open_backend(const char *device, const struct backend_config *c,
                                 struct error *e, struct backend **out) {
     if (strcmp(device, "reference") == 0) return backend_reference_open(c, e, out);
-    if (strcmp(device, "cpu") == 0)
-        return error_set(e, ST_UNSUPPORTED, "this build has no device cpu: use reference");
+    if (strcmp(device, "cpu") == 0) return backend_cpu_open(c, e, out);
 #ifdef MOED_CUDA
     return backend_cuda_open(c, e, out);
 #else
