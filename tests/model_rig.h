@@ -90,7 +90,8 @@ static inline void rig_score(struct model_rig *r, int32_t slot, const int32_t *i
         rig_run_one(r, slot, ids + at, at, c, MOE_ROWS_ALL);
         assert_int_equal(r->n_rows, c);
         for (int32_t i = 0; i < c; i++)
-            assert_int_equal(moe_logits(r->m, i, logits + (size_t)(at + i) * (size_t)n_vocab), ST_OK);
+            assert_int_equal(moe_logits(r->m, i, logits + (size_t)(at + i) * (size_t)n_vocab),
+                             ST_OK);
     }
 }
 
