@@ -126,7 +126,7 @@ static enum status parse_dims(struct gguf_reader *r, struct gguf_tensor *t, size
 
 /* One tensor info; offset stays relative to the data section until that is known. */
 static enum status parse_tensor(struct gguf_reader *r, char **names, struct gguf_tensor *t) {
-    size_t n_weights;
+    size_t n_weights = 0;
     uint32_t type;
     int32_t block_weights, block_bytes;
     enum status st = parse_name(r, names, &t->name);
@@ -227,7 +227,7 @@ static enum status open_part(struct gguf *g, int file, const char *path, bool me
     struct gguf_part *part = &g->parts[file];
     struct gguf_reader r = {.label = gguf_label(path), .e = e};
     struct header h;
-    uint64_t alignment;
+    uint64_t alignment = 0;
     size_t first = g->n_tensors;
     enum status st = gguf_file_open(path, e, &part->fd, &part->file_bytes);
     if (st != ST_OK) return st;
