@@ -89,7 +89,7 @@ void sched_stop(struct sched *s, int32_t idx) {
 
 void sched_preempt(struct sched *s, int32_t idx) {
     struct seq *q = &s->seqs[idx];
-    bool over = q->failed || q->n_known >= q->limit;
+    bool over = q->failed || q->n_known == q->limit;
     sched_stop(s, idx);
     q->n_preempted++;
     s->n_preempted++;
@@ -163,7 +163,7 @@ void sched_hold(struct sched *s, struct sched_id id, bool held) {
         return;
     }
     if (q->state != SEQ_RUNNING && q->state != SEQ_WAITING) return;
-    bool over = q->failed || q->n_known >= q->limit;
+    bool over = q->failed || q->n_known == q->limit;
     if (q->state == SEQ_RUNNING)
         sched_stop(s, id.idx);
     else
