@@ -20,7 +20,6 @@ static void list_remove(struct sched *s, struct seq_list *l, int32_t idx) {
         s->seqs[q->next].prev = q->prev;
     else
         l->tail = q->prev;
-    q->prev = q->next = -1;
     l->n--;
 }
 
@@ -72,7 +71,6 @@ void sched_start(struct sched *s, int32_t idx, uint64_t now_ns) {
     q->slot = s->free_slots[--s->n_free_slots];
     s->seq_of_slot[q->slot] = idx;
     q->run++;
-    q->n_scheduled = q->n_out = 0;
     q->decoding = false;
     if (q->first_scheduled_ns == 0) q->first_scheduled_ns = now_ns;
 }
@@ -130,8 +128,6 @@ enum status sched_add(struct sched *s, const struct sched_request *r, uint64_t n
         .run = q->run,
         .arrival = s->next_arrival++,
         .priority = r->priority,
-        .prev = -1,
-        .next = -1,
         .n_prompt = r->n_ids,
         .n_known = r->n_ids,
         .limit = r->n_ids + (r->max_tokens < room ? r->max_tokens : room),

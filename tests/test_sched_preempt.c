@@ -169,6 +169,32 @@ static void test_victim(void **state) {
     rig_close(r);
 }
 
+/* A victim that had no token coming frees none: what decoding sequences were promised stays theirs. */
+static void test_victim_and_budget(void **state) {
+    (void)state;
+    struct sched_limits l = limits(4, 5);
+    struct rig *r = rig_open(&l, 16);
+    struct sched_id a, b, c, over;
+    assert_int_equal(try_add(r, 0, 2, 40, 0, &a), ST_OK);
+    assert_int_equal(try_add(r, 0, 1, 40, 1, &c), ST_OK);
+    assert_int_equal(try_add(r, 0, 8, 1, 2, &over), ST_OK);
+    for (int i = 0; i < 5; i++) step(r);
+    assert_true(r->tokens[2].at_limit); /* and not removed: it keeps two blocks */
+    assert_int_equal(try_add(r, 0, 30, 40, 0, &b), ST_OK);
+    step(r);
+    step(r); /* a has 8 positions, b 4, c 7 */
+    assert_int_equal(paging_seq_reserve(r->paging, 4, paging_n_free(r->paging) * B), ST_OK);
+    struct sched_plan *p = &r->plan[r->next];
+    assert_true(sched_plan(r->sched, 0, p));
+    assert_int_equal(p->n_preempted, 1);
+    assert_int_equal(tokens_of(p, a), 1);
+    assert_int_equal(tokens_of(p, b), 2);
+    assert_int_equal(tokens_of(p, c), 1);
+    paging_seq_free(r->paging, 4);
+    apply(r, p);
+    rig_close(r);
+}
+
 /* A chunk shrinks to the free blocks before it costs a younger sequence its own. Slot 3, which nobody uses,
  * stands for what took the blocks that the prompt was promised. */
 static void test_chunk_shrinks(void **state) {
@@ -279,6 +305,7 @@ int main(void) {
         cmocka_unit_test(test_limit_while_waiting),
         cmocka_unit_test(test_over_is_not_queued),
         cmocka_unit_test(test_victim),
+        cmocka_unit_test(test_victim_and_budget),
         cmocka_unit_test(test_chunk_shrinks),
         cmocka_unit_test(test_failed_row),
         cmocka_unit_test(test_hold),
