@@ -142,46 +142,53 @@ class Chat(Case):
         out = self.cli("chat", stdin="!fail\n!submit\n", code=1)
         self.assertTrue(out.rstrip().endswith("parse_special=1 role=user content=!submit"), out)
 
-    def expect(self, fd, text):
-        seen = b""
-        while text.encode() not in seen:
-            seen += os.read(fd, 4096)
-        return seen.decode()
+    def on_terminal(self, *args):
+        """Run moed-cli on a terminal of its own."""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(self.environment())
+            os.execv(f"{os.environ['TEST_BIN']}/moed-cli", ["moed-cli", *args])
+        self.seen = b""
+
+    def expect(self, text):
+        """Read until text has come; returns what came up to it."""
+        while text.encode() not in self.seen:
+            self.seen += os.read(self.fd, 4096)
+        end = self.seen.index(text.encode()) + len(text.encode())
+        out, self.seen = self.seen[:end], self.seen[end:]
+        return out.decode()
+
+    def leave(self):
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
 
     def test_terminal(self):
         """Ctrl-C stops an answer and not the program; what was said stays in the conversation."""
         fake = self.serve(tokens_per_chunk=1, chunk_us=2000)
-        pid, fd = pty.fork()
-        if pid == 0:
-            os.environ.update(self.environment())
-            os.execv(f"{os.environ['TEST_BIN']}/moed-cli", ["moed-cli", "chat"])
-        self.expect(fd, "> ")
-        os.write(fd, b"z" * 1000 + b"\n")
-        self.expect(fd, "echo: zz")
-        os.write(fd, b"\x03")
-        self.expect(fd, "cancelled")
-        self.expect(fd, "> ")
-        os.write(fd, b"!submit\n")
-        seen = self.expect(fd, "content=!submit\r\n")
-        self.assertIn("role=assistant content=echo: zz", seen.replace("\r\n", ""))
-        os.write(fd, b"\x03")
-        self.expect(fd, "Ctrl-D leaves")
-        os.write(fd, b"\x04")
-        _, status = os.waitpid(pid, 0)
-        self.assertEqual(os.waitstatus_to_exitcode(status), 0)
-        os.close(fd)
+        self.on_terminal("chat")
+        self.expect("> ")
+        os.write(self.fd, b"z" * 1000 + b"\n")
+        self.expect("echo: zz")
+        os.write(self.fd, b"\x03")
+        self.expect("cancelled")
+        self.expect("> ")
+        os.write(self.fd, b"!submit\n")
+        seen = self.expect("content=!submit\r\n")
+        self.assertIn("role=assistant content=echo: zz", seen)
+        self.expect("> ")
+        os.write(self.fd, b"\x03")
+        self.expect("Ctrl-D leaves")
+        self.expect("> ")
+        os.write(self.fd, b"\x04")
+        self.assertEqual(self.leave(), 0)
         self.assertEqual(fake.stop()["cancelled"], 1)
 
     def test_terminal_is_not_driven(self):
         self.serve()
-        pid, fd = pty.fork()
-        if pid == 0:
-            os.environ.update(self.environment())
-            os.execv(f"{os.environ['TEST_BIN']}/moed-cli", ["moed-cli", "chat", "-p", "a\x1b]0;title\x07b"])
-        seen = self.expect(fd, "?b")
-        os.waitpid(pid, 0)
-        os.close(fd)
-        self.assertIn("echo: a?]0;title?b", seen)
+        self.on_terminal("chat", "-p", "a\x1b]0;title\x07b")
+        self.assertEqual(self.expect("?b"), "echo: a?]0;title?b")
+        self.assertEqual(self.leave(), 0)
 
 
 class Questions(Case):
