@@ -16,6 +16,8 @@
  * Batch invariance: a row's result, bit for bit, may depend on that row's own sequence alone, never on
  * how many other rows the step has, their order, the slot, or how a prompt was cut into chunks.
  *
+ * A weight may serve several ops: a tied output matrix is the embedding's table.
+ *
  * Threads: one caller thread for everything; a backend may use threads of its own. No allocation
  * after ready(). Errors: programmer errors CHECK; a device that is lost returns ST_ENGINE_LOST from
  * every call from then on.
@@ -191,14 +193,17 @@ struct backend_ops {
 
     /* "cpu avx512 2 threads": for people. */
     void (*describe)(const struct backend *b, char *dst, size_t cap);
-    /* Memory table: up to cap lines; returns how many. */
+    /* Memory table: up to cap lines; returns how many. The line named "kv" is the KV cache: n_blocks * B tokens'
+     * worth, from which moe_info takes the bytes per token. */
     int (*memory)(const struct backend *b, struct moe_memory_line *dst, int cap);
     void (*counters)(const struct backend *b, struct moe_counters *out);
 
     /* -- sampling slots -- */
     enum status (*slot_start)(struct backend *b, const struct moe_slot_start *start);
 
-    /* -- steps -- */
+    /* -- steps: in the order of this table; head and sample only when the step has head rows. *issue on
+     * entry: true asks that the ops run one by one, because a probe reads between them; on return: false
+     * lets the caller skip the ops (see the top of this file), never when it asked. -- */
     enum status (*step_begin)(struct backend *b, const struct moe_step *step, bool *issue);
     enum status (*embed)(struct backend *b, const struct op_embed *op);
     enum status (*norm_linear)(struct backend *b, const struct op_norm_linear *op);

@@ -23,7 +23,8 @@ enum gguf_type { /* metadata value types, GGUF's numbers */
 /* Open path; if it is a split file (`name-00001-of-0000N.gguf`, split.count), open its siblings too. Any
  * part may be named. ST_NOT_FOUND, ST_IO, ST_NO_MEMORY, ST_UNSUPPORTED (version, tensor type, big-endian)
  * or ST_CORRUPT, with what is wrong in *e. metadata_only: tensor infos are parsed and checked against each
- * other but not against file size, and only the named file is opened (vocabulary files). */
+ * other but not against file size, and only the named file is opened (vocabulary files); if that is a later
+ * part of a split file, the first part is opened in its place, because it alone has the metadata. */
 enum status gguf_open(const char *path, bool metadata_only, struct error *e, struct gguf **out);
 void gguf_close(struct gguf *g); /* NULL is fine */
 

@@ -174,7 +174,8 @@ enum status moe_submit(struct moe *m, const struct moe_step *step);
 enum status moe_collect(struct moe *m, struct moe_result *out);
 
 /* After moe_collect: logits of row r of the step collected last, V floats. For ROWS_ALL rows; after
- * sampling the buffer may have been overwritten, so sampled rows are not available. */
+ * sampling the buffer may have been overwritten, so sampled rows are not available. CHECK: no step was
+ * submitted since. */
 enum status moe_logits(struct moe *m, int32_t row, float *dst);
 
 /* Test hook: called after the embedding (layer -1) and after each layer, on the caller's thread, with
@@ -182,5 +183,9 @@ enum status moe_logits(struct moe *m, int32_t row, float *dst);
 typedef void moe_probe_fn(void *ctx, int layer, int32_t n_tokens, const float *hidden,
                           const int32_t *ids, const float *weights);
 void moe_set_probe(struct moe *m, moe_probe_fn *fn, void *ctx);
+
+/* Test hook: overwrite all keys and values with a byte (0xFF makes them NaN), which must not change what
+ * sequences that begin afterwards compute. */
+enum status moe_kv_poison(struct moe *m, uint8_t byte);
 
 #endif

@@ -8,7 +8,11 @@
  * drop p < min_p * max; top_p: the shortest prefix by falling p (ties to the lower id) whose sum reaches
  * top_p; renormalise; draw u = sampler_uniform(seed, position) and take the first token whose running sum, in
  * that order, exceeds u. `position` is the position the sampled token will have in its sequence, so that a
- * draw does not depend on batching, chunks or preemption.
+ * draw does not depend on batching, chunks or preemption. That position is the length of the slot's history.
+ *
+ * The falling order is that of the logits after (5). The softmax may be taken as exp((logit - max) / temperature).
+ * min_p's and top_p's shares are of the softmax over the top_k, before anything was dropped. Logits that are not finite
+ * on entry, or whose largest is not finite after (5), give ST_NUMERIC and no token. n_top counts only with logprobs.
  *
  * Private to moe/ and cuda/ (which must produce the same tokens given the same logits). */
 #ifndef MOED_MOE_SAMPLER_H
@@ -41,7 +45,8 @@ enum status sampler_scratch_create(int32_t n_vocab, struct sampler_scratch **out
 void sampler_scratch_destroy(struct sampler_scratch *scratch);
 void sampler_row(struct sampler *s, struct sampler_scratch *scratch, int32_t slot, float *logits,
                  struct moe_row *row);
-/* The token the slot sampled last: what MOE_LAST_TOKEN stands for. CHECK: it has sampled. */
+/* The token the slot sampled last: what MOE_LAST_TOKEN stands for. CHECK: sampler_row was called since the start.
+ * After a row that failed it is the token before, or 0 if there was none: a step submitted ahead still runs. */
 int32_t sampler_last(const struct sampler *s, int32_t slot);
 
 #endif

@@ -17,6 +17,7 @@
 struct decode {
     struct arena arena; /* the budgeted part of the caller's */
     bool exhausted; /* an allocation did not fit */
+    void *last, *spare; /* see decode_free */
     struct error *e; /* may be NULL */
 };
 
@@ -28,17 +29,24 @@ struct decode {
 
 #define BAD(d, ...) error_set((d)->e, ST_INVALID, __VA_ARGS__)
 
+/* protobuf-c lists the fields of a message that has more than 16 in a table of this size first. */
+enum { FIELD_TABLE_BYTES = 1024 };
+
 static void *decode_alloc(void *ctx, size_t n) {
     struct decode *d = ctx;
-    void *p = arena_alloc(&d->arena, n);
+    void *p = n == FIELD_TABLE_BYTES ? d->spare : NULL;
+    if (p) d->spare = NULL;
+    if (!p) p = arena_alloc(&d->arena, n);
     if (!p) d->exhausted = true;
+    if (n == FIELD_TABLE_BYTES) d->last = p;
     return p;
 }
 
-/* The caller resets the arena when it is done with the message. */
+/* The caller resets the arena when it is done with the message. Only the table of a finished submessage
+ * is used again, for the next one's: a list of 20 top logprobs per token would not fit otherwise. */
 static void decode_free(void *ctx, void *p) {
-    (void)ctx;
-    (void)p;
+    struct decode *d = ctx;
+    if (p && p == d->last) d->spare = p;
 }
 
 static enum status too_large(struct decode *d, const char *name) {

@@ -14,12 +14,14 @@
 #define TINY_MODEL TEST_DATA "/tiny-moe-q4_k_m.gguf"
 #define QWEN3_VOCAB TEST_DATA "/qwen3-vocab.gguf"
 
-/* Fail with the error's text unless st is ST_OK. */
-#define assert_ok(st, err) \
-    do { \
-        enum status st_ = (st); \
-        if (st_ != ST_OK) fail_msg("%s: %s", status_name(st_), (err) ? (err)->text : ""); \
-    } while (0)
+/* Fail with the error's text unless st is ST_OK. err: `const struct error *`, may be NULL. */
+static inline void test_assert_ok(enum status st, const struct error *err, const char *file,
+                                  int line) {
+    if (st == ST_OK) return;
+    print_error("%s: %s\n", status_name(st), err ? err->text : "");
+    _fail(file, line);
+}
+#define assert_ok(st, err) test_assert_ok((st), (err), __FILE__, __LINE__)
 
 /* Whole file in malloc'd memory; fails the test if it cannot be read. */
 uint8_t *test_read_file(const char *path, size_t *n);
