@@ -40,7 +40,13 @@ static const struct {
     uint64_t fnv1a;
     const char *style;
 } known[] = {
-    {0, "chatml"},
+    {0xa41d6bae9b9141bc, "chatml"}, /* the plainest, as in many files */
+    {0x2bdb6446f8d36516, "chatml"}, /* the same with spaces; the bundled model's */
+    {0x17fde6ecda9c7c01, "chatml"}, /* the same with a default for add_generation_prompt */
+    {0x21dc9ed0659009cb, "chatml"}, /* Qwen3-Coder */
+    {0xe642ce246d7f2e3d, "qwen2.5"},
+    {0x2bfdb7aa9754484e, "qwen3"},
+    {0x40c4db92561734c8, "qwq"},
 };
 
 const char *chat_style_name(const struct chat_style *style) { return style->name; }
@@ -52,14 +58,18 @@ const struct chat_style *chat_style_named(const char *name) {
     return NULL;
 }
 
+const struct chat_style *chat_style_hashed(uint64_t fnv1a) {
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i].fnv1a == fnv1a) return chat_style_named(known[i].style);
+    return NULL;
+}
+
 const struct chat_style *chat_style_of(struct bytes template_text) {
     size_t n = template_text.n;
     if (n > 0 && template_text.p[n - 1] == '\n') n--;
     uint64_t h = UINT64_C(0xcbf29ce484222325);
     for (size_t i = 0; i < n; i++) h = (h ^ template_text.p[i]) * UINT64_C(0x100000001b3);
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (known[i].fnv1a == h) return chat_style_named(known[i].style);
-    return NULL;
+    return chat_style_hashed(h);
 }
 
 /* ---- output: runs of ordinary text between special tokens ------------------------------------------------ */

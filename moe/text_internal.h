@@ -58,7 +58,7 @@ int32_t vocab_special_at(const struct vocab *v, const uint8_t *s, size_t n, size
 
 /* Mixes a seed into a hash, so that a file cannot be made whose keys all collide. */
 uint64_t text_hash(const void *s, size_t n, uint64_t seed);
-/* At most 48 bytes of s for an error sentence, without control characters or cut characters. */
+/* At most 48 bytes of s for an error sentence: valid UTF-8 without control characters, whatever s is. */
 const char *text_printable(struct bytes s, char dst[64]);
 /* A key that must be there and is not is a fault of the file. */
 enum status text_required(enum status st, struct error *e);
@@ -133,6 +133,7 @@ struct chat_style;
 /* By the name the user gave, or by the text of the file's template; NULL: unknown. */
 const struct chat_style *chat_style_named(const char *name);
 const struct chat_style *chat_style_of(struct bytes template_text);
+const struct chat_style *chat_style_hashed(uint64_t fnv1a); /* of the template's text */
 const char *chat_style_name(const struct chat_style *style);
 const char *chat_style_names(void); /* for error sentences */
 

@@ -40,8 +40,11 @@ uint64_t text_hash(const void *s, size_t n, uint64_t seed) {
 
 const char *text_printable(struct bytes s, char dst[64]) {
     size_t n = s.n < 48 ? s.n : utf8_complete_prefix(s.p, 48);
-    for (size_t i = 0; i < n; i++)
-        dst[i] = (s.p[i] < 0x20 || s.p[i] == 0x7F) ? '?' : (char)s.p[i];
+    uint8_t limit = utf8_valid(s.p, n) ? 0xFF : 0x7E;
+    for (size_t i = 0; i < n; i++) {
+        bool plain = s.p[i] >= 0x20 && s.p[i] != 0x7F && s.p[i] <= limit;
+        dst[i] = plain ? (char)s.p[i] : '?';
+    }
     dst[n] = 0;
     return dst;
 }

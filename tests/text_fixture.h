@@ -3,12 +3,10 @@
 #ifndef MOED_TESTS_TEXT_FIXTURE_H
 #define MOED_TESTS_TEXT_FIXTURE_H
 
-#include <stdint.h>
-#include <stdio.h>
+#include "tests/gguf_build.h"
+
 #include <stdlib.h>
 #include <string.h>
-
-#include "proto/base.h"
 
 struct fixture_token {
     struct bytes s;
@@ -32,49 +30,6 @@ struct fixture {
 #define FIXTURE_DEFAULT {.model = "gpt2", .pre = "qwen2", .missing_byte = -1, .eos = -1, .bos = -1}
 #define FIXTURE_BYTES(literal) {(const uint8_t *)(literal), sizeof(literal) - 1}
 
-struct fixture_out {
-    uint8_t *p;
-    size_t n, cap;
-    uint64_t n_keys;
-    const char *drop;
-};
-
-static inline void fixture_put(struct fixture_out *o, const void *s, size_t n) {
-    if (o->n + n > o->cap) {
-        o->cap = 2 * (o->n + n) + 4096;
-        o->p = realloc(o->p, o->cap);
-        CHECK(o->p);
-    }
-    if (n > 0) memcpy(o->p + o->n, s, n);
-    o->n += n;
-}
-
-static inline void fixture_u32(struct fixture_out *o, uint32_t v) { fixture_put(o, &v, 4); }
-static inline void fixture_u64(struct fixture_out *o, uint64_t v) { fixture_put(o, &v, 8); }
-
-static inline void fixture_str(struct fixture_out *o, struct bytes s) {
-    fixture_u64(o, s.n);
-    fixture_put(o, s.p, s.n);
-}
-
-/* GGUF's type numbers: 4 u32, 5 i32, 7 bool, 8 string, 9 array, 10 u64. False: the test drops the key. */
-static inline bool fixture_key(struct fixture_out *o, const char *key, uint32_t type) {
-    if (o->drop && strcmp(o->drop, key) == 0) return false;
-    o->n_keys++;
-    fixture_str(o, (struct bytes){(const uint8_t *)key, strlen(key)});
-    fixture_u32(o, type);
-    return true;
-}
-
-static inline void fixture_string_key(struct fixture_out *o, const char *key, const char *value) {
-    if (!value || !fixture_key(o, key, 8)) return;
-    fixture_str(o, (struct bytes){(const uint8_t *)value, strlen(value)});
-}
-
-static inline void fixture_id_key(struct fixture_out *o, const char *key, int64_t id) {
-    if (id >= 0 && fixture_key(o, key, 10)) fixture_u64(o, (uint64_t)id);
-}
-
 /* How GPT-2's table spells a byte: at most 2 bytes of UTF-8. */
 static inline size_t fixture_byte_name(int byte, uint8_t dst[2]) {
     int cp = byte, shifted = 256;
@@ -92,50 +47,65 @@ static inline size_t fixture_byte_name(int byte, uint8_t dst[2]) {
     return 2;
 }
 
-static inline void fixture_vocab(struct fixture_out *o, const struct fixture *f) {
-    size_t n = 256 + f->n_tokens;
-    if (fixture_key(o, "tokenizer.ggml.tokens", 9)) {
-        fixture_u32(o, 8);
-        fixture_u64(o, n);
-        for (int b = 0; b < 256; b++) {
+static inline bool fixture_keeps(const struct fixture *f, const char *key) {
+    return !f->drop || strcmp(f->drop, key) != 0;
+}
+
+static inline void fixture_string(struct gguf_build *b, const struct fixture *f, const char *key,
+                                  const char *value) {
+    if (value && fixture_keeps(f, key)) gguf_build_string(b, key, value);
+}
+
+static inline void fixture_id(struct gguf_build *b, const char *key, int64_t id) {
+    if (id < 0) return;
+    gguf_build_key(b, key, GGUF_U64);
+    gguf_put_u64(&b->keys, (uint64_t)id);
+}
+
+static inline void fixture_vocab(struct gguf_build *b, const struct fixture *f) {
+    size_t n = 256 + f->n_tokens, n_types = n - (size_t)f->types_missing;
+    if (fixture_keeps(f, "tokenizer.ggml.tokens")) {
+        gguf_build_array(b, "tokenizer.ggml.tokens", GGUF_STRING, n);
+        for (int byte = 0; byte < 256; byte++) {
             uint8_t name[2];
-            size_t len = fixture_byte_name(b, name);
-            if (b == f->missing_byte) fixture_str(o, (struct bytes)FIXTURE_BYTES("misspelt"));
-            else fixture_str(o, (struct bytes){name, len});
+            size_t len = fixture_byte_name(byte, name);
+            if (byte == f->missing_byte)
+                gguf_put_string(&b->keys, "misspelt", 8);
+            else
+                gguf_put_string(&b->keys, name, len);
         }
-        for (size_t i = 0; i < f->n_tokens; i++) fixture_str(o, f->tokens[i].s);
+        for (size_t i = 0; i < f->n_tokens; i++)
+            gguf_put_string(&b->keys, f->tokens[i].s.p, f->tokens[i].s.n);
     }
-    if (fixture_key(o, "tokenizer.ggml.token_type", 9)) {
-        fixture_u32(o, 5);
-        fixture_u64(o, n - (size_t)f->types_missing);
-        for (size_t i = 0; i < n - (size_t)f->types_missing; i++)
-            fixture_u32(o, i < 256 ? 1 : (uint32_t)f->tokens[i - 256].type);
+    if (fixture_keeps(f, "tokenizer.ggml.token_type")) {
+        gguf_build_array(b, "tokenizer.ggml.token_type", GGUF_I32, n_types);
+        for (size_t i = 0; i < n_types; i++)
+            gguf_put_u32(&b->keys, i < 256 ? 1 : (uint32_t)f->tokens[i - 256].type);
     }
-    if (fixture_key(o, "tokenizer.ggml.merges", 9)) {
-        fixture_u32(o, 8);
-        fixture_u64(o, f->n_merges);
-        for (size_t i = 0; i < f->n_merges; i++) fixture_str(o, f->merges[i]);
+    if (fixture_keeps(f, "tokenizer.ggml.merges")) {
+        gguf_build_array(b, "tokenizer.ggml.merges", GGUF_STRING, f->n_merges);
+        for (size_t i = 0; i < f->n_merges; i++)
+            gguf_put_string(&b->keys, f->merges[i].p, f->merges[i].n);
     }
 }
 
 /* The file as bytes (free them). */
 static inline uint8_t *fixture_build(const struct fixture *f, size_t *n) {
-    struct fixture_out o = {.drop = f->drop};
-    fixture_put(&o, "GGUF", 4);
-    fixture_u32(&o, 3);
-    fixture_u64(&o, 0); /* tensors */
-    fixture_u64(&o, 0); /* keys: filled in below */
-    fixture_string_key(&o, "general.architecture", "qwen3moe");
-    fixture_string_key(&o, "tokenizer.ggml.model", f->model);
-    fixture_string_key(&o, "tokenizer.ggml.pre", f->pre);
-    fixture_vocab(&o, f);
-    fixture_id_key(&o, "tokenizer.ggml.eos_token_id", f->eos);
-    fixture_id_key(&o, "tokenizer.ggml.bos_token_id", f->bos);
-    if (f->add_bos && fixture_key(&o, "tokenizer.ggml.add_bos_token", 7)) fixture_put(&o, "\1", 1);
-    fixture_string_key(&o, "tokenizer.chat_template", f->chat_template);
-    memcpy(o.p + 16, &o.n_keys, 8);
-    *n = o.n;
-    return o.p;
+    struct gguf_build b = gguf_build_new();
+    gguf_build_string(&b, "general.architecture", "qwen3moe");
+    fixture_string(&b, f, "tokenizer.ggml.model", f->model);
+    fixture_string(&b, f, "tokenizer.ggml.pre", f->pre);
+    fixture_vocab(&b, f);
+    fixture_id(&b, "tokenizer.ggml.eos_token_id", f->eos);
+    fixture_id(&b, "tokenizer.ggml.bos_token_id", f->bos);
+    if (f->add_bos) {
+        gguf_build_key(&b, "tokenizer.ggml.add_bos_token", GGUF_BOOL);
+        gguf_put(&b.keys, "\1", 1);
+    }
+    fixture_string(&b, f, "tokenizer.chat_template", f->chat_template);
+    uint8_t *file = gguf_build_bytes(&b, n);
+    gguf_build_free(&b);
+    return file;
 }
 
 #endif

@@ -61,7 +61,7 @@ static int turn(const char *program, struct chat *h, const char *line, size_t n)
         return EXIT_FAILED;
     }
     struct wire_msg m;
-    if (client_next(h->client, 0, NULL, &m) == ST_IO) {
+    if (client_next(h->client, 0, NULL, &m) != ST_TIMEOUT) {
         struct client *again = connect_or_complain(program, &h->endpoint);
         if (!again) {
             drop_messages(&h->talk, h->talk.n - 1);
@@ -100,7 +100,7 @@ static int converse(const char *program, struct chat *h) {
     size_t cap = 0, n = 0;
     int code = EXIT_DONE;
     if (tty)
-        printf("%.*s at your service. /reset begins anew, /exit leaves, Ctrl-C stops an answer.\n",
+        printf("Talking with %.*s: /reset begins anew, /exit leaves, Ctrl-C stops an answer.\n",
                (int)client_welcome(h->client)->model.n, client_welcome(h->client)->model.p);
     for (enum line kind; (kind = read_line(tty, &line, &cap, &n)) != LINE_END;) {
         if (kind == LINE_EMPTY) continue;
