@@ -20,7 +20,6 @@ static void list_remove(struct sched *s, struct seq_list *l, int32_t idx) {
         s->seqs[q->next].prev = q->prev;
     else
         l->tail = q->prev;
-    q->prev = q->next = -1;
     l->n--;
 }
 
@@ -72,7 +71,6 @@ void sched_start(struct sched *s, int32_t idx, uint64_t now_ns) {
     q->slot = s->free_slots[--s->n_free_slots];
     s->seq_of_slot[q->slot] = idx;
     q->run++;
-    q->n_scheduled = q->n_out = 0;
     q->decoding = false;
     if (q->first_scheduled_ns == 0) q->first_scheduled_ns = now_ns;
 }
@@ -89,7 +87,7 @@ void sched_stop(struct sched *s, int32_t idx) {
 
 void sched_preempt(struct sched *s, int32_t idx) {
     struct seq *q = &s->seqs[idx];
-    bool over = q->failed || q->n_known >= q->limit;
+    bool over = q->failed || q->n_known == q->limit;
     sched_stop(s, idx);
     q->n_preempted++;
     s->n_preempted++;
@@ -130,8 +128,6 @@ enum status sched_add(struct sched *s, const struct sched_request *r, uint64_t n
         .run = q->run,
         .arrival = s->next_arrival++,
         .priority = r->priority,
-        .prev = -1,
-        .next = -1,
         .n_prompt = r->n_ids,
         .n_known = r->n_ids,
         .limit = r->n_ids + (r->max_tokens < room ? r->max_tokens : room),
@@ -163,7 +159,7 @@ void sched_hold(struct sched *s, struct sched_id id, bool held) {
         return;
     }
     if (q->state != SEQ_RUNNING && q->state != SEQ_WAITING) return;
-    bool over = q->failed || q->n_known >= q->limit;
+    bool over = q->failed || q->n_known == q->limit;
     if (q->state == SEQ_RUNNING)
         sched_stop(s, id.idx);
     else

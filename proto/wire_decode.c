@@ -566,7 +566,7 @@ static enum status take(struct decode *d, const ProtobufCMessage *base, struct w
     case WIRE_HEALTH:
     case WIRE_STATS: return ST_OK;
     }
-    CHECK(!"a type that has a descriptor");
+    CHECK(0 && "every type that has a descriptor is above");
     return ST_INTERNAL;
 }
 

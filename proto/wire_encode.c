@@ -406,7 +406,7 @@ static ProtobufCMessage *put(struct arena *a, const struct wire_msg *msg) {
     case WIRE_HEALTH:
     case WIRE_STATS: return put_empty(a);
     }
-    CHECK(!"a message type of this version");
+    CHECK(0 && "a message type of this version");
     return NULL;
 }
 
