@@ -499,7 +499,7 @@ int main(void) {
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_expert_reads),
     };
-    static const char *const devices[] = {"reference"};
+    static const char *const devices[] = {"reference", "cpu"};
     int n_failed = 0;
     for (size_t i = 0; i < sizeof devices / sizeof *devices; i++) {
         device = devices[i];
