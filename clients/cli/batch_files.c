@@ -255,6 +255,10 @@ bool batch_output_open(const char *path, struct batch_input *in, struct batch_ou
     struct stat a, b;
     bool good = fstat(out->fd, &a) == 0 && fstat(in->fd, &b) == 0;
     if (!good) complain_errno(out);
+    if (good && !S_ISREG(a.st_mode)) {
+        fprintf(stderr, "moed-cli batch: %s is not a file: what was done could not be read back\n", path);
+        good = false;
+    }
     if (good && a.st_dev == b.st_dev && a.st_ino == b.st_ino) {
         fprintf(stderr, "moed-cli batch: input and output are the same file\n");
         good = false;
@@ -302,8 +306,7 @@ bool batch_output_sync(struct batch_output *out, bool now) {
     if (out->unsynced == 0 || (!now && t - out->synced_ns < (uint64_t)SYNC_MS * 1000000u)) return true;
     out->unsynced = 0;
     out->synced_ns = t;
-    /* A pipe or /dev/null cannot be synced, and need not be. */
-    return fdatasync(out->fd) == 0 || errno == EINVAL || errno == EROFS || complain_errno(out);
+    return fdatasync(out->fd) == 0 || complain_errno(out);
 }
 
 void batch_output_close(struct batch_output *out) {

@@ -270,9 +270,10 @@ static enum status read_field(enum field f, const char *name, const json_t *v, s
 }
 
 static enum status read_named(const char *key, const json_t *v, struct error *e, struct body *b) {
+    if (json_is_null(v)) return ST_OK; /* as if it were not there */
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         if (strcmp(key, fields[i].name) != 0) continue;
-        return json_is_null(v) ? ST_OK : read_field(fields[i].field, key, v, e, b);
+        return read_field(fields[i].field, key, v, e, b);
     }
     return error_set(e, ST_UNSUPPORTED, "%.80s is not a field that is served", key);
 }

@@ -61,6 +61,7 @@ void report_print(const struct load_report *rep) {
     struct load *l = rep->load;
     struct load_result *r = &l->result;
     char line[300];
+    if (l->o.show_answers) putchar('\n');
     printf("requests               %llu ok, %llu failed, %llu rejected\n", (unsigned long long)r->ok,
            (unsigned long long)r->failed, (unsigned long long)r->rejected);
     print_codes("failed  ", r->failed_by);
