@@ -54,7 +54,7 @@ struct cpu_scratch {
     float *rows;      /* [CPU_TILE][max_cols padded] */
     float *gate, *up; /* [CPU_TILE][CPU_BLOCK] */
     float *state;     /* attention: [CPU_ATTEND_ROWS][Hd padded] */
-    uint16_t *keys;   /* attention: [CPU_SPLIT / CPU_POS][Hd][CPU_POS], for small KV blocks */
+    uint16_t *keys;   /* attention: [CPU_SPLIT][2][Hd padded] keys and values out of small KV blocks */
 };
 
 enum { CPU_ATTEND_ROWS = 64 }; /* query rows of one attention item at most, if one token has fewer */

@@ -74,8 +74,9 @@ struct cpu_attend {
     float *out[CPU_QROWS];      /* [Hd rounded up to 16] running sum of p * v, not yet divided */
     float *max[CPU_QROWS];      /* running maximum of the scores */
     float *sum[CPU_QROWS];      /* running sum of p */
-    const uint16_t *k[CPU_SPLIT / CPU_POS]; /* f16 [Hd][CPU_POS] */
-    const uint16_t *v[CPU_SPLIT];           /* f16 [Hd rounded up to 16] per position */
+    /* Per group of CPU_POS positions: f16 keys [Hd][CPU_POS], f16 values [CPU_POS][Hd rounded up to 16]. */
+    const uint16_t *k[CPU_SPLIT / CPU_POS], *v[CPU_SPLIT / CPU_POS];
+    const uint16_t *next_k[CPU_SPLIT / CPU_POS]; /* the next split's, to be prefetched; or NULL */
     int32_t n_rows, n_pos, head_dim;
     float scale;                /* of the scores */
 };

@@ -452,13 +452,13 @@ static void test_rope_and_f16(void **state) {
 
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
-enum { MAX_HD = 128, MAX_POS = 150 };
+enum { MAX_HD = 128, MAX_POS = 150, N_GROUPS = (MAX_POS + CPU_POS) / CPU_POS };
 
 struct attention_case {
     int hd, width, n_pos;
     float q[CPU_QROWS][MAX_HD];
     uint16_t k[MAX_POS][MAX_HD], v[MAX_POS][MAX_HD];
-    uint16_t groups[(MAX_POS + CPU_POS) / CPU_POS][MAX_HD * CPU_POS];
+    uint16_t keys[N_GROUPS][MAX_HD * CPU_POS], values[N_GROUPS][MAX_HD * CPU_POS];
 };
 
 static void fill_case(struct attention_case *c, int hd, int n_pos, uint64_t *seed) {
@@ -475,11 +475,13 @@ static void fill_case(struct attention_case *c, int hd, int n_pos, uint64_t *see
         fill_input(0, seed, hd, x);
         for (int i = 0; i < hd; i++) {
             c->k[p][i] = f32_to_f16(x[i]);
-            c->groups[p / CPU_POS][i * CPU_POS + p % CPU_POS] = c->k[p][i];
+            c->keys[p / CPU_POS][i * CPU_POS + p % CPU_POS] = c->k[p][i];
         }
         fill_input(1, seed, hd, x);
-        for (int i = 0; i < hd; i++) c->v[p][i] = f32_to_f16(x[i]);
-        for (int i = hd; i < c->width; i++) c->v[p][i] = 0;
+        for (int i = 0; i < c->width; i++) {
+            c->v[p][i] = i < hd ? f32_to_f16(x[i]) : 0;
+            c->values[p / CPU_POS][p % CPU_POS * c->width + i] = c->v[p][i];
+        }
     }
 }
 
@@ -499,9 +501,9 @@ static void attend(const struct cpu_kernels *k, const struct attention_case *c, 
     }
     for (int at = 0; at < c->n_pos; at += CPU_SPLIT) {
         a.n_pos = c->n_pos - at < CPU_SPLIT ? c->n_pos - at : CPU_SPLIT;
-        for (int p = 0; p < a.n_pos; p++) {
-            a.v[p] = c->v[at + p];
-            a.k[p / CPU_POS] = c->groups[(at + p) / CPU_POS];
+        for (int g = 0; g * CPU_POS < a.n_pos; g++) {
+            a.k[g] = c->keys[at / CPU_POS + g];
+            a.v[g] = c->values[at / CPU_POS + g];
         }
         k->attend(&a);
     }
