@@ -112,6 +112,12 @@ static void store_token(struct cpu *c, const struct op_rope_store *op, int32_t t
     const struct model_shape *m = &c->shape;
     const float *cs = c->rope + (size_t)t * (size_t)m->head_dim;
     int32_t hd = m->head_dim, pos = c->batch.pos[t], b = c->limits.block_tokens;
+    for (int32_t g = 0; g < m->n_kv_heads; g++) { /* a key goes to Hd / 2 cache lines: fetch them */
+        size_t stride;
+        uint16_t *dst =
+            key_at(c, kv_head(c, op->layer, c->batch.blocks[t][pos / b], g), pos % b, &stride);
+        for (int32_t d = 0; d < hd; d += 2) __builtin_prefetch(dst + (size_t)d * stride, 1);
+    }
     for (int32_t j = 0; j < m->n_heads; j++) {
         float *q = cpu_row(op->q, t) + (size_t)j * (size_t)hd;
         c->kernels->rms_norm(q, op->q_norm->vector, op->eps, hd, q);
