@@ -132,14 +132,17 @@ struct cpu_input {
     size_t f_stride;
     int n;
 };
-/* Successive row tiles of one expert's matrix. */
+/* Successive row tiles of one expert's matrix, a part of the `end`-th exclusive that this item will work
+ * through, and where the thread will probably go on after that (NULL: unknown). */
 struct cpu_rows {
     int32_t expert, tile, n_tiles;
+    int32_t end;
+    const uint8_t *next;
 };
 /* How many of n row tiles to multiply at once. */
 int32_t cpu_tiles_at_once(const struct cpu_matrix *m, int32_t n);
 /* out[t * stride + r] = row r of the tiles · token t. */
-void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, struct cpu_rows rows,
+void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const struct cpu_rows *rows,
                       const struct cpu_input *in, float *out, size_t stride);
 void cpu_dequantize_row(const uint8_t *row, int32_t n_cols, int planes, float *dst);
 

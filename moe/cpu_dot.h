@@ -9,12 +9,11 @@
 #include "moe/cpu_kernels.h"
 #include "moe/cpu_simd.h"
 
-enum { PREFETCH_BYTES = 8192 }; /* ahead of the block in hand: the next row tile or the one after */
-
-/* A stretch of weights that will be needed soon: `lines` cache lines. */
-CPU_INLINE void prefetch(const uint8_t *p, int lines) {
+/* Cache lines of `ahead`, which runs parallel to w. */
+CPU_INLINE void prefetch(const struct cpu_dot *d, const uint8_t *w, int lines) {
+    uintptr_t p = (uintptr_t)d->ahead + ((uintptr_t)w - (uintptr_t)d->w);
     CPU_UNROLL
-    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)p + 64 * i, _MM_HINT_T1);
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)(p + 64 * (uintptr_t)i), _MM_HINT_T1);
 }
 
 /* One block of a quantised tile. */
@@ -74,17 +73,17 @@ CPU_INLINE void store_tile(const vf *acc, float *out, size_t stride, int n) {
 /* One row tile each; they return where the next one begins.
  *
  * Q4_K and Q5_K: y = (d * sc) * q - (dmin * m). */
-CPU_INLINE const uint8_t *dot_scale_min(const uint8_t *w, int32_t n_units, const uint8_t *x,
-                                        float *out, size_t stride, int five, int planes, int n) {
+CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t *w, float *out, int five, int planes, int n) {
+    const uint8_t *x = job->x;
     const int sc_at = five ? CPU_Q5_K_SC : CPU_Q4_K_SC, m_at = five ? CPU_Q5_K_M : CPU_Q4_K_M;
-    const int d_at = five ? CPU_Q5_K_D : CPU_Q4_K_D, unit = five ? CPU_Q5_K_UNIT : CPU_Q4_K_UNIT;
+    const int jobat = five ? CPU_Q5_K_D : CPU_Q4_K_D, unit = five ? CPU_Q5_K_UNIT : CPU_Q4_K_UNIT;
     vf acc[CPU_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
-    for (int32_t u = 0; u < n_units; u++, w += unit) {
-        vf d = vf_from_f16(w + d_at), dmin = vf_from_f16(w + d_at + 32);
+    for (int32_t u = 0; u < job->n_units; u++, w += unit) {
+        vf d = vf_from_f16(w + jobat), dmin = vf_from_f16(w + jobat + 32);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
-            prefetch(w + PREFETCH_BYTES + b * unit / 8, five ? 6 : 5);
+            prefetch(job, w + b * unit / 8, five ? 6 : 5);
             vi q[8];
             split_nibbles(w + 256 * b, q);
             if (five) {
@@ -112,20 +111,20 @@ CPU_INLINE const uint8_t *dot_scale_min(const uint8_t *w, int32_t n_units, const
             x += cpu_tile_block_bytes(planes, n);
         }
     }
-    store_tile(acc, out, stride, n);
+    store_tile(acc, out, job->stride, n);
     return w;
 }
 
 /* Q6_K: y = (d * sc) * (q - 32), a scale per 16 columns; the 32 is in the tile's offsets. */
-CPU_INLINE const uint8_t *dot_q6_k(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
-                                   size_t stride, int planes, int n) {
+CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, float *out, int planes, int n) {
+    const uint8_t *x = job->x;
     vf acc[CPU_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
-    for (int32_t u = 0; u < n_units; u++, w += CPU_Q6_K_UNIT) {
+    for (int32_t u = 0; u < job->n_units; u++, w += CPU_Q6_K_UNIT) {
         vf d = vf_load(w + CPU_Q6_K_D);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
-            prefetch(w + PREFETCH_BYTES + b * CPU_Q6_K_UNIT / 8, 7);
+            prefetch(job, w + b * CPU_Q6_K_UNIT / 8, 7);
             vi q[8], two = vi_set1(0x30303030);
             split_nibbles(w + 256 * b, q);
             CPU_UNROLL
@@ -151,19 +150,19 @@ CPU_INLINE const uint8_t *dot_q6_k(const uint8_t *w, int32_t n_units, const uint
             x += cpu_tile_block_bytes(planes, n);
         }
     }
-    store_tile(acc, out, stride, n);
+    store_tile(acc, out, job->stride, n);
     return w;
 }
 
 /* Q8_0: y = d * (q - 128). AVX2's byte product needs its unsigned side below 128: there the byte goes in
  * two halves of 4 bits. */
-CPU_INLINE const uint8_t *dot_q8_0(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
-                                   size_t stride, int planes, int n) {
+CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, float *out, int planes, int n) {
+    const uint8_t *x = job->x;
     vf acc[CPU_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
-    for (int32_t u = 0; u < n_units; u++, w += CPU_Q8_0_UNIT) {
-        prefetch(w + PREFETCH_BYTES, CPU_Q8_0_UNIT / 64);
+    for (int32_t u = 0; u < job->n_units; u++, w += CPU_Q8_0_UNIT) {
+        prefetch(job, w, CPU_Q8_0_UNIT / 64);
         vf d = vf_load(w + CPU_Q8_0_D);
         vi q[8];
         CPU_UNROLL
@@ -188,11 +187,11 @@ CPU_INLINE const uint8_t *dot_q8_0(const uint8_t *w, int32_t n_units, const uint
         }
         x += cpu_tile_block_bytes(planes, n);
     }
-    store_tile(acc, out, stride, n);
+    store_tile(acc, out, job->stride, n);
     return w;
 }
 
-CPU_INLINE vf load_float_unit(const uint8_t *w, int format) {
+CPU_INLINE vf loajobfloat_unit(const uint8_t *w, int format) {
     if (format == CPU_F32) return vf_load(w);
     if (format == CPU_F16) return vf_from_f16(w);
     return vf_from_bf16(w);
@@ -209,14 +208,14 @@ CPU_INLINE void dot_float(const uint8_t *w, int32_t n_cols, const float *x, size
     for (; k + 4 <= n_cols; k += 4) {
         CPU_UNROLL
         for (int j = 0; j < 4; j++) {
-            vf row = load_float_unit(w + (size_t)(k + j) * unit, format);
+            vf row = loajobfloat_unit(w + (size_t)(k + j) * unit, format);
             CPU_UNROLL
             for (int t = 0; t < n; t++)
                 acc[t][j] = vf_fma(row, vf_set1(x[(size_t)t * x_stride + (size_t)(k + j)]), acc[t][j]);
         }
     }
     for (; k < n_cols; k++) {
-        vf row = load_float_unit(w + (size_t)k * unit, format);
+        vf row = loajobfloat_unit(w + (size_t)k * unit, format);
         CPU_UNROLL
         for (int t = 0; t < n; t++)
             acc[t][0] = vf_fma(row, vf_set1(x[(size_t)t * x_stride + (size_t)k]), acc[t][0]);
@@ -239,23 +238,18 @@ CPU_INLINE void dot_float(const uint8_t *w, int32_t n_cols, const float *x, size
 #else /* 16 registers hold no more */
 #define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
 #endif
-#define CPU_DOT_ARGS \
-    const uint8_t *w, int32_t n_tiles, int32_t n_units, const uint8_t *x, float *out, size_t stride
-#define CPU_EACH_TILE for (int32_t i = 0; i < n_tiles; i++, out += CPU_ROWS)
-#define CPU_DOT_K(name, five, planes, n) \
-    static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
-        CPU_EACH_TILE w = dot_scale_min(w, n_units, x, out, stride, five, planes, n); \
+#define CPU_DOT(name, planes, n, call) \
+    static void k_dot_##name##_##planes##_##n(const struct cpu_dot *job) { \
+        const uint8_t *w = job->w; \
+        float *out = job->out; \
+        for (int32_t i = 0; i < job->n_tiles; i++, out += CPU_ROWS) w = call; \
     }
-#define CPU_DOT_Q4_K(name, planes, n) CPU_DOT_K(name, 0, planes, n)
-#define CPU_DOT_Q5_K(name, planes, n) CPU_DOT_K(name, 1, planes, n)
-#define CPU_DOT_Q6_K(name, planes, n) \
-    static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
-        CPU_EACH_TILE w = dot_q6_k(w, n_units, x, out, stride, planes, n); \
-    }
-#define CPU_DOT_Q8_0(name, planes, n) \
-    static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
-        CPU_EACH_TILE w = dot_q8_0(w, n_units, x, out, stride, planes, n); \
-    }
+#define CPU_DOT_Q4_K(name, planes, n) \
+    CPU_DOT(name, planes, n, dot_scale_min(job, w, out, 0, planes, n))
+#define CPU_DOT_Q5_K(name, planes, n) \
+    CPU_DOT(name, planes, n, dot_scale_min(job, w, out, 1, planes, n))
+#define CPU_DOT_Q6_K(name, planes, n) CPU_DOT(name, planes, n, dot_q6_k(job, w, out, planes, n))
+#define CPU_DOT_Q8_0(name, planes, n) CPU_DOT(name, planes, n, dot_q8_0(job, w, out, planes, n))
 CPU_DOT_WIDTHS(CPU_DOT_Q4_K, q4_k, 1)
 CPU_DOT_WIDTHS(CPU_DOT_Q4_K, q4_k, 2)
 CPU_DOT_WIDTHS(CPU_DOT_Q5_K, q5_k, 1)

@@ -47,7 +47,8 @@ static void route_item(void *ctx, int32_t item, int thread) {
         int width = to - t < ROUTE_TOKENS ? (int)(to - t) : ROUTE_TOKENS;
         for (int i = 0; i < width; i++) route_norm(c, r->op, t + i);
         struct cpu_input in = {.f = cpu_row(r->op->x, t), .f_stride = r->op->x->stride, .n = width};
-        cpu_tile_product(c, m, (struct cpu_rows){0, 0, m->n_tiles}, &in, logits, stride);
+        cpu_tile_product(c, m, &(struct cpu_rows){.n_tiles = m->n_tiles, .end = m->n_tiles}, &in,
+                         logits, stride);
         for (int i = 0; i < width; i++) route_choose(c, r->op, t + i, logits + (size_t)i * stride);
     }
 }
@@ -119,7 +120,8 @@ struct experts {
     const struct cpu_matrix *gate, *up; /* the same shape; or down and NULL */
     struct buf *dst;
     bool quantize;          /* up: dst's rows go to act_q */
-    int32_t n_parts;        /* of an expert's rows, in steps of 32 */
+    int32_t part_tiles;     /* row tiles per part: 2, or 1 for down */
+    int32_t n_parts;        /* of an expert's rows */
     int32_t n_row_items;    /* per expert */
 };
 
@@ -146,16 +148,44 @@ static struct cpu_input gather(const struct experts *x, int32_t first, int n, in
     return in;
 }
 
+/* The parts of expert `e` that an item covers, and the row tile the item after next starts with. */
+struct span {
+    int32_t e, from, to, next_e, next_tile;
+};
+
+static struct span item_span(const struct experts *x, int32_t item) {
+    const struct cpu *c = x->c;
+    int32_t n = x->n_row_items, part = item % n, next = item + c->n_threads;
+    struct span s = {.e = c->groups[item / n],
+                     .from = (int32_t)((int64_t)x->n_parts * part / n),
+                     .to = (int32_t)((int64_t)x->n_parts * (part + 1) / n),
+                     .next_e = -1};
+    if (next >= c->n_groups * n) return s;
+    s.next_e = c->groups[next / n];
+    s.next_tile = (int32_t)((int64_t)x->n_parts * (next % n) / n) * x->part_tiles;
+    return s;
+}
+
+/* Row tiles `tile` … of m, which the item uses up to tile `end`. */
+static struct cpu_rows rows_of(const struct cpu_matrix *m, const struct span *s, int32_t tile,
+                               int32_t n_tiles, int32_t end) {
+    struct cpu_rows r = {.expert = s->e, .tile = tile, .n_tiles = n_tiles, .end = end};
+    if (s->next_e >= 0) r.next = cpu_matrix_tile(m, s->next_e, s->next_tile);
+    return r;
+}
+
 /* 32 rows of gate and up for the routed rows from `first`: to the inner activations. */
-static void up_rows(const struct experts *x, int32_t e, int32_t part, const struct cpu_input *in,
-                    int32_t first, int thread) {
+static void up_rows(const struct experts *x, const struct span *sp, int32_t part,
+                    const struct cpu_input *in, int32_t first, struct cpu_scratch *s) {
     struct cpu *c = x->c;
-    struct cpu_scratch *s = &c->scratch[thread];
-    int32_t row = part * CPU_BLOCK, n_rows = x->gate->n_rows - row;
+    int32_t row = part * CPU_BLOCK, n_rows = x->gate->n_rows - row, tile = part * x->part_tiles;
     if (n_rows > CPU_BLOCK) n_rows = CPU_BLOCK;
-    struct cpu_rows rows = {e, row / CPU_ROWS, (n_rows + CPU_ROWS - 1) / CPU_ROWS};
-    cpu_tile_product(c, x->gate, rows, in, s->gate, CPU_BLOCK);
-    cpu_tile_product(c, x->up, rows, in, s->up, CPU_BLOCK);
+    int32_t n_tiles = (n_rows + CPU_ROWS - 1) / CPU_ROWS, end = sp->to * x->part_tiles;
+    if (end > x->gate->n_tiles) end = x->gate->n_tiles;
+    struct cpu_rows rows = rows_of(x->gate, sp, tile, n_tiles, end);
+    cpu_tile_product(c, x->gate, &rows, in, s->gate, CPU_BLOCK);
+    rows = rows_of(x->up, sp, tile, n_tiles, end);
+    cpu_tile_product(c, x->up, &rows, in, s->up, CPU_BLOCK);
     size_t row_bytes = cpu_row_bytes(x->dst->n_cols, CPU_PLANES_DOWN);
     for (int t = 0; t < in->n; t++) {
         float *act = s->gate + t * CPU_BLOCK;
@@ -169,21 +199,29 @@ static void up_rows(const struct experts *x, int32_t e, int32_t part, const stru
     }
 }
 
+static void down_rows(const struct experts *x, const struct span *s, const struct cpu_input *in,
+                      int32_t first) {
+    for (int32_t tile = s->from; tile < s->to;) {
+        int32_t n = cpu_tiles_at_once(x->gate, s->to - tile);
+        struct cpu_rows rows = rows_of(x->gate, s, tile, n, s->to);
+        cpu_tile_product(x->c, x->gate, &rows, in, cpu_row(x->dst, first) + tile * CPU_ROWS,
+                         x->dst->stride);
+        tile += n;
+    }
+}
+
 static void experts_item(void *ctx, int32_t item, int thread) {
     const struct experts *x = ctx;
     struct cpu *c = x->c;
-    int32_t e = c->groups[item / x->n_row_items], part = item % x->n_row_items;
-    int32_t from = (int32_t)((int64_t)x->n_parts * part / x->n_row_items);
-    int32_t to = (int32_t)((int64_t)x->n_parts * (part + 1) / x->n_row_items);
-    int32_t end = c->route.expert_first[e + 1];
-    for (int32_t first = c->route.expert_first[e]; first < end;) {
+    struct span s = item_span(x, item);
+    int32_t end = c->route.expert_first[s.e + 1];
+    for (int32_t first = c->route.expert_first[s.e]; first < end;) {
         int n = cpu_tile_width(c->kernels, end - first);
         struct cpu_input in = gather(x, first, n, thread);
         if (x->up)
-            for (int32_t p = from; p < to; p++) up_rows(x, e, p, &in, first, thread);
-        else
-            cpu_tile_product(c, x->gate, (struct cpu_rows){e, from, to - from}, &in,
-                             cpu_row(x->dst, first) + from * CPU_ROWS, x->dst->stride);
+            for (int32_t p = s.from; p < s.to; p++)
+                up_rows(x, &s, p, &in, first, &c->scratch[thread]);
+        else down_rows(x, &s, &in, first);
         first += n;
     }
 }
@@ -220,6 +258,7 @@ enum status cpu_experts_up(struct backend *b, const struct op_experts_up *op) {
                         .up = up,
                         .dst = op->act,
                         .quantize = c->act_q && !c->float_experts,
+                        .part_tiles = CPU_BLOCK / CPU_ROWS,
                         .n_parts = (gate->n_rows + CPU_BLOCK - 1) / CPU_BLOCK};
     c->counters.expert_reads += (uint64_t)c->n_groups;
     run_experts(&x);
@@ -260,6 +299,7 @@ enum status cpu_experts_down(struct backend *b, const struct op_experts_down *op
                         .planes = CPU_PLANES_DOWN,
                         .gate = down,
                         .dst = op->y,
+                        .part_tiles = 1,
                         .n_parts = down->n_tiles};
     run_experts(&x);
     struct combine m = {.c = c, .op = op};

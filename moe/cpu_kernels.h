@@ -61,8 +61,15 @@ static inline size_t cpu_tile_block_bytes(int planes, int n_tokens) {
 
 /* out[t * stride + r] = dot of row r with token t, for the rows of n_tiles successive row tiles from w, of
  * n_units units each, and the tokens of the quantised tile x. */
-typedef void cpu_dot_fn(const uint8_t *w, int32_t n_tiles, int32_t n_units, const uint8_t *x,
-                        float *out, size_t stride);
+struct cpu_dot {
+    const uint8_t *w;
+    const uint8_t *ahead; /* what will be needed soon: prefetched at the pace of w */
+    int32_t n_tiles, n_units;
+    const uint8_t *x;
+    float *out;
+    size_t stride;
+};
+typedef void cpu_dot_fn(const struct cpu_dot *d);
 /* The same for float weights; x[t * x_stride + k] in float32, n_cols columns. */
 typedef void cpu_dot_float_fn(const uint8_t *w, int32_t n_cols, const float *x, size_t x_stride,
                               float *out, size_t stride);

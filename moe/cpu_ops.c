@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* Row tiles that are multiplied with one token tile after the other while they stay in the first-level cache. */
-enum { MOST_TILES = 8, TILES_BYTES = 16 * 1024 };
+enum { MOST_TILES = 8, TILES_BYTES = 8 * 1024 };
 
 /* ---- cutting work ------------------------------------------------------------------------------- */
 
@@ -40,16 +40,26 @@ int32_t cpu_tiles_at_once(const struct cpu_matrix *m, int32_t n) {
 
 /* ---- tiles ---------------------------------------------------------------------------------------- */
 
-void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, struct cpu_rows rows,
+/* Weights this far ahead are prefetched: memory's latency at the pace of one thread. */
+enum { AHEAD_BYTES = 8192 };
+
+static const uint8_t *ahead(const struct cpu_matrix *m, const struct cpu_rows *rows, const uint8_t *w) {
+    const uint8_t *end = cpu_matrix_tile(m, rows->expert, rows->end);
+    ptrdiff_t left = end - w;
+    if (left > AHEAD_BYTES) return w + AHEAD_BYTES;
+    return rows->next ? rows->next + (AHEAD_BYTES - left) : w;
+}
+
+void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const struct cpu_rows *rows,
                       const struct cpu_input *in, float *out, size_t stride) {
-    const uint8_t *w = cpu_matrix_tile(m, rows.expert, rows.tile);
+    const uint8_t *w = cpu_matrix_tile(m, rows->expert, rows->tile);
     if (cpu_matrix_quantized(m)) {
-        c->kernels->dot[m->format][in->planes - 1][in->n](w, rows.n_tiles, m->n_units, in->q, out,
-                                                          stride);
+        struct cpu_dot d = {w, ahead(m, rows, w), rows->n_tiles, m->n_units, in->q, out, stride};
+        c->kernels->dot[m->format][in->planes - 1][in->n](&d);
         return;
     }
     cpu_dot_float_fn *const *dot = c->kernels->dot_float[m->format - CPU_F32];
-    for (int32_t i = 0; i < rows.n_tiles; i++, w += m->tile_bytes, out += CPU_ROWS) {
+    for (int32_t i = 0; i < rows->n_tiles; i++, w += m->tile_bytes, out += CPU_ROWS) {
         for (int t = 0; t < in->n; t += 4) {
             int n = in->n - t < 4 ? in->n - t : 4;
             dot[n - 1](w, m->n_cols, in->f + (size_t)t * in->f_stride, in->f_stride,
@@ -146,12 +156,12 @@ struct product {
 };
 
 /* A few row tiles of matrix i with the token tiles of group g. */
-static void product_tiles(const struct product *p, int i, struct cpu_rows rows, int32_t g) {
+static void product_tiles(const struct product *p, int i, const struct cpu_rows *rows, int32_t g) {
     struct cpu *c = p->c;
     const struct cpu_matrix *m = &p->w[i]->matrix;
     struct buf *out = p->out[i];
     size_t row_bytes = cpu_row_bytes(m->n_cols, p->planes);
-    int32_t n_rows = rows.n_tiles * CPU_ROWS;
+    int32_t n_rows = rows->n_tiles * CPU_ROWS;
     int32_t end = (g + 1) * p->group_tiles < c->n_tiles ? (g + 1) * p->group_tiles : c->n_tiles;
     for (int32_t k = g * p->group_tiles; k < end; k++) {
         int32_t first = c->tile_first[k];
@@ -160,7 +170,7 @@ static void product_tiles(const struct product *p, int i, struct cpu_rows rows, 
                                .f = c->x_rows + (size_t)first * (size_t)c->max_cols,
                                .f_stride = (size_t)c->max_cols,
                                .n = c->tile_first[k + 1] - first};
-        float *dst = cpu_row(out, first) + (size_t)rows.tile * CPU_ROWS;
+        float *dst = cpu_row(out, first) + (size_t)rows->tile * CPU_ROWS;
         if (!p->add) {
             cpu_tile_product(c, m, rows, &in, dst, out->stride);
             continue;
@@ -172,23 +182,30 @@ static void product_tiles(const struct product *p, int i, struct cpu_rows rows, 
     }
 }
 
+/* The row tile that row item i starts with, and its matrix. */
+static int32_t first_tile(const struct product *p, int32_t row_item, int *matrix) {
+    int32_t tile = (int32_t)((int64_t)p->n_row_tiles * row_item / p->n_row_items);
+    for (*matrix = 0; *matrix < p->n_out && tile >= p->w[*matrix]->matrix.n_tiles; ++*matrix)
+        tile -= p->w[*matrix]->matrix.n_tiles;
+    return tile;
+}
+
 static void product_item(void *ctx, int32_t item, int thread) {
     const struct product *p = ctx;
     (void)thread;
     int32_t g = item % p->n_groups, row_item = item / p->n_groups;
-    int32_t tile = (int32_t)((int64_t)p->n_row_tiles * row_item / p->n_row_items);
-    int32_t end = (int32_t)((int64_t)p->n_row_tiles * (row_item + 1) / p->n_row_items);
-    for (int i = 0; i < p->n_out && tile < end; i++) {
+    int i, last, soon;
+    int32_t tile = first_tile(p, row_item, &i), end = first_tile(p, row_item + 1, &last);
+    int32_t next = first_tile(p, (item + p->c->n_threads) / p->n_groups, &soon);
+    for (; i < last || (i == last && tile < end); i++, tile = 0) {
         const struct cpu_matrix *m = &p->w[i]->matrix;
-        int32_t n = m->n_tiles < end ? m->n_tiles : end;
-        while (tile < n) {
-            struct cpu_rows rows = {0, tile, cpu_tiles_at_once(m, n - tile)};
-            product_tiles(p, i, rows, g);
-            tile += rows.n_tiles;
+        struct cpu_rows rows = {.tile = tile, .end = i == last ? end : m->n_tiles};
+        if (i + 1 < last || (i + 1 == last && end > 0)) rows.next = p->w[i + 1]->matrix.p;
+        else if (soon < p->n_out) rows.next = cpu_matrix_tile(&p->w[soon]->matrix, 0, next);
+        for (; rows.tile < rows.end; rows.tile += rows.n_tiles) {
+            rows.n_tiles = cpu_tiles_at_once(m, rows.end - rows.tile);
+            product_tiles(p, i, &rows, g);
         }
-        tile -= m->n_tiles; /* the next matrix counts from 0 */
-        if (tile < 0) break;
-        end -= m->n_tiles;
     }
 }
 

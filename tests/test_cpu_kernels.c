@@ -83,6 +83,13 @@ static struct matrix make_matrix(enum tensor_type type, int32_t n_experts, int32
     return x;
 }
 
+/* One row tile; out[t][16]. */
+static void run_dot(cpu_dot_fn *dot, const struct cpu_matrix *m, int32_t tile, const uint8_t *x,
+                    float *out) {
+    const uint8_t *w = cpu_matrix_tile(m, 0, tile);
+    dot(&(struct cpu_dot){w, w, 1, m->n_units, x, out, CPU_ROWS});
+}
+
 static void free_matrix(struct matrix *x) {
     free(x->m.p);
     free(x->w);
@@ -187,7 +194,7 @@ static void test_not_finite(void **state) {
                 fill_input(0, &seed, 256, in);
                 in[17 + 40 * k] = bad[k % 3];
                 isas[isa]->quantize(in, 256, 1 + k / 3, row, 0, 1);
-                isas[isa]->dot[x.m.format][k / 3][1](x.m.p, 1, x.m.n_units, row, out, 16);
+                run_dot(isas[isa]->dot[x.m.format][k / 3][1], &x.m, 0, row, out);
                 for (int r = 0; r < 16; r++) assert_false(isfinite(out[r]));
             }
         }
@@ -212,7 +219,7 @@ static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, 
             k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, n);
         for (int32_t row = 0; row < x->m.n_tiles * CPU_ROWS; row++) {
             if (row % CPU_ROWS == 0)
-                dot(cpu_matrix_tile(&x->m, 0, row / CPU_ROWS), 1, x->m.n_units, tile, out, CPU_ROWS);
+                run_dot(dot, &x->m, row / CPU_ROWS, tile, out);
             for (int t = 0; t < n; t++) {
                 double y = 0, size = 0, scale;
                 for (int32_t c = 0; c < n_cols && row < x->m.n_rows; c++) {
@@ -240,7 +247,7 @@ static void check_accuracy(const struct cpu_kernels *k, const struct matrix *x, 
     for (int t = 0; t < CPU_TILE; t++, in += n_cols) {
         float out[CPU_ROWS];
         k->quantize(in, n_cols, planes, row, 0, 1);
-        k->dot[x->m.format][planes - 1][1](x->m.p, 1, x->m.n_units, row, out, CPU_ROWS);
+        run_dot(k->dot[x->m.format][planes - 1][1], &x->m, 0, row, out);
         for (int r = 0; r < CPU_ROWS; r++) {
             double y = 0, scale;
             for (int32_t c = 0; c < n_cols; c++) {
@@ -323,7 +330,7 @@ static void test_width_does_not_matter(void **state) {
                 const struct cpu_kernels *k = isas[isa];
                 for (int t = 0; t < MOST; t++) {
                     k->quantize(in[t], COLS, planes, tile, 0, 1);
-                    k->dot[x.m.format][planes - 1][1](x.m.p, 1, x.m.n_units, tile, alone[isa][t], CPU_ROWS);
+                    run_dot(k->dot[x.m.format][planes - 1][1], &x.m, 0, tile, alone[isa][t]);
                 }
                 for (int m = 1; m <= MOST; m++) {
                     for (int at = 0; at < m;) {
@@ -331,7 +338,7 @@ static void test_width_does_not_matter(void **state) {
                         assert_in_range(n, 1, m - at);
                         assert_non_null(k->dot[x.m.format][planes - 1][n]);
                         for (int t = 0; t < n; t++) k->quantize(in[at + t], COLS, planes, tile, t, n);
-                        k->dot[x.m.format][planes - 1][n](x.m.p, 1, x.m.n_units, tile, out[0], CPU_ROWS);
+                        run_dot(k->dot[x.m.format][planes - 1][n], &x.m, 0, tile, out[0]);
                         assert_memory_equal(out, alone[isa][at], (size_t)n * sizeof *out);
                         at += n;
                     }
