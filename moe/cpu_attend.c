@@ -182,18 +182,25 @@ static void gather_group(const struct attention *a, const int32_t *blocks, int32
     }
 }
 
-/* Keys and values of x->n_pos positions from `at`, a multiple of CPU_SPLIT, of n_pos in all. */
+/* The keys of a sequence's positions from `at`, to be prefetched. */
+static void find_next(const struct attention *a, const int32_t *blocks, int32_t g, int32_t at,
+                      int32_t n_pos, struct cpu_attend *x) {
+    const struct cpu *c = a->c;
+    int32_t b = c->limits.block_tokens;
+    size_t stride;
+    for (int32_t i = 0; i < CPU_SPLIT / CPU_POS; i++, at += CPU_POS) {
+        x->next_k[i] = NULL;
+        if (b >= CPU_POS && at < n_pos)
+            x->next_k[i] = key_at(c, kv_head(c, a->op->layer, blocks[at / b], g), at % b, &stride);
+    }
+}
+
+/* Keys and values of x->n_pos positions from `at`, a multiple of CPU_SPLIT. */
 static void find_split(const struct attention *a, const int32_t *blocks, int32_t g, int32_t at,
-                       int32_t n_pos, struct cpu_scratch *s, struct cpu_attend *x) {
+                       struct cpu_scratch *s, struct cpu_attend *x) {
     const struct cpu *c = a->c;
     int32_t b = c->limits.block_tokens;
     size_t group = padded_head(c) * CPU_POS, stride;
-    for (int32_t i = 0; i < CPU_SPLIT / CPU_POS; i++) {
-        int32_t pos = at + CPU_SPLIT + i * CPU_POS;
-        x->next_k[i] = NULL;
-        if (b >= CPU_POS && pos < n_pos)
-            x->next_k[i] = key_at(c, kv_head(c, a->op->layer, blocks[pos / b], g), pos % b, &stride);
-    }
     for (int32_t i = 0; i * CPU_POS < x->n_pos; i++) {
         int32_t pos = at + i * CPU_POS, left = x->n_pos - i * CPU_POS;
         if (b >= CPU_POS) {
@@ -212,6 +219,7 @@ static void find_split(const struct attention *a, const int32_t *blocks, int32_t
 /* Heads first_head … + n_heads - 1 of KV head g for tokens t … t + n_tokens - 1: their rows of state. */
 struct rows {
     int32_t t, n_tokens, g, first_head, n_heads;
+    int32_t next_t, next_g; /* where this thread will probably go on; next_t -1: unknown */
     float max[CPU_ATTEND_ROWS], sum[CPU_ATTEND_ROWS];
 };
 
@@ -227,7 +235,7 @@ static void attend_split(const struct attention *a, struct rows *r, int32_t at,
         if (x->n_rows == CPU_QROWS || (x->n_rows > 0 && x->n_pos != covered)) {
             c->kernels->attend(x);
             x->n_rows = 0;
-            x->next_k[0] = NULL; /* once is enough */
+            for (int j = 0; j < CPU_SPLIT / CPU_POS; j++) x->next_k[j] = NULL; /* once is enough */
         }
         if (covered <= 0) continue;
         x->n_pos = covered;
@@ -252,7 +260,12 @@ static void attend_rows(const struct attention *a, struct rows *r, struct cpu_sc
     }
     for (int32_t at = 0; at < n_pos; at += CPU_SPLIT) {
         x.n_pos = n_pos - at < CPU_SPLIT ? n_pos - at : CPU_SPLIT;
-        find_split(a, c->batch.blocks[r->t], r->g, at, n_pos, s, &x);
+        find_split(a, c->batch.blocks[r->t], r->g, at, s, &x);
+        if (at + CPU_SPLIT < n_pos)
+            find_next(a, c->batch.blocks[r->t], r->g, at + CPU_SPLIT, n_pos, &x);
+        else if (r->next_t >= 0)
+            find_next(a, c->batch.blocks[r->next_t], r->next_g, 0, c->batch.pos[r->next_t] + 1, &x);
+        else x.next_k[0] = x.next_k[1] = x.next_k[2] = x.next_k[3] = NULL;
         attend_split(a, r, at, s, &x);
     }
     for (int32_t i = 0; i < n_rows; i++) {
@@ -269,6 +282,11 @@ static void attention_item(void *ctx, int32_t item, int thread) {
     int32_t per_kv = c->shape.n_heads / c->shape.n_kv_heads, tile = item / c->shape.n_kv_heads;
     struct rows r = {.t = c->attend_first[tile], .g = item % c->shape.n_kv_heads};
     r.n_tokens = c->attend_first[tile + 1] - r.t;
+    int32_t next = item + c->n_threads;
+    r.next_t = next / c->shape.n_kv_heads < c->n_attend_tiles
+                   ? c->attend_first[next / c->shape.n_kv_heads]
+                   : -1;
+    r.next_g = next % c->shape.n_kv_heads;
     for (int32_t h = 0; h < per_kv; h += CPU_ATTEND_ROWS) {
         r.first_head = r.g * per_kv + h;
         r.n_heads = per_kv - h < CPU_ATTEND_ROWS ? per_kv - h : CPU_ATTEND_ROWS;

@@ -11,19 +11,21 @@
 #include "moe/cpu_kernels.h"
 #include "moe/cpu_simd.h"
 
-/* scores[r][p] of rows first … first + n - 1, `wide` groups of positions in one pass. The same groups' values
- * are prefetched meanwhile: a group is a page or less, too short for the hardware to run ahead in. */
+/* scores[r][p] of rows first … first + n - 1, `wide` groups of positions in one pass. Meanwhile the same groups'
+ * values and the next split's keys are prefetched: a group is a page or less, too short for the hardware to
+ * run ahead in. */
 CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int wide,
                               float scores[][CPU_SPLIT]) {
     const int n_groups = (a->n_pos + CPU_POS - 1) / CPU_POS;
     for (int g = 0; g < n_groups; g += wide) {
-        const uint16_t *k[4], *v[4];
+        const uint16_t *k[4], *v[4], *next[4];
         vf acc[16];
         CPU_UNROLL
         for (int j = 0; j < wide; j++) {
             int group = g + j < n_groups ? g + j : n_groups - 1;
             k[j] = a->k[group];
             v[j] = a->v[group];
+            next[j] = a->next_k[group] ? a->next_k[group] : k[j];
         }
         CPU_UNROLL
         for (int i = 0; i < n * wide; i++) acc[i] = vf_zero();
@@ -33,6 +35,7 @@ CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int 
                 const uint16_t *key = k[j] + (size_t)d * CPU_POS;
                 vf key0 = vf_from_f16(key), key1 = vf_from_f16(key + CPU_POS);
                 _mm_prefetch((const char *)(v[j] + (size_t)d * CPU_POS), _MM_HINT_T1);
+                _mm_prefetch((const char *)(next[j] + (size_t)d * CPU_POS), _MM_HINT_T1);
                 CPU_UNROLL
                 for (int r = 0; r < n; r++) {
                     vf s = vf_fma(key0, vf_set1(a->q[first + r][d]), acc[j * n + r]);
@@ -52,13 +55,6 @@ CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int 
             }
         }
     }
-}
-
-/* The whole next split's keys, a group at a time. */
-CPU_INLINE void attend_prefetch(const struct cpu_attend *a) {
-    for (int g = 0; g < CPU_SPLIT / CPU_POS && a->next_k[g]; g++)
-        for (int32_t d = 0; d < a->head_dim; d += 2)
-            _mm_prefetch((const char *)(a->next_k[g] + (size_t)d * CPU_POS), _MM_HINT_T1);
 }
 
 /* Scores to p = exp(score - max) in place; returns what the row's sums so far must be multiplied by. */
@@ -129,7 +125,6 @@ CPU_INLINE void attend_rows(const struct cpu_attend *a, int first, int n, int gr
 
 static void k_attend(const struct cpu_attend *a) {
     int r = 0;
-    attend_prefetch(a);
     for (; a->n_rows - r >= 8; r += 8) attend_rows(a, r, 8, 2, 2);
     for (; a->n_rows - r >= 4; r += 4) attend_rows(a, r, 4, 2, 4);
     for (; a->n_rows - r >= 2; r += 2) attend_rows(a, r, 2, 4, 8);

@@ -186,17 +186,16 @@ static void up_rows(const struct experts *x, const struct span *sp, int32_t part
     cpu_tile_product(c, x->gate, &rows, in, s->gate, CPU_BLOCK);
     rows = rows_of(x->up, sp, tile, n_tiles, end);
     cpu_tile_product(c, x->up, &rows, in, s->up, CPU_BLOCK);
-    size_t row_bytes = cpu_row_bytes(x->dst->n_cols, CPU_PLANES_DOWN);
-    for (int t = 0; t < in->n; t++) {
-        float *act = s->gate + t * CPU_BLOCK;
-        c->kernels->silu_mul(act, s->up + t * CPU_BLOCK, n_rows);
-        if (x->quantize)
-            c->kernels->quantize(act, CPU_BLOCK, CPU_PLANES_DOWN,
-                                 c->act_q + (size_t)(first + t) * row_bytes +
-                                     cpu_row_bytes(row, CPU_PLANES_DOWN),
-                                 0, 1);
-        else memcpy(cpu_row(x->dst, first + t) + row, act, (size_t)n_rows * sizeof *act);
+    /* Columns beyond the last row are products with zero rows, or left over: nobody reads them. */
+    c->kernels->silu_mul(s->gate, s->up, in->n * CPU_BLOCK);
+    if (x->quantize) {
+        size_t row_bytes = cpu_row_bytes(x->dst->n_cols, CPU_PLANES_DOWN);
+        uint8_t *dst = c->act_q + (size_t)first * row_bytes + cpu_row_bytes(row, CPU_PLANES_DOWN);
+        c->kernels->quantize_block(s->gate, in->n, CPU_PLANES_DOWN, dst, row_bytes);
+        return;
     }
+    for (int t = 0; t < in->n; t++)
+        memcpy(cpu_row(x->dst, first + t) + row, s->gate + t * CPU_BLOCK, (size_t)n_rows * 4);
 }
 
 static void down_rows(const struct experts *x, const struct span *s, const struct cpu_input *in,

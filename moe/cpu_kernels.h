@@ -83,7 +83,7 @@ struct cpu_attend {
     float *sum[CPU_QROWS];      /* running sum of p */
     /* Per group of CPU_POS positions: f16 keys [Hd][CPU_POS], f16 values [CPU_POS][Hd rounded up to 16]. */
     const uint16_t *k[CPU_SPLIT / CPU_POS], *v[CPU_SPLIT / CPU_POS];
-    const uint16_t *next_k[CPU_SPLIT / CPU_POS]; /* the next split's, to be prefetched; or NULL */
+    const uint16_t *next_k[CPU_SPLIT / CPU_POS]; /* what comes next, to be prefetched; or NULL */
     int32_t n_rows, n_pos, head_dim;
     float scale;                /* of the scores */
 };
@@ -97,6 +97,8 @@ struct cpu_kernels {
     void (*rms_norm)(const float *x, const float *norm, float eps, int32_t n, float *y);
     /* Row of n values (a multiple of 32) to column t of a quantised tile of n_tokens. */
     void (*quantize)(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
+    /* One block of 32 values of each of n_rows rows x[n_rows][32], to dst + row * stride. */
+    void (*quantize_block)(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride);
     /* A quantised row of n values to column t of a tile of n_tokens. */
     void (*insert)(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
     /* gate = silu(gate) * up, n values. */

@@ -39,45 +39,57 @@ static void k_rms_norm(const float *x, const float *norm, float eps, int32_t n, 
     }
 }
 
-/* Round to nearest. A block that holds NaN or infinity gets a scale that is not finite, so that the row's
- * products are not finite either. */
-static void k_quantize(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens) {
+/* A block to column t of a tile's block of n. Round to nearest. If it holds NaN or infinity its scale is not
+ * finite, so that the row's products are not finite either. */
+CPU_INLINE void quantize_32(const float *x, int planes, uint8_t *block, int t, int n) {
     const float limit = planes == 2 ? 32639.0f : 127.0f, tiny = 1e-30f;
-    const size_t plane = (size_t)CPU_BLOCK * (size_t)n_tokens;
+    const size_t plane = (size_t)CPU_BLOCK * (size_t)n;
     const vi no_sign = vi_set1(0x7fffffff);
-    for (int32_t i = 0; i < n; i += CPU_BLOCK) {
-        vf x0 = vf_load(x + i), x1 = vf_load(x + i + 16);
-        /* As integers, so that NaN is the largest. */
-        int32_t bits = vi_max_lane(vi_max(vi_and(vf_bits(x0), no_sign), vi_and(vf_bits(x1), no_sign)));
-        float max, scale = 0, inverse = 0;
-        memcpy(&max, &bits, sizeof max);
-        if (!(max < tiny)) {
-            scale = max / limit;
-            inverse = limit / max;
-        }
-        vi q0 = vf_to_int(vf_mul(x0, vf_set1(inverse)));
-        vi q1 = vf_to_int(vf_mul(x1, vf_set1(inverse)));
-        uint8_t *q = tile + CPU_BLOCK * t;
-        const __m256i one = _mm256_set1_epi8(1);
-        __m256i low = vi_bytes(q0, q1), sums = _mm256_setzero_si256();
-        if (planes == 2) {
-            const vi half = vi_set1(128);
-            __m256i high = vi_bytes(vi_sar(vi_add(q0, half), 8), vi_sar(vi_add(q1, half), 8));
-            sums = _mm256_slli_epi32(dot_half(sums, one, high), 8);
-            _mm256_storeu_si256((__m256i *)(void *)q, high);
-            q += plane;
-        }
-        _mm256_storeu_si256((__m256i *)(void *)q, low);
-        int32_t sum0, sum1;
-        sum_quarters(dot_half(sums, one, low), &sum0, &sum1);
-        float *f = (float *)(void *)(tile + (size_t)planes * plane);
-        f[t] = scale;
-        f[n_tokens + t] = scale * (float)(sum0 + sum1);
-        int32_t *offset = (int32_t *)(void *)(f + 2 * n_tokens);
-        offset[t] = -32 * sum0;
-        offset[n_tokens + t] = -32 * sum1;
-        tile += cpu_tile_block_bytes(planes, n_tokens);
+    vf x0 = vf_load(x), x1 = vf_load(x + 16);
+    /* As integers, so that NaN is the largest. */
+    int32_t bits = vi_max_lane(vi_max(vi_and(vf_bits(x0), no_sign), vi_and(vf_bits(x1), no_sign)));
+    float max, scale = 0, inverse = 0;
+    memcpy(&max, &bits, sizeof max);
+    if (!(max < tiny)) {
+        scale = max / limit;
+        inverse = limit / max;
     }
+    vi q0 = vf_to_int(vf_mul(x0, vf_set1(inverse)));
+    vi q1 = vf_to_int(vf_mul(x1, vf_set1(inverse)));
+    uint8_t *q = block + CPU_BLOCK * t;
+    const __m256i one = _mm256_set1_epi8(1);
+    __m256i low = vi_bytes(q0, q1), sums = _mm256_setzero_si256();
+    if (planes == 2) {
+        const vi half = vi_set1(128);
+        __m256i high = vi_bytes(vi_sar(vi_add(q0, half), 8), vi_sar(vi_add(q1, half), 8));
+        sums = _mm256_slli_epi32(dot_half(sums, one, high), 8);
+        _mm256_storeu_si256((__m256i *)(void *)q, high);
+        q += plane;
+    }
+    _mm256_storeu_si256((__m256i *)(void *)q, low);
+    int32_t sum0, sum1;
+    sum_quarters(dot_half(sums, one, low), &sum0, &sum1);
+    float *f = (float *)(void *)(block + (size_t)planes * plane);
+    f[t] = scale;
+    f[n + t] = scale * (float)(sum0 + sum1);
+    int32_t *offset = (int32_t *)(void *)(f + 2 * n);
+    offset[t] = -32 * sum0;
+    offset[n + t] = -32 * sum1;
+}
+
+static void k_quantize(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens) {
+    const size_t block = cpu_tile_block_bytes(planes, n_tokens);
+    if (planes == 2)
+        for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += block) quantize_32(x + i, 2, tile, t, n_tokens);
+    else
+        for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += block) quantize_32(x + i, 1, tile, t, n_tokens);
+}
+
+static void k_quantize_block(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride) {
+    if (planes == 2)
+        for (int i = 0; i < n_rows; i++) quantize_32(x + i * CPU_BLOCK, 2, dst + (size_t)i * stride, 0, 1);
+    else
+        for (int i = 0; i < n_rows; i++) quantize_32(x + i * CPU_BLOCK, 1, dst + (size_t)i * stride, 0, 1);
 }
 
 /* The quantised row's blocks to column t. */
