@@ -11,9 +11,12 @@ static const char usage[] =
     "\n"
     "  moed-batched-bench --model FILE [options]\n"
     "\n"
-    "For each B of --npl: B prompts of --pp random tokens are prefilled in steps of at most --max-batch-tokens,\n"
-    "then --tg tokens are decoded for all B, greedily. One JSON line per B on standard output: pp, tg, pl (B),\n"
-    "n_kv, t_pp and t_tg in seconds, speed_pp and speed_tg in tokens per second over all sequences (t_* are\n"
+    "For each B of --npl: B prompts of --pp random tokens are prefilled in steps of at most "
+    "--max-batch-tokens,\n"
+    "then --tg tokens are decoded for all B, greedily. One JSON line per B on standard output: pp, "
+    "tg, pl (B),\n"
+    "n_kv, t_pp and t_tg in seconds, speed_pp and speed_tg in tokens per second over all sequences "
+    "(t_* are\n"
     "medians over --repeat).\n"
     "\n"
     "  --model FILE            GGUF model\n"
@@ -73,8 +76,7 @@ static void add_seq(struct bench *b, struct moe_step *step, int32_t *n_blocks, i
     b->seqs[step->n_seqs++] = seq;
     memcpy(b->ids + step->n_tokens, ids, (size_t)seq.n_tokens * sizeof *ids);
     step->n_tokens += seq.n_tokens;
-    for (int32_t i = 0; i < seq.n_blocks; i++)
-        b->blocks[(*n_blocks)++] = s * b->blocks_per_seq + i;
+    for (int32_t i = 0; i < seq.n_blocks; i++) b->blocks[(*n_blocks)++] = s * b->blocks_per_seq + i;
 }
 
 /* Full steps of prompt tokens, sequence after sequence; each prompt's last token is sampled. */
@@ -146,12 +148,12 @@ struct options {
 static void parse(int argc, char **argv, struct options *o) {
     enum { MODEL = 1, DEVICE, THREADS, ISA, PP, TG, NPL, BATCH, REPEAT, UTILIZATION, HELP };
     static const struct option longs[] = {
-        {"model", 1, 0, MODEL},   {"device", 1, 0, DEVICE},
+        {"model", 1, 0, MODEL},     {"device", 1, 0, DEVICE},
         {"threads", 1, 0, THREADS}, {"cpu-isa", 1, 0, ISA},
-        {"pp", 1, 0, PP},         {"tg", 1, 0, TG},
-        {"npl", 1, 0, NPL},       {"max-batch-tokens", 1, 0, BATCH},
-        {"repeat", 1, 0, REPEAT}, {"gpu-memory-utilization", 1, 0, UTILIZATION},
-        {"help", 0, 0, HELP},     {0, 0, 0, 0}};
+        {"pp", 1, 0, PP},           {"tg", 1, 0, TG},
+        {"npl", 1, 0, NPL},         {"max-batch-tokens", 1, 0, BATCH},
+        {"repeat", 1, 0, REPEAT},   {"gpu-memory-utilization", 1, 0, UTILIZATION},
+        {"help", 0, 0, HELP},       {0, 0, 0, 0}};
     *o = (struct options){.open = {.device = "cpu", .gpu_memory_utilization = 0.9},
                           .pp = 128,
                           .tg = 32,

@@ -10,15 +10,18 @@ static const char usage[] =
     "\n"
     "  moed-kv-bench --model FILE [options]\n"
     "\n"
-    "Generates greedily at batch 1, prompt included in the time, and prints tokens per second with the cache and\n"
-    "without it (the whole prefix computed again for each token), their ratio, and whether the ids are equal.\n"
+    "Generates greedily at batch 1, prompt included in the time, and prints tokens per second with "
+    "the cache and\n"
+    "without it (the whole prefix computed again for each token), their ratio, and whether the ids "
+    "are equal.\n"
     "Exit status 1 if they are not.\n"
     "\n"
     "  --model FILE      GGUF model\n"
     "  --device NAME     cpu, reference or cuda:N (default cpu)\n"
     "  --threads N       CPU threads (default: all cores)\n"
     "  --cpu-isa NAME    CPU kernels: auto, avx2, avx512, … (default auto)\n"
-    "  --ids LIST        the prompt's token ids (default: nine tokens of the bundled model's vocabulary)\n"
+    "  --ids LIST        the prompt's token ids (default: nine tokens of the bundled model's "
+    "vocabulary)\n"
     "  --tokens N        tokens to generate (default 32)\n"
     "  --repeat N        runs of each kind, of which the median counts (default 3)\n";
 
@@ -36,9 +39,8 @@ static void parse(int argc, char **argv, struct options *o) {
         {"model", 1, 0, MODEL},   {"device", 1, 0, DEVICE}, {"threads", 1, 0, THREADS},
         {"cpu-isa", 1, 0, ISA},   {"ids", 1, 0, IDS},       {"tokens", 1, 0, TOKENS},
         {"repeat", 1, 0, REPEAT}, {"help", 0, 0, HELP},     {0, 0, 0, 0}};
-    *o = (struct options){.open = {.device = "cpu", .gpu_memory_utilization = 0.9},
-                          .n_tokens = 32,
-                          .n_repeat = 3};
+    *o = (struct options){
+        .open = {.device = "cpu", .gpu_memory_utilization = 0.9}, .n_tokens = 32, .n_repeat = 3};
     /* "What does the word compiler mean to a programmer" */
     const char *ids = "388,475,271,360,2142,344,308,257,7768";
     int c;

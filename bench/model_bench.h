@@ -14,14 +14,16 @@ static inline int bench_int(const char *name, const char *text, int lo, int hi) 
     char *end;
     long v = strtol(text, &end, 10);
     if (end == text || *end || v < lo || v > hi) {
-        fprintf(stderr, "%s: --%s %s: want a whole number from %d to %d\n", program, name, text, lo, hi);
+        fprintf(stderr, "%s: --%s %s: want a whole number from %d to %d\n", program, name, text, lo,
+                hi);
         exit(2);
     }
     return (int)v;
 }
 
 /* Comma-separated whole numbers; returns how many. */
-static inline int bench_ints(const char *name, const char *text, int lo, int hi, int *dst, int cap) {
+static inline int bench_ints(const char *name, const char *text, int lo, int hi, int *dst,
+                             int cap) {
     int n = 0;
     while (*text) {
         char word[16];
@@ -34,7 +36,8 @@ static inline int bench_ints(const char *name, const char *text, int lo, int hi,
         if (*text == ',' && text[1]) text++;
     }
     if (n == 0 || *text) {
-        fprintf(stderr, "%s: --%s: want up to %d numbers with commas between them\n", program, name, cap);
+        fprintf(stderr, "%s: --%s: want up to %d numbers with commas between them\n", program, name,
+                cap);
         exit(2);
     }
     return n;

@@ -117,8 +117,7 @@ static void add_attention(const struct layer *l, double (*h)[D], int n) {
                 sum += w[p] = exp(score / sqrt(HD));
             }
             for (int p = 0; p <= t; p++)
-                for (int i = 0; i < HD; i++)
-                    heads[j * HD + i] += w[p] / sum * v[p][g * HD + i];
+                for (int i = 0; i < HD; i++) heads[j * HD + i] += w[p] / sum * v[p][g * HD + i];
         }
         product(&l->out, 0, heads, y);
         for (int i = 0; i < D; i++) h[t][i] += y[i];
@@ -191,9 +190,9 @@ static void build(struct model *m, struct forward *f, struct forward_layer *laye
         make(m, &l->up, E, F, D);
         make(m, &l->down, E, D, F);
         layers[i] = (struct forward_layer){
-            l->attn_norm.weight, l->q.weight,      l->k.weight,        l->v.weight,
-            l->q_norm.weight,    l->k_norm.weight, l->out.weight,      l->ffn_norm.weight,
-            l->router.weight,    l->gate.weight,   l->up.weight,       l->down.weight};
+            l->attn_norm.weight, l->q.weight,      l->k.weight,   l->v.weight,
+            l->q_norm.weight,    l->k_norm.weight, l->out.weight, l->ffn_norm.weight,
+            l->router.weight,    l->gate.weight,   l->up.weight,  l->down.weight};
     }
 }
 
