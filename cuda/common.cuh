@@ -171,7 +171,7 @@ cudaError_t load_prepare(void);
 cudaError_t rope_prepare(void);
 cudaError_t attn_prepare(void);
 cudaError_t sample_prepare(void);
-cudaError_t norm_prepare(size_t max_shared);
+cudaError_t norm_prepare(void);
 cudaError_t route_prepare(size_t max_shared);
 
 #endif

@@ -74,9 +74,9 @@ cudaError_t cuda_gemm(const struct gemm_args *args, int width, int bucket, int m
 
 cudaError_t cuda_kernels_prepare(const struct cuda_queue *q) {
     cudaError_t (*const sized[])(size_t) = {gemm_split8_prepare, gemm_split16_prepare,
-                                            gemm_split32_prepare, gemm_tile64_prepare, norm_prepare,
+                                            gemm_split32_prepare, gemm_tile64_prepare,
                                             route_prepare};
-    cudaError_t (*const plain[])(void) = {load_prepare, rope_prepare, attn_prepare, sample_prepare};
+    cudaError_t (*const plain[])(void) = {load_prepare, norm_prepare, rope_prepare, attn_prepare, sample_prepare};
     for (auto f : sized) {
         cudaError_t e = f(q->max_shared);
         if (e != cudaSuccess) return e;

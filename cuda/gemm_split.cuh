@@ -95,8 +95,10 @@ DEVICE void split_part(const struct gemm_args &a, const struct gemm_work &w, uin
             copy_commit();
             copy_wait<ahead>();
             const uint8_t *panels = shared + p % DEPTH * (MT * f::bytes);
+            /* High planes and headers are read by other lanes than copied them. (That a place is free again
+             * follows from the matrix products, at which all lanes have met since.) */
+            if (u == 0 || TYPE == PANEL_Q5_K || TYPE == PANEL_Q6_K) __syncwarp();
             if (u == 0) {
-                __syncwarp(); /* headers are read across lanes, and the old tables are done with */
 #pragma unroll
                 for (int i = 0; i < MT; i++)
                     unpack_scales<TYPE>(panels + i * f::bytes, tables + i * TABLE_BYTES, lane,

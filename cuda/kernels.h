@@ -29,7 +29,8 @@ enum {
     HEAD_DIM = 128,
     SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
     TILE_TOKENS = 8,        /* consecutive tokens of one sequence that attention takes together */
-    MAX_EXPERTS = 1024,
+    MAX_EMBD = 16384,
+    MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
     ROUTE_SLICE = 256,      /* columns of one partial sum of the router */
     N_WIDTHS = 4            /* token tiles of 8, 16, 32 and 64 */

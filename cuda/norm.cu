@@ -90,9 +90,10 @@ cudaError_t cuda_norm(const struct norm_args *a, int bucket, const struct cuda_q
                   (size_t)a->n_cols * sizeof(float), q, *a);
 }
 
-cudaError_t norm_prepare(size_t max_shared) {
+cudaError_t norm_prepare(void) {
     cudaFuncAttributes ignored;
     cudaError_t e = cudaFuncGetAttributes(&ignored, k_embed_f32);
     if (e != cudaSuccess) return e;
-    return cudaFuncSetAttribute(k_norm_f16, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)max_shared);
+    return cudaFuncSetAttribute(k_norm_f16, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                MAX_EMBD * (int)sizeof(float));
 }

@@ -323,5 +323,5 @@ cudaError_t route_prepare(size_t max_shared) {
                                          (int)max_shared);
     if (e != cudaSuccess) return e;
     return cudaFuncSetAttribute(k_route_topk_f32, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)max_shared);
+                                (TOPK_WARPS + 2) * MAX_EXPERTS * (int)sizeof(int));
 }
