@@ -26,8 +26,8 @@ struct daemon {
 };
 
 static pid_t spawn(const char *endpoint, const char *const *flags) {
-    const char *argv[24] = {TEST_BIN "/moed", "--model", TINY_MODEL, "--listen", endpoint,
-                            "--log-level", "error"};
+    const char *argv[24] = {TEST_BIN "/moed", "--model",     TINY_MODEL, "--listen",
+                            endpoint,         "--log-level", "error"};
     int n = 7;
     while (*flags) argv[n++] = *flags++;
     pid_t pid = fork();
@@ -125,18 +125,17 @@ static void want_init(struct want *w, int i) {
 enum { LENGTH = 24 };
 
 static uint64_t submit(struct client *c, const struct want *w, uint32_t max_tokens) {
-    struct wire_submit s = {
-        .prompt_text = {(const uint8_t *)w->prompt, strlen(w->prompt)},
-        .sampling = {.temperature = w->temperature,
-                     .top_p = 1,
-                     .repetition_penalty = 1.1f,
-                     .has_seed = true,
-                     .seed = w->seed},
-        .has_max_tokens = true,
-        .max_tokens = max_tokens,
-        .ignore_eos = true, /* so that every answer is long */
-        .priority = 1,
-        .n = 1};
+    struct wire_submit s = {.prompt_text = {(const uint8_t *)w->prompt, strlen(w->prompt)},
+                            .sampling = {.temperature = w->temperature,
+                                         .top_p = 1,
+                                         .repetition_penalty = 1.1f,
+                                         .has_seed = true,
+                                         .seed = w->seed},
+                            .has_max_tokens = true,
+                            .max_tokens = max_tokens,
+                            .ignore_eos = true, /* so that every answer is long */
+                            .priority = 1,
+                            .n = 1};
     uint64_t id;
     struct error e = {0};
     assert_ok(client_submit(c, &s, &e, &id), &e);
@@ -153,9 +152,7 @@ static void take(struct want *w, const struct wire_msg *m) {
         for (size_t i = 0; i < m->chunk.n_ids && w->n_ids < MAX_IDS; i++)
             w->ids[w->n_ids++] = m->chunk.ids[i];
         break;
-    default:
-        w->end = m->type;
-        w->n_ended++;
+    default: w->end = m->type; w->n_ended++;
     }
 }
 
@@ -178,9 +175,9 @@ static void test_crowd(void **state) {
     enum { N = 300, SESSIONS = 5, PER = N / SESSIONS, KINDS = 12 };
     struct daemon d;
     /* An answer takes up to 4 blocks; 96 are enough for some 40 at a time, and 64 may run. */
-    daemon_start(&d, (const char *const[]){"--max-seqs", "64", "--kv-blocks", "96",
-                                           "--max-seq-tokens", "256", "--max-batch-tokens", "128",
-                                           NULL});
+    daemon_start(&d,
+                 (const char *const[]){"--max-seqs", "64", "--kv-blocks", "96", "--max-seq-tokens",
+                                       "256", "--max-batch-tokens", "128", NULL});
     struct client *c[SESSIONS];
     static struct want alone[KINDS], all[N];
     for (int i = 0; i < SESSIONS; i++) c[i] = connect_to(&d);
@@ -241,8 +238,8 @@ static void test_reference_answer(void **state) {
     (void)state;
     enum { N = 12 };
     struct daemon d;
-    daemon_start(&d, (const char *const[]){"--device", "reference", "--max-seqs", "2", "--kv-blocks",
-                                           "64", "--max-seq-tokens", "512", NULL});
+    daemon_start(&d, (const char *const[]){"--device", "reference", "--max-seqs", "2",
+                                           "--kv-blocks", "64", "--max-seq-tokens", "512", NULL});
     struct client *c = connect_to(&d);
     struct golden *g = golden_load();
     int n_prompts = 0;
@@ -445,8 +442,8 @@ static void test_command_line(void **state) {
              "only ipc:// endpoints");
     run_moed((const char *const[]){"--model", TINY_MODEL, "--max-seqs", "0", NULL}, 2,
              "must lie between 1 and");
-    run_moed((const char *const[]){"--model", TINY_MODEL, "--cpu-isa", "abacus", "--check", NULL}, 2,
-             "abacus");
+    run_moed((const char *const[]){"--model", TINY_MODEL, "--cpu-isa", "abacus", "--check", NULL},
+             2, "abacus");
 }
 
 int main(void) {
