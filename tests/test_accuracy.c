@@ -38,8 +38,8 @@ struct score {
 };
 
 /* Feed ids to both models in the same chunks and compare every position. */
-static void compare(struct model_rig *reference, struct model_rig *fast, const int32_t *ids, int32_t n,
-                    struct score *s) {
+static void compare(struct model_rig *reference, struct model_rig *fast, const int32_t *ids,
+                    int32_t n, struct score *s) {
     int32_t v = reference->info->shape.n_vocab;
     float *p = malloc((size_t)v * sizeof *p), *q = malloc((size_t)v * sizeof *q);
     for (int32_t at = 0; at < n; at += CHUNK) {
@@ -63,10 +63,8 @@ static void compare(struct model_rig *reference, struct model_rig *fast, const i
 
 static void check(const char *cpu_isa) {
     struct golden *golden = golden_load();
-    struct moe_limits limits = {.max_batch_tokens = CHUNK,
-                                .max_seqs = 1,
-                                .max_rows = CHUNK,
-                                .max_seq_tokens = SEQ_TOKENS};
+    struct moe_limits limits = {
+        .max_batch_tokens = CHUNK, .max_seqs = 1, .max_rows = CHUNK, .max_seq_tokens = SEQ_TOKENS};
     struct model_rig reference = rig_open("reference", 1, &limits);
     struct model_rig fast = rig_open_isa("cpu", cpu_isa, 2, &limits);
     struct score s = {0};
