@@ -78,8 +78,13 @@ static void test_limits_in_force(void **state) {
     assert_int_equal(f->max_rows, 8);
     assert_int_equal(f->n_blocks, 8 * 1024 / 16);
     rig_close(&r);
-    l.max_seq_tokens = 100000;
-    l.max_seqs = 2; /* the pool holds one sequence of full length */
+    l.max_seqs = 2; /* a length that nobody chose shrinks to the pool ... */
+    r = rig_open("reference", 1, &l);
+    f = &r.info->limits;
+    assert_int_equal(f->max_seq_tokens, 2048);
+    assert_int_equal(f->n_blocks, 2048 / 16);
+    rig_close(&r);
+    l.max_seq_tokens = 100000; /* ... for a chosen one, clipped to the model's, the pool grows */
     l.block_tokens = 64;
     r = rig_open("reference", 1, &l);
     f = &r.info->limits;
@@ -252,6 +257,7 @@ static void test_bad_steps(void **state) {
         {"negative token", {{0, 0, 1, 1, MOE_ROWS_NONE}}, 1, 1, -2, 0},
         {"nothing sampled yet", {{0, 0, 1, 1, MOE_ROWS_NONE}}, 1, 1, MOE_LAST_TOKEN, 0},
         {"slot not started", {{2, 0, 1, 1, MOE_ROWS_SAMPLE}}, 1, 1, 5, 0},
+        {"history of another length", {{0, 1, 1, 1, MOE_ROWS_SAMPLE}}, 1, 1, 5, 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (!aborts(&r, &cases[i])) fail_msg("accepted: %s", cases[i].what);
