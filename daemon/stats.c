@@ -96,9 +96,8 @@ void stats_send(struct server *v, struct session *s, uint64_t request_id) {
 void stats_finished(struct server *v) {
     if (v->last_finish_ns != 0) {
         double interval = (double)(v->now_ns - v->last_finish_ns);
-        v->finish_interval_ns = v->finish_interval_ns == 0
-                                    ? interval
-                                    : 0.9 * v->finish_interval_ns + 0.1 * interval;
+        v->finish_interval_ns =
+            v->finish_interval_ns == 0 ? interval : 0.9 * v->finish_interval_ns + 0.1 * interval;
     }
     v->last_finish_ns = v->now_ns;
 }

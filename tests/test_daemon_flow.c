@@ -117,7 +117,8 @@ static void test_hold_and_release(void **state) {
             if (m.request_id == 1) hash = m.finished.choices[0].hash;
         } else {
             assert_int_equal(m.type, WIRE_TOKEN_CHUNK);
-            for (size_t i = 0; m.request_id == 1 && i < m.chunk.n_ids; i++) ids[n++] = m.chunk.ids[i];
+            for (size_t i = 0; m.request_id == 1 && i < m.chunk.n_ids; i++)
+                ids[n++] = m.chunk.ids[i];
         }
     }
     fake_answer(prompt, N_PROMPT, 1, want, LENGTH);
@@ -288,7 +289,8 @@ static void ledger_take(struct ledger *l, const struct wire_msg *m) {
         break;
     default: break;
     }
-    assert_true(id >= IDS || (l->accepted[id] <= l->submitted[id] && l->ended[id] <= l->accepted[id]));
+    assert_true(id >= IDS ||
+                (l->accepted[id] <= l->submitted[id] && l->ended[id] <= l->accepted[id]));
 }
 
 static void ledger_drain(struct ledger *l, int timeout_ms) {
@@ -314,7 +316,8 @@ static void ledger_act(struct ledger *l, const struct rig *r, uint64_t *rng) {
         m.submit.priority = (uint32_t)(test_random(rng) % 3);
         if (dice >= 45) { /* as text */
             m.submit.n_prompt_ids = 0;
-            m.submit.prompt_text = (struct bytes){(const uint8_t *)"some words to continue", n % 22 + 1};
+            m.submit.prompt_text =
+                (struct bytes){(const uint8_t *)"some words to continue", n % 22 + 1};
         }
         l->submitted[id]++;
         peer_send(&l->peer, &m);
@@ -336,7 +339,8 @@ static void settle(struct ledger *l) {
         ledger_drain(l, 20);
         peer_credit(&l->peer, l->unacknowledged);
         bool open = false;
-        for (int i = 0; i < IDS; i++) open = open || l->submitted[i] != l->ended[i] + l->rejected[i];
+        for (int i = 0; i < IDS; i++)
+            open = open || l->submitted[i] != l->ended[i] + l->rejected[i];
         if (!open) return;
     }
     for (int i = 0; i < IDS; i++)
