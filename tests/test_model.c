@@ -68,6 +68,27 @@ static void test_info(void **state) {
     rig_close(&r);
 }
 
+/* The byte table of the fast backend names what moe_info reckons with. */
+static void test_memory_cpu(void **state) {
+    (void)state;
+    struct model_rig r = rig_open("cpu", 1, &small);
+    struct moe_memory_line lines[16];
+    int n = moe_memory(r.m, lines, 16), n_found = 0;
+    for (int j = 0; j < n; j++) {
+        if (strcmp(lines[j].what, "weights") == 0) {
+            n_found++;
+            assert_true(lines[j].n_bytes >= r.info->weight_bytes * 9 / 10);
+        } else if (strcmp(lines[j].what, "kv") == 0) {
+            n_found++;
+            assert_int_equal(lines[j].n_bytes,
+                             r.info->kv_bytes_per_token * (uint64_t)r.info->limits.n_blocks * 16);
+        }
+    }
+    assert_int_equal(n_found, 2);
+    assert_in_range(r.info->kv_bytes_per_token, 6 * 2 * 128, 6 * 2 * 128 * sizeof(float));
+    rig_close(&r);
+}
+
 static void test_limits_in_force(void **state) {
     (void)state;
     struct moe_limits l = {.max_batch_tokens = 8, .max_seqs = 8};
@@ -353,10 +374,15 @@ static void test_nan_fails_one_request(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_info),          cmocka_unit_test(test_limits_in_force),
-        cmocka_unit_test(test_bad_limits),    cmocka_unit_test(test_bad_device),
-        cmocka_unit_test(test_refused_files), cmocka_unit_test(test_progress),
-        cmocka_unit_test(test_bad_steps),     cmocka_unit_test(test_nan_fails_one_request),
+        cmocka_unit_test(test_info),
+        cmocka_unit_test(test_memory_cpu),
+        cmocka_unit_test(test_limits_in_force),
+        cmocka_unit_test(test_bad_limits),
+        cmocka_unit_test(test_bad_device),
+        cmocka_unit_test(test_refused_files),
+        cmocka_unit_test(test_progress),
+        cmocka_unit_test(test_bad_steps),
+        cmocka_unit_test(test_nan_fails_one_request),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
