@@ -1,10 +1,10 @@
 /* model: what moe_open accepts, refuses and reports; what a step may not be; and a weight that is NaN.
  *
- * Of the bugs that shipped in other servers (numbers as in ARCHITECTURE.md's list), these tests see:
- *  2. rope base or head width defaulted: a file without the keys is refused, by name.
- *  3. a file reaching a path that was not made for it: an unknown architecture is refused, by name.
- *  8. a context length ignored: limits in force are the model's, and a step beyond them aborts.
- * 10. NaN in one request: its rows alone fail, and the next owner of its blocks is not touched. */
+ * Of the bugs that shipped in other servers, these tests see:
+ *  - rope base or head width defaulted: a file without the keys is refused, by name.
+ *  - a file reaching a path that was not made for it: an unknown architecture is refused, by name.
+ *  - a context length ignored: limits in force are the model's, and a step beyond them aborts.
+ *  - NaN in one request: its rows alone fail, and the next owner of its blocks is not touched. */
 #include "tests/model_rig.h"
 
 #include <signal.h>
