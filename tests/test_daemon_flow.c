@@ -197,6 +197,47 @@ static void test_window_is_shared(void **state) {
     stop(&r, &p);
 }
 
+/* While the window is all but shut, whose turn it is moves on: nobody is served twice before the other once. */
+static void test_turns(void **state) {
+    (void)state;
+    struct rig r;
+    struct peer p;
+    struct wire_msg m;
+    start(&r, &p, &(struct rig_options){0});
+    atomic_store(&r.fake.gated, true);
+    p.auto_credit = false;
+    submit(&p, 1, 200);
+    submit(&p, 2, 200);
+    int n_of[3] = {0};
+    uint64_t last = 0;
+    for (int n = 0; n < 128;
+         n++) { /* fill the window; the first step may have had one of them only */
+        if (!peer_poll(&p, 0, &m)) {
+            fake_let(&r, 1);
+            peer_next(&p, &m);
+        }
+        assert_int_equal(m.type, WIRE_TOKEN_CHUNK);
+    }
+    for (uint64_t credit = 1; credit <= 20; credit++) {
+        double steps = peer_stat(&p, "steps");
+        fake_let(&r, 1); /* both have something again */
+        peer_wait_stat(&p, "steps", steps + 1);
+        peer_credit(&p, credit);
+        peer_next(&p, &m);
+        assert_int_equal(m.type, WIRE_TOKEN_CHUNK);
+        assert_true(m.request_id != last);
+        last = m.request_id;
+        n_of[last]++;
+    }
+    assert_int_equal(n_of[1], 10);
+    assert_int_equal(n_of[2], 10);
+    fake_ungate(&r);
+    p.auto_credit = true;
+    peer_credit(&p, 148);
+    for (int n = 0; n < 2; n += m.type == WIRE_FINISHED) peer_next(&p, &m);
+    stop(&r, &p);
+}
+
 /* A client that reads nothing at all and asks for ever: its queue fills, it loses its session, others do not care. */
 static void test_deaf_client(void **state) {
     (void)state;
@@ -499,6 +540,7 @@ int main(void) {
         cmocka_unit_test(test_hold_and_release),
         cmocka_unit_test(test_slow_consumer_fails),
         cmocka_unit_test(test_window_is_shared),
+        cmocka_unit_test(test_turns),
         cmocka_unit_test(test_deaf_client),
         cmocka_unit_test(test_disconnect),
         cmocka_unit_test(test_ledger),
