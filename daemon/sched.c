@@ -1,6 +1,7 @@
-/* sched: the life of a sequence, from sched_add to sched_remove, and what results mean for it. Choosing a
- * step is in sched_plan.c. Every operation is O(1) in the number of sequences, but for insertions into a
- * list, which walk past the few sequences that were preempted or held. One thread. */
+/* sched: the life of a sequence, from sched_add to sched_remove, and what results mean for it.
+ * Choosing a step is in sched_plan.c. Every operation is O(1) in the number of sequences, but for
+ * insertions into a list, which walk past the few sequences that were preempted or held. One
+ * thread. */
 #include "daemon/sched.h"
 
 #include <stdlib.h>
@@ -39,7 +40,7 @@ static void list_insert(struct sched *s, struct seq_list *l, int32_t after, int3
     l->n++;
 }
 
-/* Into the queue. New sequences go to the tail at once; those that come back belong near the head. */
+/* Into the queue. New sequences go to the tail; those that come back belong near the head. */
 static void enqueue(struct sched *s, int32_t idx) {
     struct seq *q = &s->seqs[idx];
     struct seq_list *l = &s->waiting[q->priority];
@@ -214,7 +215,7 @@ int32_t sched_apply(struct sched *s, struct sched_plan *plan, const struct moe_r
     return n;
 }
 
-/* ---- looking ------------------------------------------------------------------------------- */
+/* ---- looking --------------------------------------------------------------------------------- */
 
 struct sched_stats sched_stats(const struct sched *s) {
     return (struct sched_stats){

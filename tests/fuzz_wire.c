@@ -1,6 +1,6 @@
-/* libFuzzer target: any bytes as the body of any message. What decodes keeps every promise of wire.h, fits
- * its budget, and encodes to bytes that decode again. The first byte picks the type; the first bytes are
- * also tried as a header. Run:
+/* libFuzzer target: any bytes as the body of any message. What decodes keeps every promise of
+ * wire.h, fits its budget, and encodes to bytes that decode again. The first byte picks the type;
+ * the first bytes are also tried as a header. Run:
  *
  *     cmake --preset fuzz && cmake --build --preset fuzz --target fuzz_wire
  *     build/fuzz/bin/fuzz_wire -max_len=4096 */

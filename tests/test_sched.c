@@ -1,5 +1,5 @@
-/* sched, step by step: what each plan holds and what each result means, on small pools where the answer
- * can be worked out by hand. Preemption is in test_sched_preempt.c, random workloads in
+/* sched, step by step: what each plan holds and what each result means, on small pools where the
+ * answer can be worked out by hand. Preemption is in test_sched_preempt.c, random workloads in
  * test_sched_random.c. */
 #include "tests/sched_rig.h"
 
@@ -8,7 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* ---- one sequence --------------------------------------------------------------------------- */
+/* ---- one sequence ---------------------------------------------------------------------------- */
 
 static void test_one(void **state) {
     (void)state;
@@ -69,7 +69,8 @@ static void test_one(void **state) {
     rig_close(r);
 }
 
-/* One step ahead: the token that is still out stands as MOE_LAST_TOKEN, up to the limit and not beyond. */
+/* One step ahead: the token that is still out stands as MOE_LAST_TOKEN, up to the limit and not
+ * beyond. */
 static void test_pipeline(void **state) {
     (void)state;
     struct sched_limits l = limits(16, 4);
@@ -89,7 +90,8 @@ static void test_pipeline(void **state) {
     assert_int_equal(apply(r, a), 1);
     assert_true(r->tokens[0].at_limit);
     drop(r, id);
-    /* A stop: the row of the step that ran ahead is dropped, and the entry may be used again at once. */
+    /* A stop: the row of the step that ran ahead is dropped, and the entry may be used again at
+     * once. */
     id = add(r, 0, 3, 9);
     a = plan(r);
     b = plan(r);
@@ -143,7 +145,8 @@ static void test_chunks(void **state) {
     rig_close(r);
 }
 
-/* A huge prompt, running and queued, takes what decoding leaves and never a decoding sequence's token. */
+/* A huge prompt, running and queued, takes what decoding leaves and never a decoding sequence's
+ * token. */
 static void test_head_of_line(void **state) {
     (void)state;
     struct sched_limits l = limits(8, 6);
@@ -186,7 +189,7 @@ static void test_order_in_plan(void **state) {
     rig_close(r);
 }
 
-/* ---- admission ------------------------------------------------------------------------------ */
+/* ---- admission ------------------------------------------------------------------------------- */
 
 static void test_add_refuses(void **state) {
     (void)state;
@@ -221,7 +224,7 @@ static void test_add_refuses(void **state) {
     rig_close(r);
 }
 
-/* A pool smaller than the context is the context: longer prompts are refused, completions clipped. */
+/* A smaller pool is the context: longer prompts are refused, completions clipped. */
 static void test_pool_is_the_limit(void **state) {
     (void)state;
     struct sched_limits l = limits(16, 2);
@@ -338,7 +341,28 @@ static void test_many_starts(void **state) {
     rig_close(r);
 }
 
-/* ---- create, check ----------------------------------------------------------------------------- */
+/* AddressSanitizer asks here: an allocation that cannot be made is NULL, as without it. */
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
+
+static void test_no_memory(void **state) {
+    (void)state;
+    struct paging_limits pl = {10, 256, 1, 1 << 20};
+    struct sched_limits l = {1, 1, 1 << 28, 1 << 28, 1, 0};
+    struct paging *p;
+    struct sched *s;
+    struct sched_plan plan;
+    assert_int_equal(paging_create(&pl, &p), ST_OK);
+    assert_int_equal(sched_create(&l, p, 256, &s), ST_NO_MEMORY);
+    assert_null(s);
+    paging_destroy(p);
+    l = limits(8, 1 << 20);
+    assert_int_equal(sched_plan_create(&l, INT32_MAX, &plan), ST_NO_MEMORY);
+    assert_null(plan.seqs);
+    sched_plan_destroy(&plan);
+}
+
+/* ---- create, check --------------------------------------------------------------------------- */
 
 static void test_create_refuses(void **state) {
     (void)state;
@@ -371,7 +395,8 @@ static void test_create_refuses(void **state) {
     paging_destroy(p);
 }
 
-/* ---- programmer errors end the process ------------------------------------------------------------ */
+/* ---- programmer errors end the process
+ * ------------------------------------------------------------ */
 
 enum { N_MISUSES = 10 };
 
@@ -419,7 +444,8 @@ static void test_misuse(void **state) {
     }
 }
 
-/* ---- sched_check sees what it promises to see ----------------------------------------------------- */
+/* ---- sched_check sees what it promises to see
+ * ----------------------------------------------------- */
 
 enum { N_BREAKS = 15 };
 
@@ -477,6 +503,7 @@ int main(void) {
         cmocka_unit_test(test_reserve),
         cmocka_unit_test(test_budget_bounds_running),
         cmocka_unit_test(test_many_starts),
+        cmocka_unit_test(test_no_memory),
         cmocka_unit_test(test_create_refuses),
         cmocka_unit_test(test_misuse),
         cmocka_unit_test(test_check_sees),

@@ -1,7 +1,7 @@
 /* sched, step by step, when sequences leave and come back: preemption, failed rows, hold. */
 #include "tests/sched_rig.h"
 
-/* ---- preemption ------------------------------------------------------------------------------- */
+/* ---- preemption ------------------------------------------------------------------------------ */
 
 /* Two sequences of 2 blocks in a pool of 5: the older takes the fifth block, the younger goes. */
 static void test_preempt(void **state) {
@@ -67,7 +67,8 @@ static void test_preempt_with_rows_out(void **state) {
     rig_close(r);
 }
 
-/* Once it has started again, the row of the earlier run does not: this run samples that token itself. */
+/* Once it has started again, the row of the earlier run does not: this run samples that token
+ * itself. */
 static void test_restart_drops_rows(void **state) {
     (void)state;
     struct sched_limits l = limits(16, 4);
@@ -89,7 +90,8 @@ static void test_restart_drops_rows(void **state) {
     rig_close(r);
 }
 
-/* A preempted sequence whose last token comes back while it waits is over: reported, and not started. */
+/* A preempted sequence whose last token comes back while it waits is over: reported, and not
+ * started. */
 static void test_limit_while_waiting(void **state) {
     (void)state;
     struct sched_limits l = limits(16, 4);
@@ -112,8 +114,8 @@ static void test_limit_while_waiting(void **state) {
     rig_close(r);
 }
 
-/* One at its limit, or failed, that was not removed yet gives its blocks like any other, and does not come
- * back to the queue; holding it does not either. */
+/* One at its limit, or failed, that was not removed yet gives its blocks like any other, and does
+ * not come back to the queue; holding it does not either. */
 static void test_over_is_not_queued(void **state) {
     (void)state;
     for (int failed = 0; failed < 2; failed++) {
@@ -148,8 +150,8 @@ static void test_over_is_not_queued(void **state) {
     rig_close(r);
 }
 
-/* The victim is of the lowest class, then the youngest; an old sequence of a low class goes before a young
- * one of a high class. */
+/* The victim is of the lowest class, then the youngest; an old sequence of a low class goes before
+ * a young one of a high class. */
 static void test_victim(void **state) {
     (void)state;
     struct sched_limits l = limits(32, 4);
@@ -169,7 +171,8 @@ static void test_victim(void **state) {
     rig_close(r);
 }
 
-/* A victim that had no token coming frees none: what decoding sequences were promised stays theirs. */
+/* A victim that had no token coming frees none: what decoding sequences were promised stays
+ * theirs. */
 static void test_victim_and_budget(void **state) {
     (void)state;
     struct sched_limits l = limits(4, 5);
@@ -195,8 +198,8 @@ static void test_victim_and_budget(void **state) {
     rig_close(r);
 }
 
-/* A chunk shrinks to the free blocks before it costs a younger sequence its own. Slot 3, which nobody uses,
- * stands for what took the blocks that the prompt was promised. */
+/* A chunk shrinks to the free blocks before it costs a younger sequence its own. Slot 3, which
+ * nobody uses, stands for what took the blocks that the prompt was promised. */
 static void test_chunk_shrinks(void **state) {
     (void)state;
     struct sched_limits l = limits(32, 4);
@@ -224,7 +227,8 @@ static void test_chunk_shrinks(void **state) {
     rig_close(r);
 }
 
-/* ---- failed rows, hold -------------------------------------------------------------------------- */
+/* ---- failed rows, hold
+ * -------------------------------------------------------------------------- */
 
 static void test_failed_row(void **state) {
     (void)state;
