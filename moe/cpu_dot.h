@@ -9,12 +9,12 @@
 #include "moe/cpu_kernels.h"
 #include "moe/cpu_simd.h"
 
-enum { PREFETCH_BYTES = 4096 }; /* ahead of the block in hand: the next row tile or the one after */
+enum { PREFETCH_BYTES = 8192 }; /* ahead of the block in hand: the next row tile or the one after */
 
 /* A stretch of weights that will be needed soon: `lines` cache lines. */
 CPU_INLINE void prefetch(const uint8_t *p, int lines) {
     CPU_UNROLL
-    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)p + 64 * i, _MM_HINT_T0);
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)p + 64 * i, _MM_HINT_T1);
 }
 
 /* One block of a quantised tile. */

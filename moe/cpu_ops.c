@@ -13,10 +13,15 @@ enum { MOST_TILES = 8, TILES_BYTES = 16 * 1024 };
 /* ---- cutting work ------------------------------------------------------------------------------- */
 
 int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost) {
-    const double good = 12000, least = 1500; /* clocks per item: against the price of taking one */
-    double total = cost * (double)n_parts;
-    double n = total / good, spread = 2.0 * c->n_threads;
-    if (n < spread) n = total / least < spread ? total / least : spread;
+    /* Clocks per item. `least`: against the price of a hand-over. Then enough items for an even end, but no
+     * more: an item that gathers its tokens wants many rows to use them on. */
+    const double least = 1500, good = 12000, most = 300000;
+    double total = cost * (double)n_parts, per_thread = total / c->n_threads;
+    double size = per_thread / 32;
+    if (size > most) size = most;
+    if (size < good) size = per_thread / 2 < good ? per_thread / 2 : good;
+    if (size < least) size = least;
+    double n = total / size;
     if (n > (double)n_parts) return n_parts;
     return n < 1 ? 1 : (int32_t)n;
 }
