@@ -1,6 +1,7 @@
-/* sched: the life of a sequence, from sched_add to sched_remove, and what results mean for it. Choosing a
- * step is in sched_plan.c. Every operation is O(1) in the number of sequences, but for insertions into a
- * list, which walk past the few sequences that were preempted or held. One thread. */
+/* sched: the life of a sequence, from sched_add to sched_remove, and what results mean for it.
+ * Choosing a step is in sched_plan.c. Every operation is O(1) in the number of sequences, but for
+ * insertions into a list, which walk past the few sequences that were preempted or held. One
+ * thread. */
 #include "daemon/sched.h"
 
 #include <stdlib.h>
@@ -20,7 +21,6 @@ static void list_remove(struct sched *s, struct seq_list *l, int32_t idx) {
         s->seqs[q->next].prev = q->prev;
     else
         l->tail = q->prev;
-    q->prev = q->next = -1;
     l->n--;
 }
 
@@ -40,7 +40,7 @@ static void list_insert(struct sched *s, struct seq_list *l, int32_t after, int3
     l->n++;
 }
 
-/* Into the queue. New sequences go to the tail at once; those that come back belong near the head. */
+/* Into the queue. New sequences go to the tail; those that come back belong near the head. */
 static void enqueue(struct sched *s, int32_t idx) {
     struct seq *q = &s->seqs[idx];
     struct seq_list *l = &s->waiting[q->priority];
@@ -72,7 +72,6 @@ void sched_start(struct sched *s, int32_t idx, uint64_t now_ns) {
     q->slot = s->free_slots[--s->n_free_slots];
     s->seq_of_slot[q->slot] = idx;
     q->run++;
-    q->n_scheduled = q->n_out = 0;
     q->decoding = false;
     if (q->first_scheduled_ns == 0) q->first_scheduled_ns = now_ns;
 }
@@ -89,7 +88,7 @@ void sched_stop(struct sched *s, int32_t idx) {
 
 void sched_preempt(struct sched *s, int32_t idx) {
     struct seq *q = &s->seqs[idx];
-    bool over = q->failed || q->n_known >= q->limit;
+    bool over = q->failed || q->n_known == q->limit;
     sched_stop(s, idx);
     q->n_preempted++;
     s->n_preempted++;
@@ -130,8 +129,6 @@ enum status sched_add(struct sched *s, const struct sched_request *r, uint64_t n
         .run = q->run,
         .arrival = s->next_arrival++,
         .priority = r->priority,
-        .prev = -1,
-        .next = -1,
         .n_prompt = r->n_ids,
         .n_known = r->n_ids,
         .limit = r->n_ids + (r->max_tokens < room ? r->max_tokens : room),
@@ -163,7 +160,7 @@ void sched_hold(struct sched *s, struct sched_id id, bool held) {
         return;
     }
     if (q->state != SEQ_RUNNING && q->state != SEQ_WAITING) return;
-    bool over = q->failed || q->n_known >= q->limit;
+    bool over = q->failed || q->n_known == q->limit;
     if (q->state == SEQ_RUNNING)
         sched_stop(s, id.idx);
     else
@@ -218,7 +215,7 @@ int32_t sched_apply(struct sched *s, struct sched_plan *plan, const struct moe_r
     return n;
 }
 
-/* ---- looking ------------------------------------------------------------------------------- */
+/* ---- looking --------------------------------------------------------------------------------- */
 
 struct sched_stats sched_stats(const struct sched *s) {
     return (struct sched_stats){

@@ -1,5 +1,5 @@
-/* sched_check: every invariant that sched.h names, in O(sequences + blocks). For tests, and for whoever
- * doubts. One thread. */
+/* sched_check: every invariant that sched.h names, in O(sequences + blocks). For tests, and for
+ * whoever doubts. One thread. */
 #include "daemon/sched_state.h"
 
 #define BROKEN(e, ...) error_set((e), ST_INTERNAL, __VA_ARGS__)

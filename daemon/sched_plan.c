@@ -1,8 +1,8 @@
 /* sched_plan: choosing a step. Three passes over the running sequences, oldest first, each O(1) a
- * sequence: reserve decides how many tokens each gets and takes their blocks, preempting from the young
- * end; then decoding sequences are written to the plan, then prompt chunks; last, sequences are admitted
- * from the queue. A victim is always younger than the sequence that needs its blocks, and so has no
- * tokens in this plan yet. One thread. */
+ * sequence: reserve decides how many tokens each gets and takes their blocks, preempting from the
+ * young end; then decoding sequences are written to the plan, then prompt chunks; last, sequences
+ * are admitted from the queue. A victim is always younger than the sequence that needs its blocks,
+ * and so has no tokens in this plan yet. One thread. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,8 +12,7 @@
 struct picking {
     struct sched_plan *plan;
     int32_t n_budget; /* tokens */
-    int32_t
-        n_decoding; /* sequences that will decode and were not reached yet: a token of budget each */
+    int32_t n_decoding; /* sequences that will decode, not reached yet: a token of budget each */
     int32_t n_promised; /* blocks that running prompts still need */
     int32_t n_start_ids;
 };
@@ -53,7 +52,7 @@ void sched_plan_destroy(struct sched_plan *p) {
     *p = (struct sched_plan){0};
 }
 
-/* ---- running sequences ------------------------------------------------------------------------- */
+/* ---- running sequences ----------------------------------------------------------------------- */
 
 /* Has a token to compute. At its limit only rows are awaited. */
 static bool can_run(const struct seq *q) { return !q->failed && n_virtual(q) < q->limit; }
@@ -69,8 +68,8 @@ static int32_t youngest(const struct sched *s) {
     return -1;
 }
 
-/* Blocks for the next n tokens of idx, or for as many of them as can be had without taking anything from
- * an older sequence. Returns how many: 0 if none. */
+/* Blocks for the next n tokens of idx, or for as many of them as can be had without taking
+ * anything from an older sequence. Returns how many: 0 if none. */
 static int32_t make_room(struct sched *s, struct picking *k, int32_t idx, int32_t n) {
     struct seq *q = &s->seqs[idx];
     for (;;) {
@@ -151,8 +150,8 @@ static void write_seq(struct sched *s, struct sched_plan *plan, int32_t idx) {
 }
 
 static void write_running(struct sched *s, struct sched_plan *plan) {
-    /* In the first round `decoding` is still what it was when tokens were given; the second takes what
-     * the first left, which is marked by n_step. */
+    /* In the first round `decoding` is still what it was when tokens were given; the second takes
+     * what the first left, which is marked by n_step. */
     for (int round = 0; round < 2; round++)
         for (int32_t c = 0; c < SCHED_N_PRIORITIES; c++)
             for (int32_t i = s->running[c].head; i >= 0; i = s->seqs[i].next) {
@@ -163,7 +162,7 @@ static void write_running(struct sched *s, struct sched_plan *plan) {
             }
 }
 
-/* ---- new sequences ----------------------------------------------------------------------------- */
+/* ---- new sequences --------------------------------------------------------------------------- */
 
 static int32_t queue_head(const struct sched *s) {
     for (int32_t c = 0; c < SCHED_N_PRIORITIES; c++)
@@ -171,7 +170,8 @@ static int32_t queue_head(const struct sched *s) {
     return -1;
 }
 
-/* The policy is in sched.h: all tokens fit, beside what running prompts were promised and a reserve. */
+/* The policy is in sched.h: all tokens fit, beside what running prompts were promised and a
+ * reserve. */
 static bool may_start(const struct sched *s, const struct picking *k, int32_t idx) {
     const struct seq *q = &s->seqs[idx];
     int32_t running = n_running(s);
@@ -206,7 +206,7 @@ static void admit(struct sched *s, struct picking *k, uint64_t now_ns) {
     }
 }
 
-/* ---- the plan ---------------------------------------------------------------------------------- */
+/* ---- the plan -------------------------------------------------------------------------------- */
 
 static void copy_tables(const struct sched *s, struct sched_plan *plan) {
     int32_t *table = plan->blocks;

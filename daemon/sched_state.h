@@ -1,5 +1,5 @@
-/* sched_state: the inside of the scheduler, shared by sched.c (the life of a sequence) and sched_plan.c
- * (choosing a step). */
+/* sched_state: the inside of the scheduler, shared by sched.c (the life of a sequence) and
+ * sched_plan.c (choosing a step). */
 #ifndef MOED_DAEMON_SCHED_STATE_H
 #define MOED_DAEMON_SCHED_STATE_H
 
@@ -93,7 +93,7 @@ static inline int32_t n_running(const struct sched *s) {
 void sched_start(struct sched *s, int32_t idx, uint64_t now_ns);
 /* Take slot and blocks from a running sequence and leave it in no list. */
 void sched_stop(struct sched *s, int32_t idx);
-/* Back to the queue with the tokens it has; rows that are out still count unless it starts before. */
+/* Back to the queue with the tokens it has; rows that are out count unless it starts before. */
 void sched_preempt(struct sched *s, int32_t idx);
 
 #endif

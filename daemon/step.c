@@ -81,20 +81,27 @@ static void lose_engine(struct server *v, enum status st) {
     }
 }
 
+static void take_step(struct server *v, struct engine_step *step) {
+    v->counters = step->counters;
+    v->last_step_ns = v->now_ns;
+    int32_t n = sched_apply(v->sched, &step->plan, &step->result, v->now_ns, v->tokens);
+    for (int32_t i = 0; i < n; i++) take_token(v, &v->tokens[i]);
+    CHECK(v->n_idle_steps < MOE_MAX_IN_FLIGHT);
+    v->idle_steps[v->n_idle_steps++] = step;
+    v->answer_due = true;
+}
+
 void step_results(struct server *v) {
-    struct engine_step *step;
-    while (v->lost == ST_OK && (step = engine_pop(v->engine)) != NULL) {
+    /* Bounded: a fast engine has the next result ready by then, and messages want their turn. */
+    for (int i = 0; i < MOE_MAX_IN_FLIGHT && v->lost == ST_OK; i++) {
+        struct engine_step *step = engine_pop(v->engine);
+        if (!step) return;
+        v->now_ns = clock_now_ns();
         if (step->st != ST_OK) {
             lose_engine(v, step->st);
             return;
         }
-        v->counters = step->counters;
-        v->last_step_ns = v->now_ns;
-        int32_t n = sched_apply(v->sched, &step->plan, &step->result, v->now_ns, v->tokens);
-        for (int32_t i = 0; i < n; i++) take_token(v, &v->tokens[i]);
-        CHECK(v->n_idle_steps < MOE_MAX_IN_FLIGHT);
-        v->idle_steps[v->n_idle_steps++] = step;
-        v->answer_due = true;
+        take_step(v, step);
         /* The next step starts before this one's chunks are sent. */
         step_plan(v);
         server_flush(v);

@@ -31,9 +31,10 @@ static enum status chat_open(const struct gguf *g, const char *chosen, struct er
     t->has_template = gguf_has(g, key);
     if (chosen) {
         t->chat = chat_style_named(chosen);
-        return t->chat ? ST_OK
-                       : error_set(e, ST_INVALID, "no chat template is called '%.32s'; there are: %s",
-                                   chosen, chat_style_names());
+        return t->chat
+                   ? ST_OK
+                   : error_set(e, ST_INVALID, "no chat template is called '%.32s'; there are: %s",
+                               chosen, chat_style_names());
     }
     if (!t->has_template) return ST_OK;
     struct bytes text;
@@ -93,7 +94,9 @@ void text_close(struct text *t) {
 
 int32_t text_n_vocab(const struct text *t) { return t->vocab.n; }
 int32_t text_eos_id(const struct text *t) { return t->vocab.eos_id; }
-struct bytes text_piece(const struct text *t, int32_t id) { return vocab_piece(&t->vocab, id); }
+struct bytes text_piece(const struct text *t, int32_t id) {
+    return vocab_piece(&t->vocab, id);
+}
 
 bool text_is_special(const struct text *t, int32_t id) {
     return id >= 0 && id < t->vocab.n && t->vocab.kind[id] == TOKEN_CONTROL;

@@ -105,7 +105,8 @@ void bpe_scratch_free(struct bpe_scratch *x) {
 
 /* ---- short words ------------------------------------------------------------------------------------------ */
 
-static enum status word_short(const struct bpe *b, const uint8_t *s, size_t n, struct id_list *out) {
+static enum status word_short(const struct bpe *b, const uint8_t *s, size_t n,
+                              struct id_list *out) {
     int32_t ids[SHORT_WORD];
     uint32_t rank[SHORT_WORD]; /* of the pair that begins here */
     int32_t becomes[SHORT_WORD];
@@ -142,9 +143,9 @@ static enum status word_short(const struct bpe *b, const uint8_t *s, size_t n, s
 /* ---- long words -------------------------------------------------------------------------------------------- */
 
 struct symbol {
-    int32_t id;      /* -1: merged into an earlier one */
+    int32_t id; /* -1: merged into an earlier one */
     int32_t becomes; /* what the pair that begins here becomes */
-    uint32_t rank;   /* of that pair; MERGE_NONE: no merge */
+    uint32_t rank; /* of that pair; MERGE_NONE: no merge */
     uint32_t prev, next;
 };
 #define SYMBOL_NONE UINT32_MAX

@@ -14,7 +14,7 @@
 #include <string.h>
 
 enum chat_think {
-    THINK_KEPT,     /* an assistant's content as it is */
+    THINK_KEPT, /* an assistant's content as it is */
     THINK_STRIPPED, /* all but the last message: only what follows the last </think> */
     THINK_REWRITTEN /* Qwen3's: see assistant_qwen3 */
 };
@@ -44,9 +44,7 @@ static const struct {
     {0x2bdb6446f8d36516, "chatml"}, /* the same with spaces; the bundled model's */
     {0x17fde6ecda9c7c01, "chatml"}, /* the same with a default for add_generation_prompt */
     {0x21dc9ed0659009cb, "chatml"}, /* Qwen3-Coder */
-    {0xe642ce246d7f2e3d, "qwen2.5"},
-    {0x2bfdb7aa9754484e, "qwen3"},
-    {0x40c4db92561734c8, "qwq"},
+    {0xe642ce246d7f2e3d, "qwen2.5"}, {0x2bfdb7aa9754484e, "qwen3"}, {0x40c4db92561734c8, "qwq"},
 };
 
 const char *chat_style_name(const struct chat_style *style) { return style->name; }
@@ -203,7 +201,7 @@ static void assistant_qwen3(struct render *r, struct bytes whole, bool after_que
     put_template(r, "<|im_start|>assistant\n");
     if (after_query && (last || reasoning.n > 0)) {
         put_template(r, "<think>\n");
-        put_content(r, strip_left(strip_right(reasoning)));
+        put_content(r, reasoning);
         put_template(r, "\n</think>\n\n");
         content = strip_left(content);
     }
@@ -219,12 +217,16 @@ static void render_all(struct render *r, const struct text_message *msgs, size_t
     for (size_t i = 0; i < n && r->st == ST_OK; i++) {
         struct bytes content = msgs[i].content;
         bool last = i + 1 == n;
-        if (is(msgs[i].role, "system")) put_turn(r, "system", content);
-        else if (is(msgs[i].role, "user")) put_turn(r, "user", content);
-        else if (style->think == THINK_REWRITTEN) assistant_qwen3(r, content, i > query, last);
+        if (is(msgs[i].role, "system"))
+            put_turn(r, "system", content);
+        else if (is(msgs[i].role, "user"))
+            put_turn(r, "user", content);
+        else if (style->think == THINK_REWRITTEN)
+            assistant_qwen3(r, content, i > query, last);
         else if (style->think == THINK_STRIPPED && !last)
             put_turn(r, "assistant", strip_left(after_last(content, "</think>")));
-        else put_turn(r, "assistant", content);
+        else
+            put_turn(r, "assistant", content);
     }
     put_template(r, style->opening);
     end_run(r);
@@ -267,8 +269,9 @@ enum status text_chat_encode(const struct text *t, const struct text_message *ms
     if (r.st == ST_TOO_LONG)
         return error_set(e, ST_TOO_LONG, "the conversation is longer than %zu tokens", cap);
     if (r.st != ST_OK)
-        return error_set(e, r.st, r.st == ST_NO_MEMORY ? "no memory for the conversation"
-                                                       : "the conversation could not be encoded");
+        return error_set(e, r.st,
+                         r.st == ST_NO_MEMORY ? "no memory for the conversation"
+                                              : "the conversation could not be encoded");
     *n_ids = r.ids.n;
     return ST_OK;
 }

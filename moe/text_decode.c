@@ -24,7 +24,12 @@ static void put(struct sink *out, const void *s, size_t n) {
  * bytes end inside a character. (Unicode 15, table 3-7.) */
 static size_t next_unit(const uint8_t *p, size_t n, bool *well_formed) {
     uint8_t lead = p[0], lo = 0x80, hi = 0xBF;
-    size_t len = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+    size_t len = lead < 0x80   ? 1
+                 : lead < 0xC2 ? 0
+                 : lead < 0xE0 ? 2
+                 : lead < 0xF0 ? 3
+                 : lead < 0xF5 ? 4
+                               : 0;
     *well_formed = len > 0;
     if (len == 0) return 1;
     if (lead == 0xE0) lo = 0xA0;
@@ -53,8 +58,10 @@ static void feed(struct text_stream *s, struct bytes piece, struct sink *out) {
         bool well_formed;
         size_t len = next_unit(buf + at, n - at, &well_formed);
         if (len == 0) break;
-        if (well_formed) put(out, buf + at, len);
-        else put(out, replacement, sizeof replacement);
+        if (well_formed)
+            put(out, buf + at, len);
+        else
+            put(out, replacement, sizeof replacement);
         at += len;
     }
     s->n_pending = (uint8_t)(n - at);
@@ -85,8 +92,10 @@ enum status text_decode(const struct text *t, const int32_t *ids, size_t n_ids, 
     for (size_t i = 0; i < n_ids; i++) {
         if (skip_special && text_is_special(t, ids[i])) continue;
         struct bytes piece = vocab_piece(&t->vocab, ids[i]);
-        if (lossy) feed(&s, piece, &out);
-        else put(&out, piece.p, piece.n);
+        if (lossy)
+            feed(&s, piece, &out);
+        else
+            put(&out, piece.p, piece.n);
     }
     finish(&s, &out);
     *n = out.n;

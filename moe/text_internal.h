@@ -12,12 +12,14 @@
 /* ---- vocabulary (text_vocab.c) ------------------------------------------------------------------ */
 
 enum token_kind { /* tokenizer.ggml.token_type, GGUF's numbers */
-    TOKEN_NORMAL = 1,
-    TOKEN_UNKNOWN = 2,
-    TOKEN_CONTROL = 3,      /* matched when special tokens are parsed; hidden when decoding on request */
-    TOKEN_USER_DEFINED = 4, /* matched when special tokens are parsed; text when decoding */
-    TOKEN_UNUSED = 5,
-    TOKEN_BYTE = 6
+                  TOKEN_NORMAL = 1,
+                  TOKEN_UNKNOWN = 2,
+                  TOKEN_CONTROL =
+                      3, /* matched when special tokens are parsed; hidden when decoding on request */
+                  TOKEN_USER_DEFINED =
+                      4, /* matched when special tokens are parsed; text when decoding */
+                  TOKEN_UNUSED = 5,
+                  TOKEN_BYTE = 6
 };
 
 /* A piece and the 3 bytes a stream may hold back all become U+FFFD in the worst case. */
@@ -25,14 +27,14 @@ enum { TEXT_MAX_PIECE_BYTES = TEXT_STREAM_MAX_BYTES / 3 - 3 };
 
 struct vocab {
     int32_t n;
-    uint8_t *kind;       /* [n] enum token_kind */
-    uint8_t *piece;      /* all pieces, end to end */
-    uint32_t *first;     /* [n+1] where each begins in piece */
+    uint8_t *kind; /* [n] enum token_kind */
+    uint8_t *piece; /* all pieces, end to end */
+    uint32_t *first; /* [n+1] where each begins in piece */
     int32_t byte_id[256];
-    int32_t *special;    /* CONTROL and USER_DEFINED ids in byte order of their names */
+    int32_t *special; /* CONTROL and USER_DEFINED ids in byte order of their names */
     size_t n_special;
     bool special_lead[256]; /* a special token's name begins with this byte */
-    int32_t eos_id;      /* -1: none */
+    int32_t eos_id; /* -1: none */
 };
 
 /* Ids by the string that the file spells them with, for reading the merges. Refers to the file. */
@@ -68,7 +70,7 @@ enum status text_required(enum status st, struct error *e);
 struct merge {
     uint64_t pair; /* left id << 32 | right id */
     uint32_t rank; /* MERGE_NONE: empty slot */
-    int32_t id;    /* what the pair becomes */
+    int32_t id; /* what the pair becomes */
 };
 #define MERGE_NONE UINT32_MAX
 

@@ -14,9 +14,9 @@
 #include <utf8proc.h>
 
 enum {
-    LEAD_0300 = 0xCC,      /* lead bytes from here on begin characters >= U+0300 */
+    LEAD_0300 = 0xCC, /* lead bytes from here on begin characters >= U+0300 */
     MAX_DECOMPOSITION = 4, /* code points in the full canonical decomposition of one */
-    SHORT_RUN = 24         /* marks; longer runs are sorted by counting */
+    SHORT_RUN = 24 /* marks; longer runs are sorted by counting */
 };
 
 struct nfc {
@@ -56,9 +56,7 @@ static bool append(struct nfc *x, const uint8_t *s, size_t n) {
     return true;
 }
 
-static int combining_class(int32_t cp) {
-    return utf8proc_get_property(cp)->combining_class;
-}
+static int combining_class(int32_t cp) { return utf8proc_get_property(cp)->combining_class; }
 
 /* Sort a run of marks by combining class, equal classes in their order. */
 static void sort_marks(int32_t *cp, size_t n, int32_t *spare) {
@@ -124,7 +122,8 @@ static bool normalise(struct nfc *x, const uint8_t *s, size_t n, size_t high) {
         if (!append(x, s + done, begin - done)) return false;
         if (!normalise_stretch(x, s + begin, end - begin)) return false;
         done = end;
-        for (high = end; high < n && s[high] < LEAD_0300; high++) {}
+        for (high = end; high < n && s[high] < LEAD_0300; high++) {
+        }
     }
     return append(x, s + done, n - done);
 }

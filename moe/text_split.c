@@ -16,7 +16,9 @@
 
 /* Unicode's White_Space, which is what \s means to the reference tokenizer. PCRE2's own \s also holds
  * U+180E. */
-#define SPACE "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
+#define SPACE                                                                                      \
+    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"    \
+    "\\x{205f}\\x{3000}"
 
 /* Expressions as in the models' tokenizer.json. Letters and numbers are those of PCRE2's Unicode version
  * (14 in PCRE2 10.42); the reference's may be newer. */
@@ -44,13 +46,14 @@ enum status splitter_open(struct bytes pre, bool jit, struct error *e, struct sp
     }
     int code;
     PCRE2_SIZE at;
-    pcre2_code *re =
-        pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED,
-                      PCRE2_UTF | PCRE2_UCP | PCRE2_ANCHORED | PCRE2_NO_AUTO_CAPTURE, &code, &at, NULL);
+    pcre2_code *re = pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED,
+                                   PCRE2_UTF | PCRE2_UCP | PCRE2_ANCHORED | PCRE2_NO_AUTO_CAPTURE,
+                                   &code, &at, NULL);
     if (!re) {
         PCRE2_UCHAR why[128] = {0};
         pcre2_get_error_message(code, why, sizeof why);
-        return error_set(e, ST_INTERNAL, "the pre-tokenizer does not compile: %s", (const char *)why);
+        return error_set(e, ST_INTERNAL, "the pre-tokenizer does not compile: %s",
+                         (const char *)why);
     }
     /* Where generated code is not allowed this fails and matching is interpreted. */
     if (jit) (void)pcre2_jit_compile(re, PCRE2_JIT_COMPLETE);

@@ -124,8 +124,8 @@ static size_t piece_bytes(struct bytes s, const int16_t byte_of[ALPHABET], uint8
 
 static enum status token_check(struct bytes s, int64_t kind, int32_t id, struct error *e) {
     if (kind < TOKEN_NORMAL || kind > TOKEN_BYTE)
-        return error_set(e, ST_CORRUPT, "tokenizer.ggml.token_type[%d] is %lld: not a token type", id,
-                         (long long)kind);
+        return error_set(e, ST_CORRUPT, "tokenizer.ggml.token_type[%d] is %lld: not a token type",
+                         id, (long long)kind);
     if (kind == TOKEN_BYTE)
         return error_set(e, ST_UNSUPPORTED,
                          "tokenizer.ggml.token_type[%d] is a byte token, which a byte-level "
@@ -159,9 +159,10 @@ static enum status pieces_fill(const struct bytes *tokens, const int32_t *kinds,
             v->special_lead[s.p[0]] = true;
         }
         if (n > TEXT_MAX_PIECE_BYTES)
-            return error_set(e, ST_UNSUPPORTED,
-                             "tokenizer.ggml.tokens[%d] is %zu bytes long; at most %d are supported",
-                             id, n, TEXT_MAX_PIECE_BYTES);
+            return error_set(
+                e, ST_UNSUPPORTED,
+                "tokenizer.ggml.tokens[%d] is %zu bytes long; at most %d are supported", id, n,
+                TEXT_MAX_PIECE_BYTES);
         v->kind[id] = (uint8_t)kinds[id];
         used += n;
         v->first[id + 1] = (uint32_t)used;
@@ -214,8 +215,10 @@ static size_t special_bound(const struct vocab *v, size_t lo, size_t hi, size_t 
         size_t mid = lo + (hi - lo) / 2;
         struct bytes name = vocab_piece(v, v->special[mid]);
         int byte = depth < name.n ? name.p[depth] : -1;
-        if (byte < want) lo = mid + 1;
-        else hi = mid;
+        if (byte < want)
+            lo = mid + 1;
+        else
+            hi = mid;
     }
     return lo;
 }
@@ -241,9 +244,9 @@ int32_t vocab_special_at(const struct vocab *v, const uint8_t *s, size_t n, size
 /* Every id the file gives a meaning to is checked, also those that nothing here uses. */
 static enum status ids_check(const struct gguf *g, struct error *e, struct vocab *v) {
     static const char *const keys[] = {
-        "tokenizer.ggml.bos_token_id",     "tokenizer.ggml.eos_token_id",
-        "tokenizer.ggml.eot_token_id",     "tokenizer.ggml.eom_token_id",
-        "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id",
+        "tokenizer.ggml.bos_token_id",       "tokenizer.ggml.eos_token_id",
+        "tokenizer.ggml.eot_token_id",       "tokenizer.ggml.eom_token_id",
+        "tokenizer.ggml.unknown_token_id",   "tokenizer.ggml.padding_token_id",
         "tokenizer.ggml.seperator_token_id", /* sic, in the format */
         "tokenizer.ggml.mask_token_id",
     };
@@ -263,7 +266,8 @@ enum status vocab_load(const struct gguf *g, struct error *e, struct vocab *v,
     const struct bytes *tokens;
     const int32_t *kinds;
     size_t n, n_kinds, n_bytes = 0;
-    enum status st = text_required(gguf_string_array(g, "tokenizer.ggml.tokens", e, &tokens, &n), e);
+    enum status st =
+        text_required(gguf_string_array(g, "tokenizer.ggml.tokens", e, &tokens, &n), e);
     if (st != ST_OK) return st;
     st = text_required(gguf_int_array(g, "tokenizer.ggml.token_type", e, &kinds, &n_kinds), e);
     if (st != ST_OK) return st;

@@ -1,6 +1,6 @@
-/* paging: see paging.h. The free blocks are a stack: the block that was returned last is handed out
- * first, so that which blocks a history of calls yields is the same on every run, and memory that was
- * just used is used again. One thread. */
+/* paging: see paging.h. The free blocks are a stack: the block that was returned last is handed
+ * out first, so that which blocks a history of calls yields is the same on every run, and memory
+ * that was just used is used again. One thread. */
 #include "paging/paging.h"
 
 #include <stdlib.h>
@@ -105,7 +105,9 @@ void paging_seq_copy(const struct paging *p, int32_t slot, int32_t n, int32_t *o
 
 int32_t paging_n_free(const struct paging *p) { return p->n_free; }
 
-struct paging_limits paging_limits(const struct paging *p) { return p->limits; }
+struct paging_limits paging_limits(const struct paging *p) {
+    return p->limits;
+}
 
 struct paging_stats paging_stats(const struct paging *p) {
     return (struct paging_stats){

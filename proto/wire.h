@@ -72,8 +72,9 @@ struct wire_header {
 
 /* ---- bodies. Arrays and bytes are borrowed: after decoding they lie in the arena. --------------
  *
- * What decoding promises of every message, besides what stands at the fields: floats are finite, text is
- * valid UTF-8 (NUL included), token ids are >= 0, status codes and reasons are ones of this version. */
+ * What decoding promises of every message, besides what stands at the fields: floats are finite,
+ * text is valid UTF-8 (NUL included), token ids are >= 0, status codes and reasons are ones of
+ * this version. */
 
 struct wire_hello {
     const uint32_t *majors;
@@ -299,10 +300,10 @@ void wire_header_encode(const struct wire_header *h, uint8_t out[WIRE_HEADER_BYT
 enum status wire_decode(const struct wire_header *h, const void *body, size_t n, struct arena *a,
                         struct error *e, struct wire_msg *out);
 
-/* Encode msg's body into dst. ST_TOO_LARGE if it exceeds cap or WIRE_MAX_BODY_BYTES (then *len is the
- * size needed) or if scratch (used above its current mark and restored) is too small (then *len is 0).
- * The message is trusted: CHECK on what decode would refuse by shape (more stops than the array
- * holds). */
+/* Encode msg's body into dst. ST_TOO_LARGE if it exceeds cap or WIRE_MAX_BODY_BYTES (then *len is
+ * the size needed) or if scratch (used above its current mark and restored) is too small (then
+ * *len is 0). The message is trusted: CHECK on what decode would refuse by shape (more stops than
+ * the array holds). */
 enum status wire_encode(const struct wire_msg *msg, struct arena *scratch, uint8_t *dst, size_t cap,
                         size_t *len);
 

@@ -41,8 +41,8 @@ static void try_text(const struct text *t, const uint8_t *s, size_t n, bool pars
         CHECK(text_decode(t, ids, n_ids, false, true, back, cap, &n_back) == ST_OK);
         if (!parse_special) {
             utf8proc_uint8_t *nfc = NULL;
-            utf8proc_ssize_t k = utf8proc_map(s, (utf8proc_ssize_t)n, &nfc,
-                                              UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+            utf8proc_ssize_t k =
+                utf8proc_map(s, (utf8proc_ssize_t)n, &nfc, UTF8PROC_STABLE | UTF8PROC_COMPOSE);
             CHECK(k >= 0 && (size_t)k == n_back && (k == 0 || memcmp(back, nfc, n_back) == 0));
             free(nfc);
         }
@@ -79,8 +79,8 @@ static void try_chat(const struct text *t, const uint8_t *data, size_t n) {
     while (n >= 2 && n_msgs < 8) {
         const char *role = roles[data[0] & 3];
         size_t len = data[1] < n - 2 ? data[1] : n - 2;
-        msgs[n_msgs++] = (struct text_message){{(const uint8_t *)role, strlen(role)},
-                                               {data + 2, len}};
+        msgs[n_msgs++] =
+            (struct text_message){{(const uint8_t *)role, strlen(role)}, {data + 2, len}};
         data += 2 + len;
         n -= 2 + len;
     }
@@ -110,8 +110,10 @@ static void try_vocab(const uint8_t *data, size_t n) {
         size_t len = data[1] & 63;
         if (len > n - 2) len = n - 2;
         struct bytes s = {data + 2, len};
-        if (data[0] & 0x80) merges[f.n_merges++] = s;
-        else tokens[f.n_tokens++] = (struct fixture_token){s, data[0] & 7};
+        if (data[0] & 0x80)
+            merges[f.n_merges++] = s;
+        else
+            tokens[f.n_tokens++] = (struct fixture_token){s, data[0] & 7};
         data += 2 + len;
         n -= 2 + len;
     }
@@ -143,7 +145,7 @@ static struct text *open_small(const char *style) {
         {FIXTURE_BYTES("[PAD]"), TOKEN_UNUSED},
     };
     static const struct bytes merges[] = {
-        FIXTURE_BYTES("a b"), FIXTURE_BYTES("a a"), FIXTURE_BYTES("\xC3\x83 \xC2\xA9"),
+        FIXTURE_BYTES("a b"),  FIXTURE_BYTES("a a"),   FIXTURE_BYTES("\xC3\x83 \xC2\xA9"),
         FIXTURE_BYTES("a ab"), FIXTURE_BYTES("aa aa"),
     };
     struct fixture f = FIXTURE_DEFAULT;

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What the compiler does not see: which room may include what, sizes, leftovers, the schema's shape.
+"""What the compiler does not see: who may include what, sizes, leftovers, the schema's shape.
 
-    python3 tests/lint.py              check the repository; one file:line message each, exit 1 if any
-    python3 tests/lint.py --self-test  check that every rule can fail, on a small tree with planted faults
+    python3 tests/lint.py              check the repository; file:line messages, exit 1 if any
+    python3 tests/lint.py --self-test  plant a fault for every rule in a small tree; exit 1 unless
+                                       each is found
 
 Needs Python 3.8 and nothing else.
 """
@@ -56,6 +57,8 @@ SKIPPED = {"build", "data", "node_modules", "__pycache__"}
 
 INCLUDE = re.compile(r'\s*#\s*include\s*(["<])([^">]+)[">]')
 LEFTOVER = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b")
+FIELD = re.compile(r"message\s+(\w+)\s*\{|"
+                   r"(optional|required|repeated)\s+(\w+)\s+(\w+)\s*=\s*(\d+)")
 MACHINE_PATH = re.compile(r"(?<![\w./$}])/(work|root|home|Users)/")
 
 
@@ -145,15 +148,14 @@ class Lint:
     # ---- the schema ----------------------------------------------------------------------------
 
     def check_schema(self, path, lines):
-        """Acyclic, at most 4 messages deep, no maps, oneofs or strings, no repeated floats (the decoder
-        looks for numbers that are not finite in single fields), each number once."""
+        """Acyclic, at most 4 messages deep, no maps, oneofs or strings, no repeated floats (the
+        decoder looks for numbers that are not finite in single fields), each number once."""
         fields, where, message = {}, {}, None
         for i, line in enumerate(lines, 1):
             code = line.split("//")[0]
             for word in re.findall(r"\b(map|oneof|string|group|extend|extensions|import)\b", code):
                 self.say(path, i, "uses %s" % word)
-            for token in re.finditer(r"message\s+(\w+)\s*\{|"
-                                     r"(optional|required|repeated)\s+(\w+)\s+(\w+)\s*=\s*(\d+)|\}", code):
+            for token in FIELD.finditer(code):
                 if token.group(1):
                     message = token.group(1)
                     fields[message], where[message] = [], i

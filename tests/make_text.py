@@ -72,7 +72,8 @@ def text(rng, kind, names, words):
         return "".join(character(rng) for _ in range(rng.randint(1, 30)))
     if kind == 1:  # white space of all sorts around a little text
         return "".join(rng.choice([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u0085", "\u180e",
-                                   "\u2028", "\x1c", "\u200b", "a", "!", "1"])
+                                   "\u2028", "\x1c", "\u200b", "\u1680", "\u2000", "\u200a", "\u2029", "\u202f",
+                                   "\u205f", "\v", "\f", "a", "!", "1"])
                        for _ in range(rng.randint(2, 30)))
     if kind == 2:  # contractions, in any case, and letters that fold to them
         return "".join(rng.choice(["'", "\u2019", "s", "S", "\u017f", "t", "RE", "re", "ve", "m", "M", "ll",

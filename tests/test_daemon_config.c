@@ -1,4 +1,5 @@
 /* The command line: defaults, every number's range, every refusal named. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

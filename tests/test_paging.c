@@ -1,5 +1,5 @@
-/* paging: random histories against a model that keeps one owner per block; all or nothing; the order
- * of reuse; limits; and paging_check sees each invariant broken. */
+/* paging: random histories against a model that keeps one owner per block; all or nothing; the
+ * order of reuse; limits; and paging_check sees each invariant broken. */
 #include "tests/support.h"
 
 #include <signal.h>
@@ -124,7 +124,8 @@ static void test_order(void **state) {
     paging_destroy(p);
 }
 
-/* ---- random histories ---------------------------------------------------------------------------- */
+/* ---- random histories
+ * ---------------------------------------------------------------------------- */
 
 enum { MAX_BLOCKS = 40, MAX_SLOTS = 8, MAX_TABLE = 16 };
 
@@ -224,7 +225,8 @@ static void test_repeatable(void **state) {
     assert_true(a != c);
 }
 
-/* ---- paging_check sees what it promises to see -------------------------------------------------- */
+/* ---- paging_check sees what it promises to see
+ * -------------------------------------------------- */
 
 enum { N_BREAKS = 14 };
 
@@ -267,7 +269,8 @@ static void test_check_sees(void **state) {
     }
 }
 
-/* ---- programmer errors end the process ------------------------------------------------------------ */
+/* ---- programmer errors end the process
+ * ------------------------------------------------------------ */
 
 static void misuse(struct paging *p, int how) {
     int32_t ids[4];

@@ -1,8 +1,8 @@
-/* sched, against a fake engine: random workloads on virtual time. The engine's next token is a function of
- * the ids so far, which it reads from its paged "KV" and from nowhere else; so whatever the schedule, every
- * sequence must get the tokens of the direct computation. The engine also refuses a step that is not one:
- * a gap in the positions, a table that does not cover them, a slot twice, a position that another
- * sequence, or an earlier run of the same one, wrote last. */
+/* sched, against a fake engine: random workloads on virtual time. The engine's next token is a
+ * function of the ids so far, which it reads from its paged "KV" and from nowhere else; so
+ * whatever the schedule, every sequence must get the tokens of the direct computation. The engine
+ * also refuses a step that is not one: a gap in the positions, a table that does not cover them, a
+ * slot twice, a position that another sequence, or an earlier run of the same one, wrote last. */
 #include "tests/support.h"
 
 #include <stdlib.h>
@@ -13,7 +13,7 @@
 
 enum { N_VOCAB = 1000, STOP_EVERY = 37 };
 
-/* ---- the fake engine --------------------------------------------------------------------------- */
+/* ---- the fake engine ------------------------------------------------------------------------- */
 
 static uint64_t mix(uint64_t h, int32_t id) {
     h = (h ^ (uint64_t)(uint32_t)id) * UINT64_C(0x9e3779b97f4a7c15);
@@ -126,7 +126,8 @@ static void fake_step(struct fake *f, const struct sched_plan *plan, struct moe_
     free(used);
 }
 
-/* ---- the client's side: a ledger ------------------------------------------------------------------- */
+/* ---- the client's side: a ledger
+ * ------------------------------------------------------------------- */
 
 struct client {
     bool live, held;
@@ -383,7 +384,7 @@ static void test_random_worlds(void **state) {
     assert_true(n_preempted > 1000);
 }
 
-/* One class, nobody leaves early: each plan advances the oldest for good, which bounds the plans. */
+/* One class, nobody leaves early: each plan advances the oldest for good, a bound on the plans. */
 static void test_no_starvation(void **state) {
     (void)state;
     for (uint64_t seed = 1000; seed < 1100; seed++) {
@@ -418,8 +419,8 @@ static void test_many(void **state) {
     close_world(&w);
 }
 
-/* The tokens do not depend on the schedule: the ledger checks each against the direct computation; here,
- * that depth and pool change the schedule at all, or that check would be empty. */
+/* The tokens do not depend on the schedule: the ledger checks each against the direct computation;
+ * here, that depth and pool change the schedule at all, or that check would be empty. */
 static void test_schedules_differ(void **state) {
     (void)state;
     struct world tight = {

@@ -27,7 +27,8 @@ static struct text *open_text(const char *path) {
 /* NFC by utf8proc; free the result. */
 static uint8_t *nfc_of(const void *s, size_t n, size_t *n_out) {
     utf8proc_uint8_t *p = NULL;
-    utf8proc_ssize_t k = utf8proc_map(s, (utf8proc_ssize_t)n, &p, UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+    utf8proc_ssize_t k =
+        utf8proc_map(s, (utf8proc_ssize_t)n, &p, UTF8PROC_STABLE | UTF8PROC_COMPOSE);
     assert_true(k >= 0);
     *n_out = (size_t)k;
     return p;
@@ -37,9 +38,9 @@ static uint8_t *nfc_of(const void *s, size_t n, size_t *n_out) {
 static size_t random_char(uint64_t *seed, char *dst) {
     static const struct {
         uint32_t lo, hi;
-    } ranges[] = {{0x20, 0x7E},     {0x09, 0x0D},     {'a', 'z'},       {'0', '9'},
-                  {0xA0, 0x17F},    {0x300, 0x36F},   {0x591, 0x5C7},   {0x900, 0x97F},
-                  {0x1100, 0x11FF}, {0x1E00, 0x1FFF}, {0x2000, 0x206F}, {0xAC00, 0xD7A3},
+    } ranges[] = {{0x20, 0x7E},     {0x09, 0x0D},       {'a', 'z'},         {'0', '9'},
+                  {0xA0, 0x17F},    {0x300, 0x36F},     {0x591, 0x5C7},     {0x900, 0x97F},
+                  {0x1100, 0x11FF}, {0x1E00, 0x1FFF},   {0x2000, 0x206F},   {0xAC00, 0xD7A3},
                   {0xF900, 0xFAFF}, {0x1D15E, 0x1D164}, {0x1F300, 0x1F6FF}, {1, 0x10FFFF}};
     uint32_t cp;
     do {
@@ -63,8 +64,9 @@ static void assert_ids(const struct text *t, const char *what, json_t *line, boo
     bool same = n == json_array_size(want);
     for (size_t i = 0; same && i < n; i++)
         same = ids[i] == json_integer_value(json_array_get(want, i));
-    if (!same) fail_msg("%s of \"%s\": %zu ids instead of %zu, or others", what, s, n,
-                        json_array_size(want));
+    if (!same)
+        fail_msg("%s of \"%s\": %zu ids instead of %zu, or others", what, s, n,
+                 json_array_size(want));
 
     size_t n_nfc, n_back;
     uint8_t *nfc = nfc_of(s, len, &n_nfc);
@@ -121,12 +123,14 @@ static void test_limits(void **state) {
     struct text *t = open_text(TINY_MODEL);
     int32_t ids[64];
     size_t n = 0, k = 12345;
-    static const char *const bad[] = {"\x80", "ab\xC3", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xC0\x80"};
+    static const char *const bad[] = {"\x80", "ab\xC3", "\xED\xA0\x80", "\xF4\x90\x80\x80",
+                                      "\xC0\x80"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_int_equal(text_encode(t, bad[i], strlen(bad[i]), true, ids, 64, &k), ST_INVALID);
         assert_int_equal(text_encode(t, bad[i], strlen(bad[i]), false, ids, 64, &k), ST_INVALID);
     }
-    static const char s[] = "one two<|im_end|>\n  aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa \0.";
+    static const char s[] =
+        "one two<|im_end|>\n  aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa \0.";
     assert_int_equal(text_encode(t, s, sizeof s - 1, true, ids, 64, &n), ST_OK);
     assert_int_equal(text_encode(t, s, sizeof s - 1, true, ids, n, &k), ST_OK);
     assert_int_equal(k, n);
@@ -171,8 +175,9 @@ static void test_nfc_random(void **state) {
 /* Runs of marks of many classes, shorter and longer than what is sorted by insertion. */
 static void test_nfc_marks(void **state) {
     (void)state;
-    static const char *const marks[] = {"\xCC\x80", "\xCC\x96", "\xCC\xB4", "\xCC\xA1", "\xCD\x85",
-                                        "\xD6\xB0", "\xCC\x88", "\xE3\x82\x99", "\xCD\x9C"};
+    static const char *const marks[] = {"\xCC\x80", "\xCC\x96",     "\xCC\xB4",
+                                        "\xCC\xA1", "\xCD\x85",     "\xD6\xB0",
+                                        "\xCC\x88", "\xE3\x82\x99", "\xCD\x9C"};
     uint64_t seed = 2;
     for (size_t len = 0; len < 300; len++) {
         char s[1000] = "e";
@@ -211,10 +216,29 @@ static void assert_round_trip(const struct text *t, const char *s, size_t n, con
 
 static void test_megabytes(void **state) {
     (void)state;
-    static const char *const units[] = {
-        "a", " ", "\n", "\t", "0", "'", "<", "<|im_start|", "\xF0\x9F\x98\x80", "\xE6\xBC\xA2",
-        "\xCC\x81", "e\xCC\x81", " \n", "\r\n ", "ab", "\xE1\x84\x80\xE1\x85\xA1\xE1\x86\xA8",
-        "\xF0\x9D\x85\xA0", "\xE0\xBC\xB8", "\xC2\xA0", "!", "'s", "\xF0\x9F\x91\xA9\xE2\x80\x8D", "Ab1 "};
+    static const char *const units[] = {"a",
+                                        " ",
+                                        "\n",
+                                        "\t",
+                                        "0",
+                                        "'",
+                                        "<",
+                                        "<|im_start|",
+                                        "\xF0\x9F\x98\x80",
+                                        "\xE6\xBC\xA2",
+                                        "\xCC\x81",
+                                        "e\xCC\x81",
+                                        " \n",
+                                        "\r\n ",
+                                        "ab",
+                                        "\xE1\x84\x80\xE1\x85\xA1\xE1\x86\xA8",
+                                        "\xF0\x9D\x85\xA0",
+                                        "\xE0\xBC\xB8",
+                                        "\xC2\xA0",
+                                        "!",
+                                        "'s",
+                                        "\xF0\x9F\x91\xA9\xE2\x80\x8D",
+                                        "Ab1 "};
     struct text *t = open_text(QWEN3_VOCAB);
     for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
         size_t n, n_want;
@@ -251,7 +275,8 @@ static void test_megabyte_of_marks(void **state) {
 /* Interpreted matching cuts as generated code does, within its limits. */
 static void test_split_interpreted(void **state) {
     (void)state;
-    static const char *const units[] = {" ", "a", "\n", " \n", "   x", "'", "\xE3\x80\x80", "!\r\n"};
+    static const char *const units[] = {" ",    "a", "\n",           " \n",
+                                        "   x", "'", "\xE3\x80\x80", "!\r\n"};
     struct splitter jit = {0}, plain = {0};
     struct bytes pre = FIXTURE_BYTES("qwen2");
     assert_int_equal(splitter_open(pre, true, NULL, &jit), ST_OK);
@@ -324,9 +349,12 @@ static void test_stream_random_ids(void **state) {
             size_t n = test_random(&seed) % 25;
             for (size_t i = 0; i < n; i++) {
                 uint64_t r = test_random(&seed);
-                if (r % 3 == 0) ids[i] = (int32_t)(94 + r / 3 % 162); /* tokens of single bytes */
-                else if (r % 31 == 0) ids[i] = (int32_t)(n_vocab - 3 + r / 31 % 5);
-                else ids[i] = (int32_t)(r / 3 % n_vocab);
+                if (r % 3 == 0)
+                    ids[i] = (int32_t)(94 + r / 3 % 162); /* tokens of single bytes */
+                else if (r % 31 == 0)
+                    ids[i] = (int32_t)(n_vocab - 3 + r / 31 % 5);
+                else
+                    ids[i] = (int32_t)(r / 3 % n_vocab);
             }
             assert_stream(t, ids, n);
         }
@@ -377,6 +405,7 @@ static void test_replacement(void **state) {
         {"\xE1\x80\xE2\xF0\x91\x92\xF1\xBF\x41", R R R R "A"},
         {"\xF0\x9F\x98", R},
         {"x\xE2\x82", "x" R},
+        {"x\xC3", "x" R},
 #undef R
     };
     struct fixture f = FIXTURE_DEFAULT;
@@ -437,15 +466,16 @@ static void assert_decodes(const struct text *t, const int32_t *ids, size_t n, b
 static void test_special(void **state) {
     (void)state;
     static const struct fixture_token tokens[] = {
-        {FIXTURE_BYTES("<a>"), CONTROL},           /* 256 */
-        {FIXTURE_BYTES("<a><b>c"), CONTROL},       /* 257 */
-        {FIXTURE_BYTES("<b>"), USER},              /* 258 */
-        {FIXTURE_BYTES("ab"), NORMAL},             /* 259 */
-        {FIXTURE_BYTES("[PAD]"), TOKEN_UNUSED},    /* 260 */
+        {FIXTURE_BYTES("<a>"), CONTROL}, /* 256 */
+        {FIXTURE_BYTES("<a><b>c"), CONTROL}, /* 257 */
+        {FIXTURE_BYTES("<b>"), USER}, /* 258 */
+        {FIXTURE_BYTES("ab"), NORMAL}, /* 259 */
+        {FIXTURE_BYTES("[PAD]"), TOKEN_UNUSED}, /* 260 */
         {FIXTURE_BYTES("<|endoftext|>"), CONTROL}, /* 261 */
-        {FIXTURE_BYTES("<|im_end|>"), CONTROL},    /* 262 */
-        {FIXTURE_BYTES("e\xCC\x81"), USER},        /* 263: not in NFC */
-        {FIXTURE_BYTES("\xC4\xA0\n"), NORMAL},     /* 264: "Ġ" and a raw newline: literal */
+        {FIXTURE_BYTES("<|im_end|>"), CONTROL}, /* 262 */
+        {FIXTURE_BYTES("e\xCC\x81"), USER}, /* 263: not in NFC */
+        {FIXTURE_BYTES("\xC4\xA0\n"), NORMAL}, /* 264: "Ġ" and a raw newline: literal */
+        {FIXTURE_BYTES("\n"), NORMAL}, /* 265: literal, not the token of the byte */
     };
     static const struct bytes merges[] = {FIXTURE_BYTES("a b")};
     struct fixture f = FIXTURE_DEFAULT;
@@ -468,15 +498,16 @@ static void test_special(void **state) {
         {"<a", true, {'<', 'a'}, 2},
         {"<a>", false, {'<', 'a', '>'}, 3},
         {"[PAD]", true, {'[', 'P', 'A', 'D', ']'}, 5},
-        {"e\xCC\x81\xC3\xA9", true, {263, 0xC3, 0xA9}, 3},   /* found before normalising */
+        {"e\xCC\x81\xC3\xA9", true, {263, 0xC3, 0xA9}, 3}, /* found before normalising */
         {"e\xCC\x81", false, {0xC3, 0xA9}, 2},
         {"<b>\xCC\x81", true, {258, 0xCC, 0x81}, 3},
+        {"\n", true, {'\n'}, 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         int32_t ids[16];
         size_t n = 0;
-        assert_int_equal(text_encode(t, cases[i].s, strlen(cases[i].s), cases[i].parse, ids, 16, &n),
-                         ST_OK);
+        assert_int_equal(
+            text_encode(t, cases[i].s, strlen(cases[i].s), cases[i].parse, ids, 16, &n), ST_OK);
         assert_int_equal(n, cases[i].n);
         assert_memory_equal(ids, cases[i].ids, n * sizeof *ids);
     }
@@ -497,8 +528,8 @@ static void test_special(void **state) {
     assert_false(text_is_special(t, 258));
     assert_false(text_is_special(t, 260));
     assert_false(text_is_special(t, -1));
-    assert_false(text_is_special(t, 265));
-    assert_int_equal(text_piece(t, 265).n, 0);
+    assert_false(text_is_special(t, 266));
+    assert_int_equal(text_piece(t, 266).n, 0);
     assert_int_equal(text_piece(t, -1).n, 0);
     assert_int_equal(text_piece(t, 257).n, 7);
     int32_t end[3] = {-5, -5, -5};
@@ -553,18 +584,24 @@ static void assert_token_refused(struct bytes s, int32_t type, enum status want,
 
 static void test_bad_tokens(void **state) {
     (void)state;
-    assert_token_refused((struct bytes)FIXTURE_BYTES("ab"), NORMAL, ST_CORRUPT, "ids 256 and 257 are both 'ab'");
+    assert_token_refused((struct bytes)FIXTURE_BYTES("ab"), NORMAL, ST_CORRUPT,
+                         "ids 256 and 257 are both 'ab'");
     assert_token_refused((struct bytes)FIXTURE_BYTES("!"), NORMAL, ST_CORRUPT, "ids 33 and 257");
-    assert_token_refused((struct bytes)FIXTURE_BYTES(""), NORMAL, ST_CORRUPT, "tokens[257] is empty");
-    assert_token_refused((struct bytes)FIXTURE_BYTES(""), CONTROL, ST_CORRUPT, "tokens[257] is empty");
-    assert_token_refused((struct bytes)FIXTURE_BYTES("\xC3"), NORMAL, ST_CORRUPT, "tokens[257] is not UTF-8");
+    assert_token_refused((struct bytes)FIXTURE_BYTES(""), NORMAL, ST_CORRUPT,
+                         "tokens[257] is empty");
+    assert_token_refused((struct bytes)FIXTURE_BYTES(""), CONTROL, ST_CORRUPT,
+                         "tokens[257] is empty");
+    assert_token_refused((struct bytes)FIXTURE_BYTES("\xC3"), NORMAL, ST_CORRUPT,
+                         "tokens[257] is not UTF-8");
     assert_token_refused((struct bytes)FIXTURE_BYTES("x"), 0, ST_CORRUPT, "token_type[257] is 0");
     assert_token_refused((struct bytes)FIXTURE_BYTES("x"), 7, ST_CORRUPT, "token_type[257] is 7");
     assert_token_refused((struct bytes)FIXTURE_BYTES("x"), -1, ST_CORRUPT, "token_type[257] is -1");
-    assert_token_refused((struct bytes)FIXTURE_BYTES("<0x0A>"), TOKEN_BYTE, ST_UNSUPPORTED, "byte token");
+    assert_token_refused((struct bytes)FIXTURE_BYTES("<0x0A>"), TOKEN_BYTE, ST_UNSUPPORTED,
+                         "byte token");
     char name[TEXT_MAX_PIECE_BYTES + 1];
     memset(name, 'q', sizeof name);
-    struct bytes longest = {(uint8_t *)name, TEXT_MAX_PIECE_BYTES}, longer = {(uint8_t *)name, sizeof name};
+    struct bytes longest = {(uint8_t *)name, TEXT_MAX_PIECE_BYTES},
+                 longer = {(uint8_t *)name, sizeof name};
     assert_token_refused(longer, NORMAL, ST_UNSUPPORTED, "tokens[257] is 1022 bytes long");
     assert_token_refused(longer, CONTROL, ST_UNSUPPORTED, "tokens[257] is 1022 bytes long");
 
@@ -578,7 +615,8 @@ static void test_bad_tokens(void **state) {
     struct text *t = open_fixture(&f);
     char *dst = malloc(TEXT_STREAM_MAX_BYTES);
     struct text_stream s = {0};
-    for (int i = 0; i < 3; i++) assert_int_equal(text_stream_push(t, &s, "\xF0\x9F\x98"[i] & 0xFF, dst), 0);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(text_stream_push(t, &s, "\xF0\x9F\x98"[i] & 0xFF, dst), 0);
     assert_int_equal(text_stream_push(t, &s, 256, dst), 3 * TEXT_MAX_PIECE_BYTES + 3);
     free(dst);
     text_close(t);
@@ -586,15 +624,17 @@ static void test_bad_tokens(void **state) {
 
 static void test_bad_merges(void **state) {
     (void)state;
-    static const struct fixture_token tokens[] = {
-        {FIXTURE_BYTES("ab"), NORMAL}, {FIXTURE_BYTES("<a>"), CONTROL}, {FIXTURE_BYTES("cd"), CONTROL}};
+    static const struct fixture_token tokens[] = {{FIXTURE_BYTES("ab"), NORMAL},
+                                                  {FIXTURE_BYTES("<a>"), CONTROL},
+                                                  {FIXTURE_BYTES("cd"), CONTROL}};
     static const struct {
         struct bytes second;
         const char *says;
     } cases[] = {
         {FIXTURE_BYTES("x y"), "merges[1] 'x y': a part or the result"},
         {FIXTURE_BYTES("ab zz"), "merges[1] 'ab zz': a part or the result"},
-        {FIXTURE_BYTES("c d"), "merges[1] 'c d': a part or the result"}, /* would forge a control token */
+        {FIXTURE_BYTES("c d"),
+         "merges[1] 'c d': a part or the result"}, /* would forge a control token */
         {FIXTURE_BYTES("a b"), "merges[1] 'a b' is there twice"},
         {FIXTURE_BYTES("ab"), "merges[1] 'ab' is not two tokens"},
         {FIXTURE_BYTES(""), "merges[1] '' is not two tokens"},
@@ -672,7 +712,8 @@ static void *encode_often(void *arg) {
     size_t n_first = 0, n;
     if (text_encode(t, s, sizeof s - 1, true, first, 128, &n_first) != ST_OK) return NULL;
     for (int i = 0; i < 300; i++) {
-        if (text_encode(t, s, sizeof s - 1, true, ids, 128, &n) != ST_OK || n != n_first) return NULL;
+        if (text_encode(t, s, sizeof s - 1, true, ids, 128, &n) != ST_OK || n != n_first)
+            return NULL;
         if (memcmp(ids, first, n * sizeof *ids) != 0) return NULL;
     }
     return arg;

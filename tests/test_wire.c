@@ -1,5 +1,5 @@
-/* wire: the header, each rule of wire.h broken in turn, memory budgets, encode's limits. The bytes of
- * whole messages are in test_wire_golden.c. */
+/* wire: the header, each rule of wire.h broken in turn, memory budgets, encode's limits. The bytes
+ * of whole messages are in test_wire_golden.c. */
 #include "tests/support.h"
 
 #include <signal.h>
@@ -15,7 +15,7 @@
 
 static struct arena arena, scratch;
 
-/* ---- header ------------------------------------------------------------------------------------ */
+/* ---- header ---------------------------------------------------------------------------------- */
 
 static const uint8_t header[WIRE_HEADER_BYTES] = {
     'M',  'O',  'E',  'D',  1,    7,    0x10, 0x00,
@@ -71,7 +71,7 @@ static void test_header_refused(void **state) {
     assert_int_equal(h.body_bytes, WIRE_MAX_BODY_BYTES);
 }
 
-/* ---- bodies --------------------------------------------------------------------------------- */
+/* ---- bodies ---------------------------------------------------------------------------------- */
 
 static enum status decode(enum wire_type type, const uint8_t *p, size_t n, struct error *e,
                           struct wire_msg *out) {
@@ -103,8 +103,8 @@ static uint8_t *build(const char *body, const char *unit, int count, size_t *n) 
 
 #define MINUS_1 "ffffffffffffffffff01"
 
-/* A body and what refuses it; says is NULL where the body is just within the rule. Field keys: number
- * times 8, plus 0 varint, 1 eight bytes, 2 counted, 5 four bytes. */
+/* A body and what refuses it; says is NULL where the body is just within the rule. Field keys:
+ * number times 8, plus 0 varint, 1 eight bytes, 2 counted, 5 four bytes. */
 static const struct rule {
     enum wire_type type;
     const char *body, *unit;
@@ -328,7 +328,8 @@ static void test_defaults(void **state) {
     assert_false(s->ignore_eos);
 }
 
-/* Not defaults but consequences: top_logprobs asks for logprobs; a submessage that comes twice is one. */
+/* Not defaults but consequences: top_logprobs asks for logprobs; a submessage that comes twice is
+ * one. */
 static void test_consequences(void **state) {
     (void)state;
     struct wire_msg m;
@@ -356,8 +357,8 @@ static void test_consequences(void **state) {
     free(p);
 }
 
-/* Memory that is given back may only be used again for what fits: a tag that comes twice frees the first
- * one's byte before the submessage with more than 16 fields asks for a table. */
+/* Memory that is given back may only be used again for what fits: a tag that comes twice frees the
+ * first one's byte before the submessage with more than 16 fields asks for a table. */
 static void test_reuse(void **state) {
     (void)state;
     struct wire_msg m;
@@ -371,7 +372,7 @@ static void test_reuse(void **state) {
     free(p);
 }
 
-/* ---- memory -------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 /* True if no byte at or above `from` was ever written (the arena's pages start as zeros). */
 static bool untouched(const struct arena *a, size_t from) {
@@ -438,8 +439,9 @@ static void test_budget(void **state) {
     free(p);
 }
 
-/* Lists as long as coalescing makes them: 20 candidates for each of 2,040 tokens, with small ids, which
- * is where bytes are fewest for the memory that they need. (2,033 fields double protobuf-c's table.) */
+/* Lists as long as coalescing makes them: 20 candidates for each of 2,040 tokens, with small ids,
+ * which is where bytes are fewest for the memory that they need. (2,033 fields double protobuf-c's
+ * table.) */
 static void test_large_chunk(void **state) {
     (void)state;
     enum { T = 2040 };

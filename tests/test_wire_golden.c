@@ -1,6 +1,7 @@
-/* wire, golden bytes: every message type with every field set, and the smallest one, against bytes that
- * Python's protobuf made from moed.proto (fields in number order, defaults left out). These bytes are the
- * protocol: a change that fails here breaks peers. The frames are then cut and mutated. */
+/* wire, golden bytes: every message type with every field set, and the smallest one, against bytes
+ * that Python's protobuf made from moed.proto (fields in number order, defaults left out). These
+ * bytes are the protocol: a change that fails here breaks peers. The frames are then cut and
+ * mutated. */
 #include "tests/support.h"
 
 #include <stdio.h>
@@ -71,9 +72,9 @@ static const struct golden_wire {
     {"", {.type = WIRE_GOODBYE}},
     {"08b0ea01", {.type = WIRE_GOAWAY, .goaway = {30000}}},
     {"", {.type = WIRE_GOAWAY}},
-    /* boot_id, prompt_ids; sampling: temperature, top_k, top_p, min_p, three penalties, two biases, seed,
-     * logprobs, top_logprobs; stop, stop, stop_ids; max_tokens, min_tokens, ignore_eos, priority, ttl_ms,
-     * n, parse_special, tag */
+    /* boot_id, prompt_ids; sampling: temperature, top_k, top_p, min_p, three penalties, two
+     * biases, seed, logprobs, top_logprobs; stop, stop, stop_ids; max_tokens, min_tokens,
+     * ignore_eos, priority, ttl_ms, n, parse_special, tag */
     {"0a10a0a1a2a3a4a5a6a7a8a9aaabacadaeaf 120800017f8001dda009"
      " 2a3a 0d00000000 1028 1d0000003f 250000803e 2d0000c03f 35000000c0 3d00000040"
      " 42070807150000c8c2 420908ffa209150000003f 4800 5001 5814"
@@ -153,7 +154,8 @@ static const struct golden_wire {
     {"08808080808020", {.type = WIRE_CREDIT, .credit = {UINT64_C(1) << 40}}},
     {"", {.type = WIRE_CREDIT}},
     {"", {.type = WIRE_MODEL_INFO}},
-    /* name, architecture, backend, five counts, weight_bytes, kv_bytes_per_token, eos_id, quantization */
+    /* name, architecture, backend, five counts, weight_bytes, kv_bytes_per_token, eos_id,
+     * quantization */
     {"0a0474696e79 12087177656e336d6f65 1a03637075 2004 2880a309 308001 3808 408020 488080808040"
      " 50808006 58ffffffffffffffffff01 620451345f4b",
      {.type = WIRE_MODEL_INFO_RESULT,
@@ -313,7 +315,8 @@ static void test_truncation(void **state) {
     assert_true(n_kept > 30);
 }
 
-/* Each allocation failed in turn: every arena too small for a message refuses it and stays as it was. */
+/* Each allocation failed in turn: every arena too small for a message refuses it and stays as it
+ * was. */
 static void test_small_arena(void **state) {
     (void)state;
     for (size_t i = 0; i < N(golden); i++) {
@@ -331,6 +334,23 @@ static void test_small_arena(void **state) {
             assert_int_equal(st, cap < needed ? ST_TOO_LARGE : ST_OK);
             assert_int_equal(part.used_bytes, cap < needed ? 0 : needed);
         }
+    }
+}
+
+/* The same for encoding: a scratch too small says so and is given back. */
+static void test_small_scratch(void **state) {
+    (void)state;
+    for (size_t i = 0; i < N(golden); i++) {
+        uint8_t dst[MAX_GOLDEN];
+        size_t cap = 0, len = 1;
+        struct arena part = {.base = scratch.base};
+        while (wire_encode(&golden[i].msg, &part, dst, sizeof dst, &len) != ST_OK) {
+            assert_int_equal(len, 0);
+            assert_int_equal(part.used_bytes, 0);
+            part.cap_bytes = ++cap;
+            assert_true(cap < 65536);
+        }
+        assert_true(cap > 0);
     }
 }
 
@@ -409,7 +429,7 @@ int main(void) {
         cmocka_unit_test(test_encode),        cmocka_unit_test(test_decode),
         cmocka_unit_test(test_decode_values), cmocka_unit_test(test_complete),
         cmocka_unit_test(test_truncation),    cmocka_unit_test(test_small_arena),
-        cmocka_unit_test(test_mutation),
+        cmocka_unit_test(test_small_scratch), cmocka_unit_test(test_mutation),
     };
     return cmocka_run_group_tests_name("wire_golden", tests, setup, teardown);
 }

@@ -14,21 +14,23 @@ struct fixture_token {
 };
 
 struct fixture {
-    const char *model, *pre;     /* NULL: the key is left out */
+    const char *model, *pre; /* NULL: the key is left out */
     const char *chat_template;
     const struct fixture_token *tokens; /* after the 256 byte tokens */
     size_t n_tokens;
     const struct bytes *merges;
     size_t n_merges;
-    int missing_byte;            /* this byte's token is misspelt; -1: none */
-    int types_missing;           /* token_type is this much too short */
-    int64_t eos, bos;            /* -1: left out */
+    int missing_byte; /* this byte's token is misspelt; -1: none */
+    int types_missing; /* token_type is this much too short */
+    int64_t eos, bos; /* -1: left out */
     bool add_bos;
-    const char *drop;            /* this key is left out */
+    const char *drop; /* this key is left out */
 };
 
-#define FIXTURE_DEFAULT {.model = "gpt2", .pre = "qwen2", .missing_byte = -1, .eos = -1, .bos = -1}
-#define FIXTURE_BYTES(literal) {(const uint8_t *)(literal), sizeof(literal) - 1}
+#define FIXTURE_DEFAULT                                                                            \
+    { .model = "gpt2", .pre = "qwen2", .missing_byte = -1, .eos = -1, .bos = -1 }
+#define FIXTURE_BYTES(literal)                                                                     \
+    { (const uint8_t *)(literal), sizeof(literal) - 1 }
 
 /* How GPT-2's table spells a byte: at most 2 bytes of UTF-8. */
 static inline size_t fixture_byte_name(int byte, uint8_t dst[2]) {

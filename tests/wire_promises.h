@@ -1,5 +1,5 @@
-/* What wire.h promises of a decoded message, checked by an independent hand: for the mutation test and
- * the fuzzer. Returns NULL, or the promise that does not hold. */
+/* What wire.h promises of a decoded message, checked by an independent hand: for the mutation test
+ * and the fuzzer. Returns NULL, or the promise that does not hold. */
 #ifndef MOED_TESTS_WIRE_PROMISES_H
 #define MOED_TESTS_WIRE_PROMISES_H
 
