@@ -32,7 +32,7 @@ struct moe {
     struct slot_state *slots; /* [max_seqs] */
     uint64_t n_submitted;
     int n_in_flight;
-    int32_t n_result_rows;  /* of the step collected last; -1: a later one was submitted */
+    int32_t n_result_rows; /* of the step collected last; -1: a later one was submitted */
     int32_t n_step_rows[MOE_MAX_IN_FLIGHT]; /* by step number */
     struct forward_probe probe;
 };
@@ -85,7 +85,8 @@ static enum status settle_limits(const struct model_shape *m, bool on_gpu, struc
         return error_set(e, ST_INVALID, "block_tokens is %d: it must be a power of two",
                          (int)l->block_tokens);
     if ((int64_t)l->max_batch_tokens * m->n_experts_used > INT32_MAX)
-        return error_set(e, ST_INVALID, "max_batch_tokens is %d: too many with %d experts per token",
+        return error_set(e, ST_INVALID,
+                         "max_batch_tokens is %d: too many with %d experts per token",
                          (int)l->max_batch_tokens, (int)m->n_experts_used);
     int64_t n_blocks = l->n_blocks;
     if (n_blocks == 0 && !on_gpu) n_blocks = default_blocks(l);
@@ -120,8 +121,8 @@ static bool parse_cuda(const char *device, int *out) {
     return true;
 }
 
-static enum status open_backend(const char *device, const struct backend_config *c,
-                                struct error *e, struct backend **out) {
+static enum status open_backend(const char *device, const struct backend_config *c, struct error *e,
+                                struct backend **out) {
     if (strcmp(device, "reference") == 0) return backend_reference_open(c, e, out);
     if (strcmp(device, "cpu") == 0) return backend_cpu_open(c, e, out);
 #ifdef MOED_CUDA
@@ -178,10 +179,18 @@ static enum status load_layer(struct loader *l, const struct arch_layer *a,
         const struct gguf_tensor *tensor;
         struct weight **weight;
     } pairs[] = {
-        {a->attn_norm, &f->attn_norm},     {a->attn_q, &f->q},           {a->attn_k, &f->k},
-        {a->attn_v, &f->v},                {a->attn_q_norm, &f->q_norm}, {a->attn_k_norm, &f->k_norm},
-        {a->attn_output, &f->attn_out},    {a->ffn_norm, &f->ffn_norm},  {a->router, &f->router},
-        {a->gate_exps, &f->gate},          {a->up_exps, &f->up},         {a->down_exps, &f->down},
+        {a->attn_norm, &f->attn_norm},
+        {a->attn_q, &f->q},
+        {a->attn_k, &f->k},
+        {a->attn_v, &f->v},
+        {a->attn_q_norm, &f->q_norm},
+        {a->attn_k_norm, &f->k_norm},
+        {a->attn_output, &f->attn_out},
+        {a->ffn_norm, &f->ffn_norm},
+        {a->router, &f->router},
+        {a->gate_exps, &f->gate},
+        {a->up_exps, &f->up},
+        {a->down_exps, &f->down},
     };
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
         enum status st = load(l, pairs[i].tensor, pairs[i].weight);
@@ -247,8 +256,7 @@ static enum status finish_backend(struct moe *m, struct error *e) {
     for (int i = 0; i < n; i++)
         if (strcmp(lines[i].what, "kv") == 0)
             m->info.kv_bytes_per_token =
-                lines[i].n_bytes /
-                ((uint64_t)n_blocks * (uint64_t)m->info.limits.block_tokens);
+                lines[i].n_bytes / ((uint64_t)n_blocks * (uint64_t)m->info.limits.block_tokens);
     return ST_OK;
 }
 
@@ -295,11 +303,8 @@ enum status moe_open(const struct moe_options *o,
         gguf_close(g);
         return st;
     }
-    struct loader l = {.gguf = g,
-                       .error = e,
-                       .progress = progress,
-                       .ctx = ctx,
-                       .total = gguf_tensor_bytes(g)};
+    struct loader l = {
+        .gguf = g, .error = e, .progress = progress, .ctx = ctx, .total = gguf_tensor_bytes(g)};
     struct moe *m = calloc(1, sizeof *m);
     st = m ? open_into(m, o, &l, &arch) : error_set(e, ST_NO_MEMORY, "no memory");
     arch_free(&arch);

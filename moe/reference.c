@@ -39,17 +39,17 @@ struct reference {
     struct moe_limits limits;
     struct weight *weights;
     struct buf *bufs;
-    int32_t max_cols;   /* of any weight */
-    float *row;         /* [max_cols] the weight row in use */
-    double *wide_row;   /* [max_cols] the same in float64 */
-    float *x;           /* [T][max_cols] the inputs of a product: normed, or gathered for one expert */
-    double *wide_x;     /* [T][max_cols] the same in float64 */
-    float *up;          /* [T][F] one expert's up products */
-    double *scores;     /* [max_seq_tokens] */
-    double *head;       /* [Hd] one attention head's query, then its output */
-    double *rope_freq;  /* [Hd / 2] base^(-2i/Hd) */
-    float *kv;          /* see kv_at */
-    size_t kv_tokens;   /* n_blocks * B */
+    int32_t max_cols; /* of any weight */
+    float *row; /* [max_cols] the weight row in use */
+    double *wide_row; /* [max_cols] the same in float64 */
+    float *x; /* [T][max_cols] the inputs of a product: normed, or gathered for one expert */
+    double *wide_x; /* [T][max_cols] the same in float64 */
+    float *up; /* [T][F] one expert's up products */
+    double *scores; /* [max_seq_tokens] */
+    double *head; /* [Hd] one attention head's query, then its output */
+    double *rope_freq; /* [Hd / 2] base^(-2i/Hd) */
+    float *kv; /* see kv_at */
+    size_t kv_tokens; /* n_blocks * B */
     struct batch batch; /* of the current step */
     struct route route;
     struct sampler *sampler;
@@ -103,15 +103,16 @@ static void rms_norm(const float *x, const float *norm, float eps, int32_t n, fl
     for (int32_t i = 0; i < n; i++) y[i] = (float)((double)x[i] * scale * (double)norm[i]);
 }
 
-static const float *weight_row(struct reference *r, const struct weight *w, int32_t e, int32_t row) {
+static const float *weight_row(struct reference *r, const struct weight *w, int32_t e,
+                               int32_t row) {
     size_t i = (size_t)e * (size_t)w->n_rows + (size_t)row;
     dequantize(w->type, w->raw + i * w->row_bytes, (size_t)w->n_cols, r->row);
     return r->row;
 }
 
 /* out[i][o] = (row o of w's matrix e) · x[i] for n inputs of w->n_cols values each; added if `add`. */
-static void matmul(struct reference *r, const struct weight *w, int32_t e, const float *x, int32_t n,
-                   bool add, float *out) {
+static void matmul(struct reference *r, const struct weight *w, int32_t e, const float *x,
+                   int32_t n, bool add, float *out) {
     size_t n_cols = (size_t)w->n_cols;
     widen(x, (size_t)n * n_cols, r->wide_x);
     for (int32_t o = 0; o < w->n_rows; o++) {
@@ -249,14 +250,15 @@ static enum status reference_ready(struct backend *b, struct error *e, int32_t *
     r->scores = calloc((size_t)l->max_seq_tokens, sizeof *r->scores);
     r->head = calloc((size_t)m->head_dim, sizeof *r->head);
     r->rope_freq = calloc((size_t)n_pairs, sizeof *r->rope_freq);
-    bool ok = r->row && r->wide_row && r->x && r->wide_x && r->up && r->scores && r->head && r->rope_freq && alloc_kv(r) &&
-              batch_create(l, &r->batch) == ST_OK &&
+    bool ok = r->row && r->wide_row && r->x && r->wide_x && r->up && r->scores && r->head &&
+              r->rope_freq && alloc_kv(r) && batch_create(l, &r->batch) == ST_OK &&
               route_create(m, l->max_batch_tokens, &r->route) == ST_OK &&
               sampler_create(l->max_seqs, l->max_seq_tokens, m->n_vocab, &r->sampler) == ST_OK &&
               sampler_scratch_create(m->n_vocab, &r->scratch) == ST_OK &&
               batch_results_create(l->max_rows, &r->results) == ST_OK;
     if (!ok)
-        return error_set(e, ST_NO_MEMORY, "no memory for %d KV blocks of %d tokens and a batch of %d",
+        return error_set(e, ST_NO_MEMORY,
+                         "no memory for %d KV blocks of %d tokens and a batch of %d",
                          (int)l->n_blocks, (int)l->block_tokens, (int)l->max_batch_tokens);
     for (int32_t i = 0; i < n_pairs; i++)
         r->rope_freq[i] = pow((double)m->rope_base, -2.0 * i / (double)m->head_dim);
@@ -304,7 +306,8 @@ static enum status reference_slot_start(struct backend *b, const struct moe_slot
 
 /* ---- steps ------------------------------------------------------------------------------------ */
 
-static enum status reference_step_begin(struct backend *b, const struct moe_step *step, bool *issue) {
+static enum status reference_step_begin(struct backend *b, const struct moe_step *step,
+                                        bool *issue) {
     struct reference *r = of(b);
     r->begun_ns = clock_now_ns();
     batch_set(&r->batch, step, r->sampler);
@@ -374,12 +377,14 @@ static enum status reference_rope_store(struct backend *b, const struct op_rope_
 }
 
 /* One head of one token; `at` is where its KV head lies in a key. */
-static void attend(struct reference *r, int layer, int32_t t, size_t at, const float *q, float *out) {
+static void attend(struct reference *r, int layer, int32_t t, size_t at, const float *q,
+                   float *out) {
     int32_t hd = r->shape.head_dim, n = r->batch.pos[t] + 1;
     double max = -INFINITY, sum = 0.0;
     widen(q, (size_t)hd, r->head);
     for (int32_t p = 0; p < n; p++) {
-        widen(kv_at(r, layer, false, batch_kv_index(&r->batch, t, p)) + at, (size_t)hd, r->wide_row);
+        widen(kv_at(r, layer, false, batch_kv_index(&r->batch, t, p)) + at, (size_t)hd,
+              r->wide_row);
         r->scores[p] = dot(r->head, r->wide_row, hd) / sqrt((double)hd);
         if (r->scores[p] > max) max = r->scores[p];
     }
@@ -461,8 +466,8 @@ static enum status reference_experts_down(struct backend *b, const struct op_exp
             double sum = 0.0;
             for (int32_t k = 0; k < route->n_used; k++) {
                 int32_t pair = t * route->n_used + k;
-                sum += (double)route->weights[pair] *
-                       (double)buf_row(op->y, route->row_of[pair])[i];
+                sum +=
+                    (double)route->weights[pair] * (double)buf_row(op->y, route->row_of[pair])[i];
             }
             h[i] = (float)((double)h[i] + sum);
         }

@@ -33,8 +33,8 @@ struct candidate {
 };
 
 struct sampler_scratch {
-    float *raw;                   /* [V] logits as they came, for logprobs */
-    int32_t *count;               /* [V] occurrences; all 0 between rows */
+    float *raw; /* [V] logits as they came, for logprobs */
+    int32_t *count; /* [V] occurrences; all 0 between rows */
     struct candidate *candidates; /* [V] */
 };
 
@@ -71,8 +71,8 @@ void sampler_destroy(struct sampler *s) {
 }
 
 uint64_t sampler_bytes(const struct sampler *s) {
-    return sizeof *s + (uint64_t)s->n_slots *
-                           (sizeof *s->slots + (uint64_t)s->cap * sizeof *s->ids);
+    return sizeof *s +
+           (uint64_t)s->n_slots * (sizeof *s->slots + (uint64_t)s->cap * sizeof *s->ids);
 }
 
 enum status sampler_scratch_create(int32_t n_vocab, struct sampler_scratch **out) {
@@ -200,7 +200,8 @@ static int32_t partition(struct candidate *c, int32_t n) {
 static int32_t prefix_select(struct candidate *c, int32_t n, double target, bool exceed,
                              double *sum) {
     enum { FEW = 32 };
-    int32_t lo = 0, hi = n; /* the end lies in c[lo, hi): c[0, lo) precede them and sum to `before` */
+    int32_t lo = 0,
+            hi = n; /* the end lies in c[lo, hi): c[0, lo) precede them and sum to `before` */
     double before = 0.0;
     while (hi - lo > FEW) {
         int32_t mid = lo + partition(c + lo, hi - lo);
@@ -250,7 +251,8 @@ static void adjust(const struct slot *slot, int32_t *count, float *logits) {
         for (int32_t i = 0; i < slot->n_ids; i++) {
             float *logit = &logits[slot->ids[i]];
             if (count[slot->ids[i]]++ > 0) continue;
-            *logit = *logit > 0.0f ? *logit / p->repetition_penalty : *logit * p->repetition_penalty;
+            *logit =
+                *logit > 0.0f ? *logit / p->repetition_penalty : *logit * p->repetition_penalty;
         }
         for (int32_t i = 0; i < slot->n_ids; i++) count[slot->ids[i]] = 0;
     }
@@ -286,8 +288,7 @@ static int32_t draw(const struct moe_sampling *p, uint32_t position, const float
         kept += (double)d.p;
         c[n_kept++] = d;
     }
-    if (p->top_p < 1.0f)
-        n_kept = prefix_select(c, n_kept, (double)p->top_p * total, false, &kept);
+    if (p->top_p < 1.0f) n_kept = prefix_select(c, n_kept, (double)p->top_p * total, false, &kept);
     double u = (double)sampler_uniform(p->seed, position);
     double ignored;
     return c[prefix_select(c, n_kept, u * kept, true, &ignored) - 1].id;
@@ -311,14 +312,15 @@ static double report_top(const struct moe_sampling *p, const float *logits, int3
     return log_sum;
 }
 
-void sampler_row(struct sampler *s, struct sampler_scratch *scratch, int32_t slot_idx, float *logits,
-                 struct moe_row *row) {
+void sampler_row(struct sampler *s, struct sampler_scratch *scratch, int32_t slot_idx,
+                 float *logits, struct moe_row *row) {
     CHECK(slot_idx >= 0 && slot_idx < s->n_slots);
     struct slot *slot = &s->slots[slot_idx];
     const struct moe_sampling *p = &slot->params;
     CHECK(slot->n_ids < s->cap && p->repetition_penalty > 0.0f); /* room, and started */
     *row = (struct moe_row){.slot = slot_idx, .token = -1, .st = ST_NUMERIC};
-    if (slot->last < 0) slot->last = 0; /* what a step already under way may read if this row fails */
+    if (slot->last < 0)
+        slot->last = 0; /* what a step already under way may read if this row fails */
     if (!all_finite(logits, s->n_vocab)) return;
 
     double log_sum = 0.0;

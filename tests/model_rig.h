@@ -19,14 +19,15 @@ struct model_rig {
     int32_t n_rows;
 };
 
-static inline struct model_rig rig_open(const char *device, int n_threads,
-                                        const struct moe_limits *limits) {
+static inline struct model_rig rig_open_isa(const char *device, const char *cpu_isa, int n_threads,
+                                            const struct moe_limits *limits) {
     struct model_rig r = {0};
     struct error e = {0};
     struct moe_options o = {.model_path = TINY_MODEL,
                             .device = device,
                             .limits = *limits,
                             .n_threads = n_threads,
+                            .cpu_isa = cpu_isa,
                             .gpu_memory_utilization = 0.5};
     assert_ok(moe_open(&o, NULL, NULL, &e, &r.m), &e);
     r.info = moe_info(r.m);
@@ -34,6 +35,11 @@ static inline struct model_rig rig_open(const char *device, int n_threads,
     r.blocks_per_seq = (l->max_seq_tokens + l->block_tokens - 1) / l->block_tokens;
     r.rows = calloc((size_t)l->max_rows, sizeof *r.rows);
     return r;
+}
+
+static inline struct model_rig rig_open(const char *device, int n_threads,
+                                        const struct moe_limits *limits) {
+    return rig_open_isa(device, NULL, n_threads, limits);
 }
 
 static inline void rig_close(struct model_rig *r) {
@@ -90,7 +96,8 @@ static inline void rig_score(struct model_rig *r, int32_t slot, const int32_t *i
         rig_run_one(r, slot, ids + at, at, c, MOE_ROWS_ALL);
         assert_int_equal(r->n_rows, c);
         for (int32_t i = 0; i < c; i++)
-            assert_int_equal(moe_logits(r->m, i, logits + (size_t)(at + i) * (size_t)n_vocab), ST_OK);
+            assert_int_equal(moe_logits(r->m, i, logits + (size_t)(at + i) * (size_t)n_vocab),
+                             ST_OK);
     }
 }
 

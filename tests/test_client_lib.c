@@ -1,5 +1,6 @@
-/* The client library against a server that misbehaves: what each function returns, in which order messages
- * come, and that nothing of the protocol's upkeep (credit, Ping, boot_id) is left to the caller. */
+/* The client library against a server that misbehaves: what each function returns, in which
+ * order messages come, and that nothing of the protocol's upkeep (credit, Ping, boot_id) is left
+ * to the caller. */
 #include "tests/support.h"
 
 #include <poll.h>
@@ -27,11 +28,10 @@ static struct client *open_client(const char *endpoint) {
 }
 
 static struct wire_submit text_submit(const char *prompt) {
-    return (struct wire_submit){
-        .prompt_text = str(prompt),
-        .sampling = {.temperature = 0, .top_p = 1, .repetition_penalty = 1},
-        .priority = 1,
-        .n = 1};
+    return (struct wire_submit){.prompt_text = str(prompt),
+                                .sampling = {.temperature = 0, .top_p = 1, .repetition_penalty = 1},
+                                .priority = 1,
+                                .n = 1};
 }
 
 static uint64_t submit(struct client *c, const char *prompt) {
@@ -83,7 +83,7 @@ static enum status read_to_end(struct client *c, struct error *e, int *n_chunks)
     return st;
 }
 
-/* ---- opening ------------------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 static void test_welcome(void **state) {
     (void)state;
@@ -179,7 +179,7 @@ static void test_default_endpoint(void **state) {
     assert_string_equal(client_default_endpoint(text, sizeof text), want);
 }
 
-/* ---- requests ------------------------------------------------------------------------------------------- */
+/* ---- requests -------------------------------------------------------------------------------- */
 
 static void test_answer(void **state) {
     (void)state;
@@ -308,7 +308,7 @@ static void test_too_large(void **state) {
     fake_stop(f);
 }
 
-/* ---- questions -------------------------------------------------------------------------------------------- */
+/* ---- questions ------------------------------------------------------------------------------- */
 
 static void test_questions(void **state) {
     (void)state;
@@ -352,7 +352,8 @@ static void test_question_refused(void **state) {
     fake_stop(f);
 }
 
-/* Questions in the middle of streams: every message about requests comes afterwards, once, in order. */
+/* Questions in the middle of streams: every message about requests comes afterwards, once, in
+ * order. */
 static void test_call_amid_streams(void **state) {
     (void)state;
     struct fake *f = fake_start(&(struct fake_options){
@@ -363,7 +364,8 @@ static void test_call_amid_streams(void **state) {
     int ended = 0, calls = 0, accepted = 0;
     while (ended < 2) {
         struct error e;
-        struct wire_msg reply, ask = {.type = WIRE_DETOKENIZE, .ids = {(int32_t[]){'A' + calls % 26}, 1}};
+        struct wire_msg reply,
+            ask = {.type = WIRE_DETOKENIZE, .ids = {(int32_t[]){'A' + calls % 26}, 1}};
         must(client_call(c, &ask, PATIENCE_MS, &e, &reply), &e);
         assert_int_equal(reply.text.text.p[0], 'A' + calls++ % 26);
         struct wire_msg m = next(c);
@@ -393,7 +395,7 @@ static void test_call_timeout(void **state) {
     fake_stop(f);
 }
 
-/* ---- faults ------------------------------------------------------------------------------------------------- */
+/* ---- faults ---------------------------------------------------------------------------------- */
 
 /* The session's end as seen by every function, and for good. */
 static void assert_lost(struct client *c, enum status want) {
@@ -450,8 +452,11 @@ static void test_server_restarts(void **state) {
 
 static void test_server_hangs(void **state) {
     (void)state;
-    struct fake *f = fake_start(&(struct fake_options){
-        .fault = FAKE_HANG, .at = 3, .tokens_per_chunk = 1, .answer_tokens = 50, .heartbeat_ms = 20});
+    struct fake *f = fake_start(&(struct fake_options){.fault = FAKE_HANG,
+                                                       .at = 3,
+                                                       .tokens_per_chunk = 1,
+                                                       .answer_tokens = 50,
+                                                       .heartbeat_ms = 20});
     struct client *c = open_client(fake_endpoint(f));
     submit(c, "x");
     struct error e;
@@ -494,8 +499,8 @@ static void test_absent_program(void **state) {
 
 static void test_goodbye(void **state) {
     (void)state;
-    struct fake *f = fake_start(
-        &(struct fake_options){.fault = FAKE_GOODBYE, .at = 2, .tokens_per_chunk = 1, .answer_tokens = 9});
+    struct fake *f = fake_start(&(struct fake_options){
+        .fault = FAKE_GOODBYE, .at = 2, .tokens_per_chunk = 1, .answer_tokens = 9});
     struct client *c = open_client(fake_endpoint(f));
     submit(c, "x");
     struct error e;
@@ -522,7 +527,8 @@ static void test_garbage(void **state) {
         int n_chunks;
         enum status st = read_to_end(c, &e, &n_chunks);
         if (st != ST_CORRUPT || n_chunks != 2)
-            fail_msg("fault %d: %s after %d chunks: %s", faults[i], status_name(st), n_chunks, e.text);
+            fail_msg("fault %d: %s after %d chunks: %s", faults[i], status_name(st), n_chunks,
+                     e.text);
         assert_lost(c, ST_CORRUPT);
         client_close(c);
         fake_stop(f);
@@ -542,20 +548,24 @@ static void test_flood(void **state) {
     struct error e;
     struct wire_msg reply, ping = {.type = WIRE_PING, .ping = {.nonce = 3}};
     enum status st = ST_OK;
-    for (int i = 0; i < 100000 && st == ST_OK; i++) st = client_call(c, &ping, PATIENCE_MS, &e, &reply);
+    for (int i = 0; i < 100000 && st == ST_OK; i++)
+        st = client_call(c, &ping, PATIENCE_MS, &e, &reply);
     assert_int_equal(st, ST_CORRUPT);
     assert_non_null(strstr(e.text, "credit window"));
     client_close(c);
     fake_stop(f);
 }
 
-/* ---- poll(2) --------------------------------------------------------------------------------------------------- */
+/* ---- poll(2) --------------------------------------------------------------------------------- */
 
 /* The loop that client.h describes sees every message, and the end. */
 static void test_fd(void **state) {
     (void)state;
-    struct fake *f = fake_start(&(struct fake_options){
-        .credit_window = 4, .tokens_per_chunk = 1, .answer_tokens = 300, .fault = FAKE_DIE, .at = 250});
+    struct fake *f = fake_start(&(struct fake_options){.credit_window = 4,
+                                                       .tokens_per_chunk = 1,
+                                                       .answer_tokens = 300,
+                                                       .fault = FAKE_DIE,
+                                                       .at = 250});
     struct client *c = open_client(fake_endpoint(f));
     submit(c, "x");
     int n_chunks = 0;

@@ -150,7 +150,8 @@ static bool step(struct request *qs, int n) {
 }
 
 static void run(struct request *qs, int n) {
-    while (step(qs, n)) {}
+    while (step(qs, n)) {
+    }
 }
 
 /* Same tokens, and the same bits in every reported log-probability. */
@@ -193,8 +194,8 @@ static float *score(const int32_t *ids, int32_t n, int32_t chunk, int32_t slot, 
             bool own = i == (crowd ? 4 : 0);
             int32_t other = (slot + 1 + i * 7) % N_SLOTS;
             int32_t start = own ? at : crowd_pos[other];
-            int32_t c = own ? (n - at < chunk ? n - at : chunk)
-                            : 1 + (int32_t)(test_random(&rng) % 5);
+            int32_t c =
+                own ? (n - at < chunk ? n - at : chunk) : 1 + (int32_t)(test_random(&rng) % 5);
             int32_t table = (start + c + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
             seqs[s.n_seqs++] = (struct moe_step_seq){own ? slot : other, start, c, table,
                                                      own ? MOE_ROWS_ALL : MOE_ROWS_NONE};
@@ -218,8 +219,8 @@ static void assert_scores(const float *expected, const int32_t *ids, int32_t n, 
     size_t v = (size_t)rig.info->shape.n_vocab;
     for (int32_t t = 0; t < n; t++)
         if (memcmp(expected + (size_t)t * v, logits + (size_t)t * v, v * sizeof *logits) != 0)
-            fail_msg("logits of position %d differ: chunk %d, slot %d, crowd %d", (int)t, (int)chunk,
-                     (int)slot, crowd);
+            fail_msg("logits of position %d differ: chunk %d, slot %d, crowd %d", (int)t,
+                     (int)chunk, (int)slot, crowd);
     free(logits);
 }
 
@@ -310,7 +311,8 @@ static void test_among_neighbours(void **state) {
 
 /* Request i of the next test: 0 is the baseline, every other one differs from it in one parameter. */
 static struct moe_sampling nth_parameters(int i, int32_t baseline_first) {
-    struct moe_sampling p = {.temperature = 1.0f, .top_p = 1.0f, .repetition_penalty = 1.0f, .seed = 8};
+    struct moe_sampling p = {
+        .temperature = 1.0f, .top_p = 1.0f, .repetition_penalty = 1.0f, .seed = 8};
     switch (i) {
     case 1: p.temperature = 0.0f; break;
     case 2: p.top_k = 2; break;
@@ -473,8 +475,7 @@ static void test_expert_reads(void **state) {
         rig_run_one(&rig, 0, g->ids, 0, n, MOE_ROWS_NONE);
         moe_set_probe(rig.m, NULL, NULL);
         moe_counters(rig.m, &after);
-        uint64_t pairs =
-            (uint64_t)(n * rig.info->shape.n_experts_used * rig.info->shape.n_layers);
+        uint64_t pairs = (uint64_t)(n * rig.info->shape.n_experts_used * rig.info->shape.n_layers);
         assert_int_equal(r.n_layers, rig.info->shape.n_layers);
         assert_int_equal(after.expert_reads - before.expert_reads, r.groups);
         assert_int_equal(after.expert_reads_ungrouped - before.expert_reads_ungrouped, pairs);
@@ -498,7 +499,7 @@ int main(void) {
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_expert_reads),
     };
-    static const char *const devices[] = {"reference"};
+    static const char *const devices[] = {"reference", "cpu"};
     int n_failed = 0;
     for (size_t i = 0; i < sizeof devices / sizeof *devices; i++) {
         device = devices[i];

@@ -20,8 +20,7 @@ static const struct moe_limits small = {
 static enum status try_open(const char *path, const char *device, const struct moe_limits *l,
                             struct error *e) {
     struct moe *m = NULL;
-    struct moe_options o = {
-        .model_path = path, .device = device, .limits = *l, .n_threads = 1};
+    struct moe_options o = {.model_path = path, .device = device, .limits = *l, .n_threads = 1};
     enum status st = moe_open(&o, NULL, NULL, e, &m);
     if (st == ST_OK) {
         moe_close(m);
@@ -122,7 +121,8 @@ static void test_bad_limits(void **state) {
 
 static void test_bad_device(void **state) {
     (void)state;
-    static const char *const bad[] = {"", "gpu", "cuda:", "cuda:x", "cuda:1x", "cuda1", "cuda:99999", "cpu:0"};
+    static const char *const bad[] = {"",        "gpu",   "cuda:",      "cuda:x",
+                                      "cuda:1x", "cuda1", "cuda:99999", "cpu:0"};
     struct error e = {0};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_int_equal(try_open(TINY_MODEL, bad[i], &small, &e), ST_INVALID);

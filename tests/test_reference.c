@@ -159,8 +159,8 @@ static void check_likelihood(int32_t s, float *logits, double *worst_nll, double
     assert_int_equal(largest(last, v), p->top8_ids[0]);
     assert_int_equal(largest(last, v), p->greedy[0]);
     for (int j = 0; j < 8; j++)
-        *worst_top = fmax(*worst_top, fabs((double)last[p->top8_ids[j]] - log_sum -
-                                           (double)p->top8_logprobs[j]));
+        *worst_top = fmax(
+            *worst_top, fabs((double)last[p->top8_ids[j]] - log_sum - (double)p->top8_logprobs[j]));
 }
 
 static void test_likelihood(void **state) {
