@@ -8,25 +8,42 @@
 
 /* ---- memory -------------------------------------------------------------------------------------- */
 
-enum { HUGE_PAGE = 2 << 20 };
+enum { HUGE_PAGE = 2 << 20, CHUNK = 32 << 20, LINE = 64 };
 
+/* Memory comes in chunks of huge pages, small pieces several to a chunk: streaming weights through small
+ * pages otherwise spends its time in page walks, and the prefetcher stops at each page. What is never
+ * touched costs nothing. */
 void *cpu_map(struct cpu *c, enum cpu_memory what, size_t n_bytes) {
-    if (n_bytes == 0) n_bytes = 1;
-    /* Large mappings start on a huge page: streaming weights otherwise spends its time in page walks. */
-    size_t align = n_bytes >= HUGE_PAGE ? HUGE_PAGE : 4096, size;
-    if (!size_add(n_bytes, align, &size)) return NULL;
-    struct cpu_alloc *a = malloc(sizeof *a);
-    if (!a) return NULL;
-    uint8_t *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) {
-        free(a);
-        return NULL;
+    size_t size;
+    if (!size_add(n_bytes, 3 * HUGE_PAGE, &size)) return NULL;
+    n_bytes = cpu_pad(n_bytes, LINE);
+    if (n_bytes > c->n_chunk_bytes) {
+        size = cpu_pad(n_bytes, HUGE_PAGE);
+        if (size < CHUNK) size = CHUNK;
+        struct cpu_alloc *a = malloc(sizeof *a);
+        if (!a) return NULL;
+        void *p = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                       -1, 0);
+        if (p == MAP_FAILED) {
+            free(a);
+            return NULL;
+        }
+        *a = (struct cpu_alloc){c->allocs, p, size + HUGE_PAGE};
+        c->allocs = a;
+        uint8_t *aligned = (uint8_t *)cpu_pad((size_t)(uintptr_t)p, HUGE_PAGE);
+        madvise(aligned, size, MADV_HUGEPAGE); /* advice: may be refused */
+        /* The rest of the larger of the two chunks serves the next pieces. */
+        c->n_bytes[what] += n_bytes;
+        if (size - n_bytes > c->n_chunk_bytes) {
+            c->chunk = aligned + n_bytes;
+            c->n_chunk_bytes = size - n_bytes;
+        }
+        return aligned;
     }
-    *a = (struct cpu_alloc){c->allocs, p, size};
-    c->allocs = a;
+    uint8_t *p = c->chunk;
+    c->chunk += n_bytes;
+    c->n_chunk_bytes -= n_bytes;
     c->n_bytes[what] += n_bytes;
-    p = (uint8_t *)cpu_pad((size_t)(uintptr_t)p, align);
-    if (align == HUGE_PAGE) madvise(p, n_bytes, MADV_HUGEPAGE); /* advice: may be refused */
     return p;
 }
 

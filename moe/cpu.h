@@ -68,6 +68,8 @@ struct cpu {
     int n_threads;
 
     struct cpu_alloc *allocs;
+    uint8_t *chunk; /* what is left of one of them */
+    size_t n_chunk_bytes;
     uint64_t n_bytes[CPU_MEM_COUNT];
     struct weight *weights;
     struct buf *bufs;

@@ -58,6 +58,12 @@ CPU_INLINE void split_nibbles(const uint8_t *p, vi *w) {
     }
 }
 
+#ifndef PF
+#define PF 4096
+#endif
+CPU_INLINE void prefetch(const uint8_t *p) {
+    for (int i = 0; i < 5; i++) _mm_prefetch((const char *)p + 64 * i, _MM_HINT_T0);
+}
 CPU_INLINE void store_tile(const vf *acc, float *out, size_t stride, int n) {
     CPU_UNROLL
     for (int t = 0; t < n; t++) vf_store(out + (size_t)t * stride, acc[t]);
@@ -74,6 +80,7 @@ CPU_INLINE void dot_scale_min(const uint8_t *w, int32_t n_units, const uint8_t *
     for (int32_t u = 0; u < n_units; u++, w += unit) {
         vf d = vf_from_f16(w + d_at), dmin = vf_from_f16(w + d_at + 32);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
+            prefetch(w + PF + b * 320);
             vi q[8];
             split_nibbles(w + 256 * b, q);
             if (five) {
@@ -113,6 +120,8 @@ CPU_INLINE void dot_q6_k(const uint8_t *w, int32_t n_units, const uint8_t *x, fl
     for (int32_t u = 0; u < n_units; u++, w += CPU_Q6_K_UNIT) {
         vf d = vf_load(w + CPU_Q6_K_D);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
+            prefetch(w + PF + b * 320);
+            prefetch(w + PF + b * 320 + 128);
             vi q[8], two = vi_set1(0x30303030);
             split_nibbles(w + 256 * b, q);
             CPU_UNROLL

@@ -12,7 +12,14 @@
 #include <string.h>
 
 #define CPU_INLINE static inline __attribute__((always_inline, unused))
-#if defined(__clang__)
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define __SANITIZE_ADDRESS__ 1 /* as GCC says it */
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CPU_UNROLL /* unrolled and instrumented, these files take minutes to compile */
+#elif defined(__clang__)
 #define CPU_UNROLL _Pragma("unroll")
 #else
 #define CPU_UNROLL _Pragma("GCC unroll 16")

@@ -11,10 +11,11 @@
 #include "tests/fake_server.h"
 
 static const char *const fault_names[] = {
-    "none",      "silent",      "other_major", "other_header", "deny",     "not_welcome",
-    "hang",      "die",         "goodbye",     "bad_magic",    "bad_body", "long_body",
-    "one_part",  "three_parts", "strange_id",  "client_type",  "gap",      "bad_hash",
-    "no_window", "fail",        "reject",      "unstable",     "deaf",
+    "none",        "silent",    "other_major", "other_header", "deny",
+    "not_welcome", "hang",      "die",         "goodbye",      "bad_magic",
+    "bad_body",    "long_body", "one_part",    "three_parts",  "strange_id",
+    "client_type", "gap",       "bad_hash",    "no_window",    "fail",
+    "reject",      "unstable",  "new_welcome", "stray_pong",   "deaf",
 };
 
 static int set_option(struct fake_options *o, const char *key, const char *value) {
@@ -24,6 +25,8 @@ static int set_option(struct fake_options *o, const char *key, const char *value
         o->max_inflight = (uint32_t)atoi(value);
     else if (strcmp(key, "credit_window") == 0)
         o->credit_window = (uint32_t)atoi(value);
+    else if (strcmp(key, "max_frame_bytes") == 0)
+        o->max_frame_bytes = (uint32_t)atoi(value);
     else if (strcmp(key, "heartbeat_ms") == 0)
         o->heartbeat_ms = (uint32_t)atoi(value);
     else if (strcmp(key, "tokens_per_chunk") == 0)

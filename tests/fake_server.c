@@ -399,9 +399,9 @@ static void on_hello(struct fake *f, int session) {
     }
     COUNT(f, sessions, 1);
     struct wire_msg msg = {.type = WIRE_WELCOME,
-                           .welcome = {.major = WIRE_MAJOR,
+                           .welcome = {.major = f->o.fault == FAKE_NEW_WELCOME ? 2 : WIRE_MAJOR,
                                        .minor = WIRE_MINOR,
-                                       .limits = {.max_frame_bytes = WIRE_MAX_BODY_BYTES,
+                                       .limits = {.max_frame_bytes = f->o.max_frame_bytes,
                                                   .max_inflight = f->o.max_inflight,
                                                   .credit_window = f->o.credit_window,
                                                   .max_context_tokens = MAX_ANSWER,
@@ -540,6 +540,9 @@ static void on_message(struct fake *f, int session, const struct wire_msg *m) {
     case WIRE_HELLO: on_hello(f, session); break;
     case WIRE_PING:
         COUNT(f, pings, 1);
+        if (f->o.fault == FAKE_STRAY_PONG)
+            send_msg(f, session,
+                     &(struct wire_msg){.type = WIRE_PONG, .ping = {.nonce = m->ping.nonce + 1}});
         send_msg(f, session, &(struct wire_msg){.type = WIRE_PONG, .ping = m->ping});
         break;
     case WIRE_BYE:
@@ -622,6 +625,7 @@ struct fake *fake_start(const struct fake_options *o) {
     f->o = *o;
     if (f->o.max_inflight == 0) f->o.max_inflight = 8;
     if (f->o.credit_window == 0) f->o.credit_window = 16;
+    if (f->o.max_frame_bytes == 0) f->o.max_frame_bytes = WIRE_MAX_BODY_BYTES;
     if (f->o.heartbeat_ms == 0) f->o.heartbeat_ms = 1000;
     if (f->o.tokens_per_chunk == 0) f->o.tokens_per_chunk = 4;
     if (o->endpoint)

@@ -37,6 +37,8 @@ enum fake_fault {
     FAKE_FAIL, /* instead of chunk `at`: Failed{ENGINE_LOST, retryable}, once */
     FAKE_REJECT, /* the first `at` Submits: Rejected{OVERLOADED, retryable} */
     FAKE_UNSTABLE, /* answers to id prompts change with the number of requests seen */
+    FAKE_NEW_WELCOME, /* answers Hello with a Welcome of major 2 */
+    FAKE_STRAY_PONG, /* sends another Pong before each Pong */
     FAKE_DEAF /* questions (ModelInfo, Stats, …) get no answer */
 };
 
@@ -44,6 +46,7 @@ struct fake_options {
     const char *endpoint; /* to bind; NULL = a fresh ipc path */
     uint32_t max_inflight; /* 0 = 8 */
     uint32_t credit_window; /* 0 = 16 */
+    uint32_t max_frame_bytes; /* 0 = WIRE_MAX_BODY_BYTES */
     uint32_t heartbeat_ms; /* 0 = 1000 */
     int tokens_per_chunk; /* 0 = 4 */
     int chunk_us; /* pause between rounds of chunks */

@@ -293,6 +293,7 @@ static void test_percentiles(void **state) {
     assert_true(samples_percentile(&s, 0.99) == 99);
     assert_true(samples_percentile(&s, 1.0) == 100);
     assert_true(samples_percentile(&s, 0.001) == 1);
+    assert_true(samples_percentile(&s, 0.07) == 7);
     assert_true(samples_mean(&s) == 50.5);
     assert_true(samples_add(&s, 1000, 100)); /* half of all values now */
     assert_true(samples_percentile(&s, 0.50) == 100);
@@ -300,6 +301,10 @@ static void test_percentiles(void **state) {
     samples_free(&s);
     assert_true(samples_add(&s, 7, 1));
     assert_true(samples_percentile(&s, 0.5) == 7 && samples_percentile(&s, 0.99) == 7);
+    samples_free(&s);
+    for (int i = 1; i <= 7; i++) samples_add(&s, i, 1);
+    assert_true(samples_percentile(&s, 0.5) == 4); /* of seven, the rank is rounded up */
+    assert_true(samples_percentile(&s, 0.9) == 7);
     samples_free(&s);
     for (int i = 0; i < 5000; i++) samples_add(&s, i % 10, 1);
     assert_int_equal(s.n, 5000);

@@ -122,6 +122,7 @@ static void test_refused(void **state) {
     } cases[] = {
         {FAKE_OTHER_MAJOR, ST_UNSUPPORTED, "2, 3"},
         {FAKE_OTHER_HEADER, ST_UNSUPPORTED, "another protocol version"},
+        {FAKE_NEW_WELCOME, ST_UNSUPPORTED, "speaks protocol version 2 "},
         {FAKE_DENY, ST_IO, "not you"},
         {FAKE_NOT_WELCOME, ST_CORRUPT, "answered Hello"},
     };
@@ -287,11 +288,12 @@ static void test_cancel(void **state) {
     assert_int_equal(fake_stop(f).cancelled, 2);
 }
 
+/* The server's limit counts, and a request over it harms nothing. */
 static void test_too_large(void **state) {
     (void)state;
-    struct fake *f = fake_start(&(struct fake_options){0});
+    struct fake *f = fake_start(&(struct fake_options){.max_frame_bytes = 1000});
     struct client *c = open_client(fake_endpoint(f));
-    size_t n = WIRE_MAX_BODY_BYTES + 1;
+    size_t n = 1000;
     char *big = malloc(n);
     memset(big, 'a', n);
     struct wire_submit s = text_submit("");
@@ -335,6 +337,20 @@ static void test_questions(void **state) {
     ask = (struct wire_msg){.type = WIRE_STATS};
     must(client_call(c, &ask, PATIENCE_MS, &e, &reply), &e);
     assert_true(reply.stats.counters[2].value == 1000.0);
+    client_close(c);
+    fake_stop(f);
+}
+
+/* A Pong for another Ping is no answer to this one. */
+static void test_stray_pong(void **state) {
+    (void)state;
+    struct fake *f = fake_start(&(struct fake_options){.fault = FAKE_STRAY_PONG});
+    struct client *c = open_client(fake_endpoint(f));
+    struct error e;
+    struct wire_msg reply, ping = {.type = WIRE_PING, .ping = {.nonce = 100}};
+    must(client_call(c, &ping, PATIENCE_MS, &e, &reply), &e);
+    assert_int_equal(reply.type, WIRE_PONG);
+    assert_int_equal(reply.ping.nonce, 100);
     client_close(c);
     fake_stop(f);
 }
@@ -620,6 +636,7 @@ int main(void) {
         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_too_large),
         cmocka_unit_test(test_questions),
+        cmocka_unit_test(test_stray_pong),
         cmocka_unit_test(test_question_refused),
         cmocka_unit_test(test_call_amid_streams),
         cmocka_unit_test(test_call_timeout),

@@ -1,5 +1,5 @@
 /* moed-cli chat: a conversation, or one question. The conversation is kept here and sent whole
- * each turn; the daemon's prefix cache makes that cheap. See cli.h. */
+ * each turn. See cli.h. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -4,6 +4,7 @@
 #define MOED_CLIENTS_LOAD_LOAD_H
 
 #include <jansson.h>
+#include <poll.h>
 
 #include "clients/common/answer.h"
 #include "clients/common/body.h"
@@ -82,6 +83,7 @@ struct load {
     struct prompts prompts;
     struct client **clients; /* NULL: that session was lost */
     size_t *in_flight; /* per session */
+    struct pollfd *fds; /* [n_clients], scratch */
     size_t n_clients, per_session;
     struct flight *flights;
     size_t n_flights, n_running;

@@ -76,8 +76,7 @@ void report_print(const struct load_report *rep) {
     printf("output                 %llu tokens, %.1f tokens/s, %.2f requests/s\n",
            (unsigned long long)r->output_tokens, per_second(r, r->output_tokens),
            per_second(r, r->ok));
-    printf("prompts                %llu tokens, %llu of them from the prefix cache\n",
-           (unsigned long long)r->prompt_tokens, (unsigned long long)r->cached_tokens);
+    printf("prompts                %llu tokens\n", (unsigned long long)r->prompt_tokens);
     printf("%-22s %9s %9s %9s %9s\n", "milliseconds", "p50", "p90", "p99", "max");
     print_times("to first token", &r->ttft_ms);
     print_times("between tokens", &r->itl_ms);

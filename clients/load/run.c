@@ -4,9 +4,7 @@
  * (Poisson) at a given rate, whether the earlier ones are done or not, and are timed from when
  * they should have been sent, so that a server that falls behind cannot hide it by slowing its
  * clients down (coordinated omission). */
-#include <errno.h>
 #include <math.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,10 +33,11 @@ int load_open(struct load *l) {
     l->n_clients = (wanted + l->per_session - 1) / l->per_session;
     l->clients = calloc(l->n_clients, sizeof *l->clients);
     l->in_flight = calloc(l->n_clients, sizeof *l->in_flight);
+    l->fds = calloc(l->n_clients, sizeof *l->fds);
     l->flights = calloc(wanted, sizeof *l->flights);
     l->kept = calloc((size_t)l->o.verify + 1, sizeof *l->kept);
     l->ids = calloc((size_t)l->o.prompt_tokens + 1, sizeof *l->ids);
-    CHECK(l->clients && l->in_flight && l->flights && l->kept && l->ids);
+    CHECK(l->clients && l->in_flight && l->fds && l->flights && l->kept && l->ids);
     l->n_flights = wanted;
     l->clients[0] = first;
     for (size_t i = 1; i < l->n_clients; i++) {
@@ -57,6 +56,7 @@ void load_close(struct load *l) {
     prompts_close(&l->prompts);
     free(l->clients);
     free(l->in_flight);
+    free(l->fds);
     free(l->flights);
     free(l->kept);
     free(l->ids);
@@ -292,11 +292,10 @@ static int send_due(struct load *l, struct arrivals *a) {
 }
 
 static void wait_any(struct load *l, int timeout_ms) {
-    struct pollfd fds[256];
     nfds_t n = 0;
-    for (size_t i = 0; i < l->n_clients && n < 256; i++)
-        if (l->clients[i]) fds[n++] = (struct pollfd){client_fd(l->clients[i]), POLLIN, 0};
-    poll(fds, n, timeout_ms);
+    for (size_t i = 0; i < l->n_clients; i++)
+        if (l->clients[i]) l->fds[n++] = (struct pollfd){client_fd(l->clients[i]), POLLIN, 0};
+    poll(l->fds, n, timeout_ms);
 }
 
 static void show_progress(struct load *l) {
