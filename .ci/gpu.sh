@@ -19,7 +19,7 @@ failed=0
 build() {
   generator=()
   command -v ninja >/dev/null || generator=(-G "Unix Makefiles")
-  cmake --preset cuda "${generator[@]}" -DMOED_CUDA_ARCHS="${ARCH:-90a-real}" >"$OUT/configure.log" 2>&1 || { tail -20 "$OUT/configure.log"; return 1; }
+  cmake --preset cuda "${generator[@]}" -DMOED_SERVER="${SERVER:-OFF}" -DMOED_CUDA_ARCHS="${ARCH:-90a-real}" >"$OUT/configure.log" 2>&1 || { tail -20 "$OUT/configure.log"; return 1; }
   cmake --build --preset cuda -j "$(nproc)" >"$OUT/build.log" 2>&1 || { grep -E -A5 'error|Error' "$OUT/build.log" | head -60; return 1; }
 }
 

@@ -196,7 +196,7 @@ static bool create_scratch(struct cpu *c) {
         s->gate = map2(c, CPU_MEM_SCRATCH, CPU_TILE, CPU_BLOCK, sizeof(float));
         s->up = map2(c, CPU_MEM_SCRATCH, CPU_TILE, CPU_BLOCK, sizeof(float));
         s->state = map2(c, CPU_MEM_SCRATCH, CPU_ATTEND_ROWS, head, sizeof(float));
-        s->keys = map2(c, CPU_MEM_SCRATCH, CPU_SPLIT, head, sizeof(uint16_t));
+        s->keys = map2(c, CPU_MEM_SCRATCH, CPU_SPLIT * 2, head, sizeof(uint16_t));
         if (!s->tile || !s->rows || !s->gate || !s->up || !s->state || !s->keys) return false;
         if (sampler_scratch_create(c->shape.n_vocab, &s->sampler) != ST_OK) return false;
     }

@@ -54,7 +54,7 @@ struct cpu_scratch {
     float *rows;      /* [CPU_TILE][max_cols padded] */
     float *gate, *up; /* [CPU_TILE][CPU_BLOCK] */
     float *state;     /* attention: [CPU_ATTEND_ROWS][Hd padded] */
-    uint16_t *keys;   /* attention: [CPU_SPLIT / CPU_POS][Hd][CPU_POS], for small KV blocks */
+    uint16_t *keys;   /* attention: [CPU_SPLIT][2][Hd padded] keys and values out of small KV blocks */
 };
 
 enum { CPU_ATTEND_ROWS = 64 }; /* query rows of one attention item at most, if one token has fewer */
@@ -132,11 +132,15 @@ struct cpu_input {
     size_t f_stride;
     int n;
 };
-/* out[t * stride + r] = row r of the tile · token t. */
-void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, int32_t expert, int32_t tile,
+/* Successive row tiles of one expert's matrix. */
+struct cpu_rows {
+    int32_t expert, tile, n_tiles;
+};
+/* How many of n row tiles to multiply at once. */
+int32_t cpu_tiles_at_once(const struct cpu_matrix *m, int32_t n);
+/* out[t * stride + r] = row r of the tiles · token t. */
+void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, struct cpu_rows rows,
                       const struct cpu_input *in, float *out, size_t stride);
-/* One row to column t of a tile of n: a copy of quantised bytes. */
-void cpu_tile_insert(const uint8_t *row, int32_t n_cols, int planes, uint8_t *tile, int t, int n);
 void cpu_dequantize_row(const uint8_t *row, int32_t n_cols, int planes, float *dst);
 
 enum status cpu_embed(struct backend *b, const struct op_embed *op);

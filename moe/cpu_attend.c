@@ -112,6 +112,12 @@ static void store_token(struct cpu *c, const struct op_rope_store *op, int32_t t
     const struct model_shape *m = &c->shape;
     const float *cs = c->rope + (size_t)t * (size_t)m->head_dim;
     int32_t hd = m->head_dim, pos = c->batch.pos[t], b = c->limits.block_tokens;
+    for (int32_t g = 0; g < m->n_kv_heads; g++) { /* a key goes to Hd / 2 cache lines: fetch them */
+        size_t stride;
+        uint16_t *dst =
+            key_at(c, kv_head(c, op->layer, c->batch.blocks[t][pos / b], g), pos % b, &stride);
+        for (int32_t d = 0; d < hd; d += 2) __builtin_prefetch(dst + (size_t)d * stride, 1);
+    }
     for (int32_t j = 0; j < m->n_heads; j++) {
         float *q = cpu_row(op->q, t) + (size_t)j * (size_t)hd;
         c->kernels->rms_norm(q, op->q_norm->vector, op->eps, hd, q);
@@ -162,23 +168,44 @@ struct attention {
     const struct op_attention *op;
 };
 
-/* Keys and values of `n` positions from `at`, a multiple of CPU_SPLIT. */
-static void find_split(const struct attention *a, const int32_t *blocks, int32_t g, int32_t at,
-                       struct cpu_scratch *s, struct cpu_attend *x) {
+/* A group of CPU_POS positions (n of them in use) out of blocks smaller than that: copied together. */
+static void gather_group(const struct attention *a, const int32_t *blocks, int32_t g, int32_t at,
+                         int32_t n, uint16_t *keys, uint16_t *values) {
     const struct cpu *c = a->c;
     int32_t b = c->limits.block_tokens;
-    size_t hd = (size_t)c->shape.head_dim, stride;
-    for (int32_t i = 0; i < x->n_pos; i++) {
+    size_t hd = (size_t)c->shape.head_dim, width = padded_head(c), stride;
+    for (int32_t i = 0; i < n; i++) {
         uint8_t *head = kv_head(c, a->op->layer, blocks[(at + i) / b], g);
-        x->v[i] = value_at(c, head, (at + i) % b);
+        const uint16_t *key = key_at(c, head, (at + i) % b, &stride);
+        for (size_t d = 0; d < hd; d++) keys[d * CPU_POS + (size_t)i] = key[d];
+        memcpy(values + (size_t)i * width, value_at(c, head, (at + i) % b), width * 2);
+    }
+}
+
+/* Keys and values of x->n_pos positions from `at`, a multiple of CPU_SPLIT, of n_pos in all. */
+static void find_split(const struct attention *a, const int32_t *blocks, int32_t g, int32_t at,
+                       int32_t n_pos, struct cpu_scratch *s, struct cpu_attend *x) {
+    const struct cpu *c = a->c;
+    int32_t b = c->limits.block_tokens;
+    size_t group = padded_head(c) * CPU_POS, stride;
+    for (int32_t i = 0; i < CPU_SPLIT / CPU_POS; i++) {
+        int32_t pos = at + CPU_SPLIT + i * CPU_POS;
+        x->next_k[i] = NULL;
+        if (b >= CPU_POS && pos < n_pos)
+            x->next_k[i] = key_at(c, kv_head(c, a->op->layer, blocks[pos / b], g), pos % b, &stride);
+    }
+    for (int32_t i = 0; i * CPU_POS < x->n_pos; i++) {
+        int32_t pos = at + i * CPU_POS, left = x->n_pos - i * CPU_POS;
         if (b >= CPU_POS) {
-            if (i % CPU_POS == 0) x->k[i / CPU_POS] = key_at(c, head, (at + i) % b, &stride);
+            uint8_t *head = kv_head(c, a->op->layer, blocks[pos / b], g);
+            x->k[i] = key_at(c, head, pos % b, &stride);
+            x->v[i] = value_at(c, head, pos % b);
             continue;
         }
-        uint16_t *keys = s->keys + (size_t)(i / CPU_POS) * hd * CPU_POS + i % CPU_POS;
-        const uint16_t *key = key_at(c, head, (at + i) % b, &stride);
-        for (size_t d = 0; d < hd; d++) keys[d * CPU_POS] = key[d];
-        x->k[i / CPU_POS] = s->keys + (size_t)(i / CPU_POS) * hd * CPU_POS;
+        uint16_t *keys = s->keys + (size_t)i * 2 * group, *values = keys + group;
+        gather_group(a, blocks, g, pos, left < CPU_POS ? left : CPU_POS, keys, values);
+        x->k[i] = keys;
+        x->v[i] = values;
     }
 }
 
@@ -200,6 +227,7 @@ static void attend_split(const struct attention *a, struct rows *r, int32_t at,
         if (x->n_rows == CPU_QROWS || (x->n_rows > 0 && x->n_pos != covered)) {
             c->kernels->attend(x);
             x->n_rows = 0;
+            x->next_k[0] = NULL; /* once is enough */
         }
         if (covered <= 0) continue;
         x->n_pos = covered;
@@ -224,7 +252,7 @@ static void attend_rows(const struct attention *a, struct rows *r, struct cpu_sc
     }
     for (int32_t at = 0; at < n_pos; at += CPU_SPLIT) {
         x.n_pos = n_pos - at < CPU_SPLIT ? n_pos - at : CPU_SPLIT;
-        find_split(a, c->batch.blocks[r->t], r->g, at, s, &x);
+        find_split(a, c->batch.blocks[r->t], r->g, at, n_pos, s, &x);
         attend_split(a, r, at, s, &x);
     }
     for (int32_t i = 0; i < n_rows; i++) {

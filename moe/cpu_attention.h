@@ -11,24 +11,33 @@
 #include "moe/cpu_kernels.h"
 #include "moe/cpu_simd.h"
 
-/* scores[r][p] of rows first … first + n - 1, `wide` groups of positions in one pass. */
+/* scores[r][p] of rows first … first + n - 1, `wide` groups of positions in one pass. The same groups' values
+ * are prefetched meanwhile: a group is a page or less, too short for the hardware to run ahead in. */
 CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int wide,
                               float scores[][CPU_SPLIT]) {
     const int n_groups = (a->n_pos + CPU_POS - 1) / CPU_POS;
     for (int g = 0; g < n_groups; g += wide) {
-        const uint16_t *k[4];
+        const uint16_t *k[4], *v[4];
         vf acc[16];
         CPU_UNROLL
-        for (int j = 0; j < wide; j++) k[j] = a->k[g + j < n_groups ? g + j : n_groups - 1];
+        for (int j = 0; j < wide; j++) {
+            int group = g + j < n_groups ? g + j : n_groups - 1;
+            k[j] = a->k[group];
+            v[j] = a->v[group];
+        }
         CPU_UNROLL
         for (int i = 0; i < n * wide; i++) acc[i] = vf_zero();
-        for (int32_t d = 0; d < a->head_dim; d++) {
+        for (int32_t d = 0; d < a->head_dim; d += 2) { /* two columns of a group: a cache line */
             CPU_UNROLL
             for (int j = 0; j < wide; j++) {
-                vf key = vf_from_f16(k[j] + (size_t)d * CPU_POS);
+                const uint16_t *key = k[j] + (size_t)d * CPU_POS;
+                vf key0 = vf_from_f16(key), key1 = vf_from_f16(key + CPU_POS);
+                _mm_prefetch((const char *)(v[j] + (size_t)d * CPU_POS), _MM_HINT_T1);
                 CPU_UNROLL
-                for (int r = 0; r < n; r++)
-                    acc[j * n + r] = vf_fma(key, vf_set1(a->q[first + r][d]), acc[j * n + r]);
+                for (int r = 0; r < n; r++) {
+                    vf s = vf_fma(key0, vf_set1(a->q[first + r][d]), acc[j * n + r]);
+                    acc[j * n + r] = vf_fma(key1, vf_set1(a->q[first + r][d + 1]), s);
+                }
             }
         }
         CPU_UNROLL
@@ -43,6 +52,13 @@ CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int 
             }
         }
     }
+}
+
+/* The whole next split's keys, a group at a time. */
+CPU_INLINE void attend_prefetch(const struct cpu_attend *a) {
+    for (int g = 0; g < CPU_SPLIT / CPU_POS && a->next_k[g]; g++)
+        for (int32_t d = 0; d < a->head_dim; d += 2)
+            _mm_prefetch((const char *)(a->next_k[g] + (size_t)d * CPU_POS), _MM_HINT_T1);
 }
 
 /* Scores to p = exp(score - max) in place; returns what the row's sums so far must be multiplied by. */
@@ -75,16 +91,21 @@ CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int 
             acc[r * wide + c] =
                 vf_mul(vf_load(a->out[first + r] + column + 16 * c), vf_set1(scale[r]));
     }
-    for (int32_t p = 0; p < a->n_pos; p++) {
-        vf v[8];
-        CPU_UNROLL
-        for (int c = 0; c < wide; c++) v[c] = vf_from_f16(a->v[p] + column + 16 * c);
-        CPU_UNROLL
-        for (int r = 0; r < n; r++) {
-            vf weight = vf_set1(scores[r][p]);
+    const int32_t width = (a->head_dim + 15) / 16 * 16;
+    for (int32_t at = 0; at < a->n_pos; at += CPU_POS) {
+        const uint16_t *value = a->v[at / CPU_POS] + column;
+        int32_t end = a->n_pos - at < CPU_POS ? a->n_pos : at + CPU_POS;
+        for (int32_t p = at; p < end; p++, value += width) {
+            vf v[8];
             CPU_UNROLL
-            for (int c = 0; c < wide; c++)
-                acc[r * wide + c] = vf_fma(v[c], weight, acc[r * wide + c]);
+            for (int c = 0; c < wide; c++) v[c] = vf_from_f16(value + 16 * c);
+            CPU_UNROLL
+            for (int r = 0; r < n; r++) {
+                vf weight = vf_set1(scores[r][p]);
+                CPU_UNROLL
+                for (int c = 0; c < wide; c++)
+                    acc[r * wide + c] = vf_fma(v[c], weight, acc[r * wide + c]);
+            }
         }
     }
     CPU_UNROLL
@@ -108,6 +129,7 @@ CPU_INLINE void attend_rows(const struct cpu_attend *a, int first, int n, int gr
 
 static void k_attend(const struct cpu_attend *a) {
     int r = 0;
+    attend_prefetch(a);
     for (; a->n_rows - r >= 8; r += 8) attend_rows(a, r, 8, 2, 2);
     for (; a->n_rows - r >= 4; r += 4) attend_rows(a, r, 4, 2, 4);
     for (; a->n_rows - r >= 2; r += 2) attend_rows(a, r, 2, 4, 8);

@@ -9,6 +9,14 @@
 #include "moe/cpu_kernels.h"
 #include "moe/cpu_simd.h"
 
+enum { PREFETCH_BYTES = 4096 }; /* ahead of the block in hand: the next row tile or the one after */
+
+/* A stretch of weights that will be needed soon: `lines` cache lines. */
+CPU_INLINE void prefetch(const uint8_t *p, int lines) {
+    CPU_UNROLL
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)p + 64 * i, _MM_HINT_T0);
+}
+
 /* One block of a quantised tile. */
 struct tile_block {
     const uint8_t *q;      /* high plane; the low one follows */
@@ -58,20 +66,16 @@ CPU_INLINE void split_nibbles(const uint8_t *p, vi *w) {
     }
 }
 
-#ifndef PF
-#define PF 4096
-#endif
-CPU_INLINE void prefetch(const uint8_t *p) {
-    for (int i = 0; i < 5; i++) _mm_prefetch((const char *)p + 64 * i, _MM_HINT_T0);
-}
 CPU_INLINE void store_tile(const vf *acc, float *out, size_t stride, int n) {
     CPU_UNROLL
     for (int t = 0; t < n; t++) vf_store(out + (size_t)t * stride, acc[t]);
 }
 
-/* Q4_K and Q5_K: y = (d * sc) * q - (dmin * m). */
-CPU_INLINE void dot_scale_min(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
-                              size_t stride, int five, int planes, int n) {
+/* One row tile each; they return where the next one begins.
+ *
+ * Q4_K and Q5_K: y = (d * sc) * q - (dmin * m). */
+CPU_INLINE const uint8_t *dot_scale_min(const uint8_t *w, int32_t n_units, const uint8_t *x,
+                                        float *out, size_t stride, int five, int planes, int n) {
     const int sc_at = five ? CPU_Q5_K_SC : CPU_Q4_K_SC, m_at = five ? CPU_Q5_K_M : CPU_Q4_K_M;
     const int d_at = five ? CPU_Q5_K_D : CPU_Q4_K_D, unit = five ? CPU_Q5_K_UNIT : CPU_Q4_K_UNIT;
     vf acc[CPU_TILE];
@@ -80,7 +84,7 @@ CPU_INLINE void dot_scale_min(const uint8_t *w, int32_t n_units, const uint8_t *
     for (int32_t u = 0; u < n_units; u++, w += unit) {
         vf d = vf_from_f16(w + d_at), dmin = vf_from_f16(w + d_at + 32);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
-            prefetch(w + PF + b * 320);
+            prefetch(w + PREFETCH_BYTES + b * unit / 8, five ? 6 : 5);
             vi q[8];
             split_nibbles(w + 256 * b, q);
             if (five) {
@@ -109,19 +113,19 @@ CPU_INLINE void dot_scale_min(const uint8_t *w, int32_t n_units, const uint8_t *
         }
     }
     store_tile(acc, out, stride, n);
+    return w;
 }
 
 /* Q6_K: y = (d * sc) * (q - 32), a scale per 16 columns; the 32 is in the tile's offsets. */
-CPU_INLINE void dot_q6_k(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
-                         size_t stride, int planes, int n) {
+CPU_INLINE const uint8_t *dot_q6_k(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
+                                   size_t stride, int planes, int n) {
     vf acc[CPU_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
     for (int32_t u = 0; u < n_units; u++, w += CPU_Q6_K_UNIT) {
         vf d = vf_load(w + CPU_Q6_K_D);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
-            prefetch(w + PF + b * 320);
-            prefetch(w + PF + b * 320 + 128);
+            prefetch(w + PREFETCH_BYTES + b * CPU_Q6_K_UNIT / 8, 7);
             vi q[8], two = vi_set1(0x30303030);
             split_nibbles(w + 256 * b, q);
             CPU_UNROLL
@@ -148,16 +152,18 @@ CPU_INLINE void dot_q6_k(const uint8_t *w, int32_t n_units, const uint8_t *x, fl
         }
     }
     store_tile(acc, out, stride, n);
+    return w;
 }
 
 /* Q8_0: y = d * (q - 128). AVX2's byte product needs its unsigned side below 128: there the byte goes in
  * two halves of 4 bits. */
-CPU_INLINE void dot_q8_0(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
-                         size_t stride, int planes, int n) {
+CPU_INLINE const uint8_t *dot_q8_0(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
+                                   size_t stride, int planes, int n) {
     vf acc[CPU_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
     for (int32_t u = 0; u < n_units; u++, w += CPU_Q8_0_UNIT) {
+        prefetch(w + PREFETCH_BYTES, CPU_Q8_0_UNIT / 64);
         vf d = vf_load(w + CPU_Q8_0_D);
         vi q[8];
         CPU_UNROLL
@@ -183,6 +189,7 @@ CPU_INLINE void dot_q8_0(const uint8_t *w, int32_t n_units, const uint8_t *x, fl
         x += cpu_tile_block_bytes(planes, n);
     }
     store_tile(acc, out, stride, n);
+    return w;
 }
 
 CPU_INLINE vf load_float_unit(const uint8_t *w, int format) {
@@ -233,20 +240,21 @@ CPU_INLINE void dot_float(const uint8_t *w, int32_t n_cols, const float *x, size
 #define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
 #endif
 #define CPU_DOT_ARGS \
-    const uint8_t *w, int32_t n_units, const uint8_t *x, float *out, size_t stride
+    const uint8_t *w, int32_t n_tiles, int32_t n_units, const uint8_t *x, float *out, size_t stride
+#define CPU_EACH_TILE for (int32_t i = 0; i < n_tiles; i++, out += CPU_ROWS)
 #define CPU_DOT_K(name, five, planes, n) \
     static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
-        dot_scale_min(w, n_units, x, out, stride, five, planes, n); \
+        CPU_EACH_TILE w = dot_scale_min(w, n_units, x, out, stride, five, planes, n); \
     }
 #define CPU_DOT_Q4_K(name, planes, n) CPU_DOT_K(name, 0, planes, n)
 #define CPU_DOT_Q5_K(name, planes, n) CPU_DOT_K(name, 1, planes, n)
 #define CPU_DOT_Q6_K(name, planes, n) \
     static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
-        dot_q6_k(w, n_units, x, out, stride, planes, n); \
+        CPU_EACH_TILE w = dot_q6_k(w, n_units, x, out, stride, planes, n); \
     }
 #define CPU_DOT_Q8_0(name, planes, n) \
     static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
-        dot_q8_0(w, n_units, x, out, stride, planes, n); \
+        CPU_EACH_TILE w = dot_q8_0(w, n_units, x, out, stride, planes, n); \
     }
 CPU_DOT_WIDTHS(CPU_DOT_Q4_K, q4_k, 1)
 CPU_DOT_WIDTHS(CPU_DOT_Q4_K, q4_k, 2)

@@ -47,8 +47,7 @@ static void route_item(void *ctx, int32_t item, int thread) {
         int width = to - t < ROUTE_TOKENS ? (int)(to - t) : ROUTE_TOKENS;
         for (int i = 0; i < width; i++) route_norm(c, r->op, t + i);
         struct cpu_input in = {.f = cpu_row(r->op->x, t), .f_stride = r->op->x->stride, .n = width};
-        for (int32_t k = 0; k < m->n_tiles; k++)
-            cpu_tile_product(c, m, 0, k, &in, logits + k * CPU_ROWS, stride);
+        cpu_tile_product(c, m, (struct cpu_rows){0, 0, m->n_tiles}, &in, logits, stride);
         for (int i = 0; i < width; i++) route_choose(c, r->op, t + i, logits + (size_t)i * stride);
     }
 }
@@ -141,7 +140,7 @@ static struct cpu_input gather(const struct experts *x, int32_t first, int n, in
         if (x->by_token) row = c->route.pair_of[row] / c->route.n_used;
         const uint8_t *q = x->src_q + (size_t)row * row_bytes;
         if (quantized && n == 1) in.q = q;
-        else if (quantized) cpu_tile_insert(q, n_cols, x->planes, s->tile, i, n);
+        else if (quantized) c->kernels->insert(q, n_cols, x->planes, s->tile, i, n);
         else memcpy(s->rows + (size_t)i * in.f_stride, cpu_row(x->src, row), (size_t)n_cols * 4);
     }
     return in;
@@ -154,10 +153,9 @@ static void up_rows(const struct experts *x, int32_t e, int32_t part, const stru
     struct cpu_scratch *s = &c->scratch[thread];
     int32_t row = part * CPU_BLOCK, n_rows = x->gate->n_rows - row;
     if (n_rows > CPU_BLOCK) n_rows = CPU_BLOCK;
-    for (int32_t r = 0; r < n_rows; r += CPU_ROWS) {
-        cpu_tile_product(c, x->gate, e, (row + r) / CPU_ROWS, in, s->gate + r, CPU_BLOCK);
-        cpu_tile_product(c, x->up, e, (row + r) / CPU_ROWS, in, s->up + r, CPU_BLOCK);
-    }
+    struct cpu_rows rows = {e, row / CPU_ROWS, (n_rows + CPU_ROWS - 1) / CPU_ROWS};
+    cpu_tile_product(c, x->gate, rows, in, s->gate, CPU_BLOCK);
+    cpu_tile_product(c, x->up, rows, in, s->up, CPU_BLOCK);
     size_t row_bytes = cpu_row_bytes(x->dst->n_cols, CPU_PLANES_DOWN);
     for (int t = 0; t < in->n; t++) {
         float *act = s->gate + t * CPU_BLOCK;
@@ -181,11 +179,11 @@ static void experts_item(void *ctx, int32_t item, int thread) {
     for (int32_t first = c->route.expert_first[e]; first < end;) {
         int n = cpu_tile_width(c->kernels, end - first);
         struct cpu_input in = gather(x, first, n, thread);
-        for (int32_t p = from; p < to; p++) {
-            if (x->up) up_rows(x, e, p, &in, first, thread);
-            else cpu_tile_product(c, x->gate, e, p, &in, cpu_row(x->dst, first) + p * CPU_ROWS,
-                                  x->dst->stride);
-        }
+        if (x->up)
+            for (int32_t p = from; p < to; p++) up_rows(x, e, p, &in, first, thread);
+        else
+            cpu_tile_product(c, x->gate, (struct cpu_rows){e, from, to - from}, &in,
+                             cpu_row(x->dst, first) + from * CPU_ROWS, x->dst->stride);
         first += n;
     }
 }

@@ -59,10 +59,10 @@ static inline size_t cpu_tile_block_bytes(int planes, int n_tokens) {
     return (size_t)n_tokens * ((size_t)planes * CPU_BLOCK + 16);
 }
 
-/* out[t * stride + r] = dot of row r of the row tile w with token t, for the tile's rows and tokens. x is a
- * quantised tile. n_units: units per row tile. */
-typedef void cpu_dot_fn(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
-                        size_t stride);
+/* out[t * stride + r] = dot of row r with token t, for the rows of n_tiles successive row tiles from w, of
+ * n_units units each, and the tokens of the quantised tile x. */
+typedef void cpu_dot_fn(const uint8_t *w, int32_t n_tiles, int32_t n_units, const uint8_t *x,
+                        float *out, size_t stride);
 /* The same for float weights; x[t * x_stride + k] in float32, n_cols columns. */
 typedef void cpu_dot_float_fn(const uint8_t *w, int32_t n_cols, const float *x, size_t x_stride,
                               float *out, size_t stride);
@@ -74,8 +74,9 @@ struct cpu_attend {
     float *out[CPU_QROWS];      /* [Hd rounded up to 16] running sum of p * v, not yet divided */
     float *max[CPU_QROWS];      /* running maximum of the scores */
     float *sum[CPU_QROWS];      /* running sum of p */
-    const uint16_t *k[CPU_SPLIT / CPU_POS]; /* f16 [Hd][CPU_POS] */
-    const uint16_t *v[CPU_SPLIT];           /* f16 [Hd rounded up to 16] per position */
+    /* Per group of CPU_POS positions: f16 keys [Hd][CPU_POS], f16 values [CPU_POS][Hd rounded up to 16]. */
+    const uint16_t *k[CPU_SPLIT / CPU_POS], *v[CPU_SPLIT / CPU_POS];
+    const uint16_t *next_k[CPU_SPLIT / CPU_POS]; /* the next split's, to be prefetched; or NULL */
     int32_t n_rows, n_pos, head_dim;
     float scale;                /* of the scores */
 };
@@ -89,6 +90,8 @@ struct cpu_kernels {
     void (*rms_norm)(const float *x, const float *norm, float eps, int32_t n, float *y);
     /* Row of n values (a multiple of 32) to column t of a quantised tile of n_tokens. */
     void (*quantize)(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
+    /* A quantised row of n values to column t of a tile of n_tokens. */
+    void (*insert)(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
     /* gate = silu(gate) * up, n values. */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
     void (*add)(float *x, const float *y, int32_t n); /* x += y */
@@ -100,6 +103,8 @@ struct cpu_kernels {
     /* Key to positions' layout: dst[i * stride] = f16(x[i]); value: dst[i] = f16(x[i]). */
     void (*to_f16)(const float *x, int32_t n, uint16_t *dst, size_t stride);
     void (*attend)(const struct cpu_attend *a);
+    /* Index of the largest of n values, the lowest of equals; -1 if one is not finite. */
+    int32_t (*largest)(const float *x, int32_t n);
     /* x[i] = x[i] / sum, n values. */
     void (*divide)(float *x, float sum, int32_t n);
 };

@@ -21,12 +21,14 @@ static const struct cpu_kernels kernels = {
     .dot_float = CPU_DOT_FLOAT_TABLE,
     .rms_norm = k_rms_norm,
     .quantize = k_quantize,
+    .insert = k_insert,
     .silu_mul = k_silu_mul,
     .add = k_add,
     .combine = k_combine,
     .rope = k_rope,
     .to_f16 = k_to_f16,
     .attend = k_attend,
+    .largest = k_largest,
     .divide = k_divide,
 };
 #endif

@@ -7,6 +7,9 @@
 
 #include <string.h>
 
+/* Row tiles that are multiplied with one token tile after the other while they stay in the first-level cache. */
+enum { MOST_TILES = 8, TILES_BYTES = 16 * 1024 };
+
 /* ---- cutting work ------------------------------------------------------------------------------- */
 
 int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost) {
@@ -23,30 +26,30 @@ double cpu_tile_cost(const struct cpu_matrix *m, int32_t n, int planes) {
     return (double)m->n_cols / CPU_BLOCK * (20.0 + (planes == 2 ? 21.0 : 13.0) * (double)n);
 }
 
+int32_t cpu_tiles_at_once(const struct cpu_matrix *m, int32_t n) {
+    size_t most = TILES_BYTES / m->tile_bytes;
+    if (most > MOST_TILES) most = MOST_TILES;
+    if (most < 1) most = 1;
+    return n < (int32_t)most ? n : (int32_t)most;
+}
+
 /* ---- tiles ---------------------------------------------------------------------------------------- */
 
-void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, int32_t expert, int32_t tile,
+void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, struct cpu_rows rows,
                       const struct cpu_input *in, float *out, size_t stride) {
-    const uint8_t *w = cpu_matrix_tile(m, expert, tile);
+    const uint8_t *w = cpu_matrix_tile(m, rows.expert, rows.tile);
     if (cpu_matrix_quantized(m)) {
-        c->kernels->dot[m->format][in->planes - 1][in->n](w, m->n_units, in->q, out, stride);
+        c->kernels->dot[m->format][in->planes - 1][in->n](w, rows.n_tiles, m->n_units, in->q, out,
+                                                          stride);
         return;
     }
     cpu_dot_float_fn *const *dot = c->kernels->dot_float[m->format - CPU_F32];
-    for (int t = 0; t < in->n; t += 4) {
-        int n = in->n - t < 4 ? in->n - t : 4;
-        dot[n - 1](w, m->n_cols, in->f + (size_t)t * in->f_stride, in->f_stride,
-                   out + (size_t)t * stride, stride);
-    }
-}
-
-void cpu_tile_insert(const uint8_t *row, int32_t n_cols, int planes, uint8_t *tile, int t, int n) {
-    const size_t plane = (size_t)CPU_BLOCK * (size_t)n, word = 4 * (size_t)n;
-    for (int32_t i = 0; i < n_cols; i += CPU_BLOCK) {
-        uint8_t *q = tile + CPU_BLOCK * t, *tail = tile + (size_t)planes * plane + 4 * t;
-        for (int p = 0; p < planes; p++, q += plane, row += CPU_BLOCK) memcpy(q, row, CPU_BLOCK);
-        for (int j = 0; j < 4; j++, tail += word, row += 4) memcpy(tail, row, 4);
-        tile += cpu_tile_block_bytes(planes, n);
+    for (int32_t i = 0; i < rows.n_tiles; i++, w += m->tile_bytes, out += CPU_ROWS) {
+        for (int t = 0; t < in->n; t += 4) {
+            int n = in->n - t < 4 ? in->n - t : 4;
+            dot[n - 1](w, m->n_cols, in->f + (size_t)t * in->f_stride, in->f_stride,
+                       out + (size_t)t * stride, stride);
+        }
     }
 }
 
@@ -137,12 +140,13 @@ struct product {
     int32_t group_tiles;           /* token tiles per group */
 };
 
-/* Row tile `tile` of matrix i with the token tiles of group g. */
-static void product_tile(const struct product *p, int i, int32_t tile, int32_t g) {
+/* A few row tiles of matrix i with the token tiles of group g. */
+static void product_tiles(const struct product *p, int i, struct cpu_rows rows, int32_t g) {
     struct cpu *c = p->c;
     const struct cpu_matrix *m = &p->w[i]->matrix;
     struct buf *out = p->out[i];
     size_t row_bytes = cpu_row_bytes(m->n_cols, p->planes);
+    int32_t n_rows = rows.n_tiles * CPU_ROWS;
     int32_t end = (g + 1) * p->group_tiles < c->n_tiles ? (g + 1) * p->group_tiles : c->n_tiles;
     for (int32_t k = g * p->group_tiles; k < end; k++) {
         int32_t first = c->tile_first[k];
@@ -151,15 +155,15 @@ static void product_tile(const struct product *p, int i, int32_t tile, int32_t g
                                .f = c->x_rows + (size_t)first * (size_t)c->max_cols,
                                .f_stride = (size_t)c->max_cols,
                                .n = c->tile_first[k + 1] - first};
-        float *dst = cpu_row(out, first) + (size_t)tile * CPU_ROWS;
+        float *dst = cpu_row(out, first) + (size_t)rows.tile * CPU_ROWS;
         if (!p->add) {
-            cpu_tile_product(c, m, 0, tile, &in, dst, out->stride);
+            cpu_tile_product(c, m, rows, &in, dst, out->stride);
             continue;
         }
-        float y[CPU_TILE * CPU_ROWS];
-        cpu_tile_product(c, m, 0, tile, &in, y, CPU_ROWS);
+        float y[CPU_TILE * MOST_TILES * CPU_ROWS];
+        cpu_tile_product(c, m, rows, &in, y, (size_t)n_rows);
         for (int t = 0; t < in.n; t++)
-            c->kernels->add(dst + (size_t)t * out->stride, y + t * CPU_ROWS, CPU_ROWS);
+            c->kernels->add(dst + (size_t)t * out->stride, y + t * n_rows, n_rows);
     }
 }
 
@@ -170,10 +174,16 @@ static void product_item(void *ctx, int32_t item, int thread) {
     int32_t tile = (int32_t)((int64_t)p->n_row_tiles * row_item / p->n_row_items);
     int32_t end = (int32_t)((int64_t)p->n_row_tiles * (row_item + 1) / p->n_row_items);
     for (int i = 0; i < p->n_out && tile < end; i++) {
-        int32_t n = p->w[i]->matrix.n_tiles;
-        for (; tile < n && tile < end; tile++) product_tile(p, i, tile, g);
-        tile -= n; /* the next matrix counts from 0 */
-        end -= n;
+        const struct cpu_matrix *m = &p->w[i]->matrix;
+        int32_t n = m->n_tiles < end ? m->n_tiles : end;
+        while (tile < n) {
+            struct cpu_rows rows = {0, tile, cpu_tiles_at_once(m, n - tile)};
+            product_tiles(p, i, rows, g);
+            tile += rows.n_tiles;
+        }
+        tile -= m->n_tiles; /* the next matrix counts from 0 */
+        if (tile < 0) break;
+        end -= m->n_tiles;
     }
 }
 
@@ -286,10 +296,13 @@ static void sample_item(void *ctx, int32_t item, int thread) {
     const struct sample *s = ctx;
     struct cpu *c = s->c;
     int32_t slot = c->batch.rows[item].slot;
-    if (c->batch.rows[item].sample)
-        sampler_row(c->sampler, c->scratch[thread].sampler, slot, cpu_row(s->logits, item),
-                    &s->rows[item]);
-    else s->rows[item] = (struct moe_row){.slot = slot, .token = -1};
+    float *logits = cpu_row(s->logits, item);
+    if (!c->batch.rows[item].sample)
+        s->rows[item] = (struct moe_row){.slot = slot, .token = -1};
+    else if (sampler_takes_largest(c->sampler, slot))
+        sampler_take(c->sampler, slot, c->kernels->largest(logits, s->logits->n_cols),
+                     &s->rows[item]);
+    else sampler_row(c->sampler, c->scratch[thread].sampler, slot, logits, &s->rows[item]);
 }
 
 enum status cpu_sample(struct backend *b, const struct op_sample *op) {

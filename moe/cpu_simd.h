@@ -56,6 +56,10 @@ CPU_INLINE vf vf_round(vf x) {
 CPU_INLINE vf vf_zero_below(vf x, float lo, vf y) {
     return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, vf_set1(lo), _CMP_LT_OQ), vf_zero());
 }
+/* y where a > b, else z. */
+CPU_INLINE vi vi_where_greater(vf a, vf b, vi y, vi z) {
+    return _mm512_mask_mov_epi32(z, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y);
+}
 CPU_INLINE vi vf_to_int(vf x) { return _mm512_cvtps_epi32(x); } /* to nearest, ties to even */
 CPU_INLINE vf vf_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
 CPU_INLINE vf vf_cast(vi x) { return _mm512_castsi512_ps(x); }
@@ -63,6 +67,9 @@ CPU_INLINE vi vf_bits(vf x) { return _mm512_castps_si512(x); }
 
 CPU_INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 CPU_INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+CPU_INLINE vi vi_lanes(void) { /* 0, 1, … 15 */
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 CPU_INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 CPU_INLINE void vi_store(void *p, vi x) { _mm512_storeu_si512(p, x); }
 CPU_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
@@ -75,10 +82,6 @@ CPU_INLINE vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
 #define vi_sar(x, n) _mm512_srai_epi32(x, n)
 /* acc + the dot product of each lane's four bytes, a unsigned (below 128), b signed. Exact. */
 CPU_INLINE vi vi_dot(vi acc, vi a, vi b) { return _mm512_dpbusd_epi32(acc, a, b); }
-/* The low byte of each lane, to 16 bytes. */
-CPU_INLINE void vi_store_bytes(void *p, vi x) {
-    _mm_storeu_si128(p, _mm512_cvtepi32_epi8(x));
-}
 CPU_INLINE vi vi_from_u8(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 CPU_INLINE vi vi_from_i8(const void *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
 CPU_INLINE vf vf_from_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
@@ -87,6 +90,15 @@ CPU_INLINE void vf_to_f16(void *p, vf x) {
 }
 CPU_INLINE vf vf_from_bf16(const void *p) {
     return vf_cast(vi_shl(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
+}
+/* The low bytes of 32 lanes. */
+CPU_INLINE __m256i vi_bytes(vi a, vi b) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(a)),
+                                   _mm512_cvtepi32_epi8(b), 1);
+}
+/* acc + the dot products of each of eight lanes' four bytes, x unsigned below 128, y signed. Exact. */
+CPU_INLINE __m256i dot_half(__m256i acc, __m256i x, __m256i y) {
+    return _mm256_dpbusd_epi32(acc, x, y);
 }
 CPU_INLINE __m256 vf_low(vf x) { return _mm512_castps512_ps256(x); }
 CPU_INLINE __m256 vf_high(vf x) { return _mm512_extractf32x8_ps(x, 1); }
@@ -147,6 +159,11 @@ CPU_INLINE vf vf_zero_below(vf x, float lo, vf y) {
     return (vf){_mm256_andnot_ps(_mm256_cmp_ps(x.a, l, _CMP_LT_OQ), y.a),
                 _mm256_andnot_ps(_mm256_cmp_ps(x.b, l, _CMP_LT_OQ), y.b)};
 }
+CPU_INLINE vi vi_where_greater(vf x, vf y, vi u, vi v) {
+    __m256i a = _mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ));
+    __m256i b = _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
+    return (vi){_mm256_blendv_epi8(v.a, u.a, a), _mm256_blendv_epi8(v.b, u.b, b)};
+}
 CPU_INLINE vi vf_to_int(vf x) { return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 CPU_INLINE vf vf_from_int(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 CPU_INLINE vf vf_cast(vi x) { return (vf){_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
@@ -154,6 +171,10 @@ CPU_INLINE vi vf_bits(vf x) { return (vi){_mm256_castps_si256(x.a), _mm256_castp
 
 CPU_INLINE vi vi_zero(void) { return (vi){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 CPU_INLINE vi vi_set1(int32_t x) { return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+CPU_INLINE vi vi_lanes(void) {
+    return (vi){_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
+}
 CPU_INLINE vi vi_load(const void *p) {
     return (vi){_mm256_loadu_si256(p), _mm256_loadu_si256((const __m256i *)p + 1)};
 }
@@ -186,8 +207,9 @@ CPU_INLINE __m128i low_bytes(__m256i x) {
     __m256i y = _mm256_shuffle_epi8(x, order);
     return _mm_unpacklo_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
 }
-CPU_INLINE void vi_store_bytes(void *p, vi x) {
-    _mm_storeu_si128(p, _mm_unpacklo_epi64(low_bytes(x.a), low_bytes(x.b)));
+CPU_INLINE __m256i vi_bytes(vi x, vi y) {
+    return _mm256_setr_m128i(_mm_unpacklo_epi64(low_bytes(x.a), low_bytes(x.b)),
+                             _mm_unpacklo_epi64(low_bytes(y.a), low_bytes(y.b)));
 }
 CPU_INLINE vi vi_from_u8(const void *p) {
     __m128i x = _mm_loadu_si128(p);
@@ -231,11 +253,12 @@ CPU_INLINE float vf_max_lane(vf x) {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
-CPU_INLINE int32_t vi_sum(vi x) {
-    __m256i h = _mm256_add_epi32(vi_low(x), vi_high(x));
-    __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-    q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+/* The sums of lanes 0 … 3 and 4 … 7. */
+CPU_INLINE void sum_quarters(__m256i x, int32_t *low, int32_t *high) {
+    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
+    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0xb1));
+    *low = _mm_cvtsi128_si32(_mm256_castsi256_si128(x));
+    *high = _mm_cvtsi128_si32(_mm256_extracti128_si256(x, 1));
 }
 CPU_INLINE int32_t vi_max_lane(vi x) {
     __m256i h = _mm256_max_epi32(vi_low(x), vi_high(x));

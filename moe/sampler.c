@@ -430,3 +430,26 @@ void sampler_row(struct sampler *s, struct sampler_scratch *scratch, int32_t slo
     row->st = ST_OK;
     if (p->logprobs) row->logprob = (float)((double)scratch->raw[token] - log_sum);
 }
+
+bool sampler_takes_largest(const struct sampler *s, int32_t slot_idx) {
+    CHECK(slot_idx >= 0 && slot_idx < s->n_slots);
+    const struct slot *slot = &s->slots[slot_idx];
+    const struct moe_sampling *p = &slot->params;
+    return p->temperature == 0.0f && !p->logprobs && p->n_bias == 0 &&
+           p->repetition_penalty == 1.0f && p->presence_penalty == 0.0f &&
+           p->frequency_penalty == 0.0f &&
+           (p->n_stop_ids == 0 || slot->n_ids - slot->n_prompt >= p->min_tokens);
+}
+
+void sampler_take(struct sampler *s, int32_t slot_idx, int32_t token, struct moe_row *row) {
+    CHECK(slot_idx >= 0 && slot_idx < s->n_slots && token < s->n_vocab);
+    struct slot *slot = &s->slots[slot_idx];
+    CHECK(slot->n_ids < s->cap);
+    *row = (struct moe_row){.slot = slot_idx, .token = -1, .st = ST_NUMERIC};
+    if (slot->last < 0) slot->last = 0; /* as in sampler_row */
+    if (token < 0) return;
+    slot->ids[slot->n_ids++] = token;
+    slot->last = token;
+    row->token = token;
+    row->st = ST_OK;
+}

@@ -187,7 +187,7 @@ static void test_not_finite(void **state) {
                 fill_input(0, &seed, 256, in);
                 in[17 + 40 * k] = bad[k % 3];
                 isas[isa]->quantize(in, 256, 1 + k / 3, row, 0, 1);
-                isas[isa]->dot[x.m.format][k / 3][1](x.m.p, x.m.n_units, row, out, 16);
+                isas[isa]->dot[x.m.format][k / 3][1](x.m.p, 1, x.m.n_units, row, out, 16);
                 for (int r = 0; r < 16; r++) assert_false(isfinite(out[r]));
             }
         }
@@ -212,7 +212,7 @@ static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, 
             k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, n);
         for (int32_t row = 0; row < x->m.n_tiles * CPU_ROWS; row++) {
             if (row % CPU_ROWS == 0)
-                dot(cpu_matrix_tile(&x->m, 0, row / CPU_ROWS), x->m.n_units, tile, out, CPU_ROWS);
+                dot(cpu_matrix_tile(&x->m, 0, row / CPU_ROWS), 1, x->m.n_units, tile, out, CPU_ROWS);
             for (int t = 0; t < n; t++) {
                 double y = 0, size = 0, scale;
                 for (int32_t c = 0; c < n_cols && row < x->m.n_rows; c++) {
@@ -240,7 +240,7 @@ static void check_accuracy(const struct cpu_kernels *k, const struct matrix *x, 
     for (int t = 0; t < CPU_TILE; t++, in += n_cols) {
         float out[CPU_ROWS];
         k->quantize(in, n_cols, planes, row, 0, 1);
-        k->dot[x->m.format][planes - 1][1](x->m.p, x->m.n_units, row, out, CPU_ROWS);
+        k->dot[x->m.format][planes - 1][1](x->m.p, 1, x->m.n_units, row, out, CPU_ROWS);
         for (int r = 0; r < CPU_ROWS; r++) {
             double y = 0, scale;
             for (int32_t c = 0; c < n_cols; c++) {
@@ -323,7 +323,7 @@ static void test_width_does_not_matter(void **state) {
                 const struct cpu_kernels *k = isas[isa];
                 for (int t = 0; t < MOST; t++) {
                     k->quantize(in[t], COLS, planes, tile, 0, 1);
-                    k->dot[x.m.format][planes - 1][1](x.m.p, x.m.n_units, tile, alone[isa][t], CPU_ROWS);
+                    k->dot[x.m.format][planes - 1][1](x.m.p, 1, x.m.n_units, tile, alone[isa][t], CPU_ROWS);
                 }
                 for (int m = 1; m <= MOST; m++) {
                     for (int at = 0; at < m;) {
@@ -331,7 +331,7 @@ static void test_width_does_not_matter(void **state) {
                         assert_in_range(n, 1, m - at);
                         assert_non_null(k->dot[x.m.format][planes - 1][n]);
                         for (int t = 0; t < n; t++) k->quantize(in[at + t], COLS, planes, tile, t, n);
-                        k->dot[x.m.format][planes - 1][n](x.m.p, x.m.n_units, tile, out[0], CPU_ROWS);
+                        k->dot[x.m.format][planes - 1][n](x.m.p, 1, x.m.n_units, tile, out[0], CPU_ROWS);
                         assert_memory_equal(out, alone[isa][at], (size_t)n * sizeof *out);
                         at += n;
                     }
@@ -452,13 +452,13 @@ static void test_rope_and_f16(void **state) {
 
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
-enum { MAX_HD = 128, MAX_POS = 150 };
+enum { MAX_HD = 128, MAX_POS = 150, N_GROUPS = (MAX_POS + CPU_POS) / CPU_POS };
 
 struct attention_case {
     int hd, width, n_pos;
     float q[CPU_QROWS][MAX_HD];
     uint16_t k[MAX_POS][MAX_HD], v[MAX_POS][MAX_HD];
-    uint16_t groups[(MAX_POS + CPU_POS) / CPU_POS][MAX_HD * CPU_POS];
+    uint16_t keys[N_GROUPS][MAX_HD * CPU_POS], values[N_GROUPS][MAX_HD * CPU_POS];
 };
 
 static void fill_case(struct attention_case *c, int hd, int n_pos, uint64_t *seed) {
@@ -475,11 +475,13 @@ static void fill_case(struct attention_case *c, int hd, int n_pos, uint64_t *see
         fill_input(0, seed, hd, x);
         for (int i = 0; i < hd; i++) {
             c->k[p][i] = f32_to_f16(x[i]);
-            c->groups[p / CPU_POS][i * CPU_POS + p % CPU_POS] = c->k[p][i];
+            c->keys[p / CPU_POS][i * CPU_POS + p % CPU_POS] = c->k[p][i];
         }
         fill_input(1, seed, hd, x);
-        for (int i = 0; i < hd; i++) c->v[p][i] = f32_to_f16(x[i]);
-        for (int i = hd; i < c->width; i++) c->v[p][i] = 0;
+        for (int i = 0; i < c->width; i++) {
+            c->v[p][i] = i < hd ? f32_to_f16(x[i]) : 0;
+            c->values[p / CPU_POS][p % CPU_POS * c->width + i] = c->v[p][i];
+        }
     }
 }
 
@@ -499,9 +501,9 @@ static void attend(const struct cpu_kernels *k, const struct attention_case *c, 
     }
     for (int at = 0; at < c->n_pos; at += CPU_SPLIT) {
         a.n_pos = c->n_pos - at < CPU_SPLIT ? c->n_pos - at : CPU_SPLIT;
-        for (int p = 0; p < a.n_pos; p++) {
-            a.v[p] = c->v[at + p];
-            a.k[p / CPU_POS] = c->groups[(at + p) / CPU_POS];
+        for (int g = 0; g * CPU_POS < a.n_pos; g++) {
+            a.k[g] = c->keys[at / CPU_POS + g];
+            a.v[g] = c->values[at / CPU_POS + g];
         }
         k->attend(&a);
     }
