@@ -41,6 +41,8 @@ class Daemon(Case):
         if self.daemon.poll() is None:
             self.daemon.kill()
             self.daemon.wait()
+        elif self.daemon.returncode not in (0, -signal.SIGKILL):
+            print(f"the daemon ended with {self.daemon.returncode}:", self.read("log"), file=sys.stderr)
 
     def stop(self):
         self.daemon.send_signal(signal.SIGTERM)
