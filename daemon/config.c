@@ -1,1 +1,216 @@
-#include "proto/base.h"
+/* See config.h. */
+#include "daemon/config.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+const char config_help[] =
+    "moed serves a Mixture-of-Experts language model from a GGUF file to many clients at once.\n"
+    "\n"
+    "Usage: moed --model FILE [flags]\n"
+    "\n"
+    "What to serve, and where\n"
+    "  --model FILE              the GGUF file (any part of a split one)\n"
+    "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
+    "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
+    "rule\n"
+    "  --device DEV              cpu (default), reference (slow and simple), cuda:N\n"
+    "  --threads N               CPU threads; default: all cores\n"
+    "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
+    "  --chat-template NAME      chatml: use ChatML whatever the file says; default: the file's\n"
+    "\n"
+    "Capacity (memory follows from it; --check prints the table)\n"
+    "  --max-seqs N              sequences that run at once (256)\n"
+    "  --max-seq-tokens N        longest prompt and completion together; default: the model's "
+    "context\n"
+    "  --max-batch-tokens N      tokens computed in one step (512)\n"
+    "  --prefill-chunk N         most prompt tokens of one sequence in a step; default: a whole "
+    "step.\n"
+    "                            Smaller keeps running streams smoother while long prompts are "
+    "read\n"
+    "  --kv-blocks N             blocks in the KV pool; default: what memory allows\n"
+    "  --block-tokens N          tokens in a KV block, a power of two (16)\n"
+    "  --gpu-memory-utilization F  share of a GPU's memory to use (0.90)\n"
+    "\n"
+    "Load\n"
+    "  --max-queue N             requests that may wait; more are refused (1024)\n"
+    "  --max-queued-tokens N     prompt tokens that may wait (1048576)\n"
+    "  --drain-seconds N         how long running requests may take after SIGTERM (30)\n"
+    "\n"
+    "Other\n"
+    "  --log-level LEVEL         debug, info (default), warn, error; one line per event on stderr\n"
+    "  --check                   load the model, print what it is and the memory table, exit\n"
+    "  --version                 print the version, exit\n"
+    "  --help                    print this, exit\n"
+    "\n"
+    "SIGTERM or SIGINT: refuse new requests, finish running ones, exit 0; a second one: exit at "
+    "once.\n"
+    "Exit status: 0 done, 1 the engine was lost or a fault of the daemon, 2 the command line, the\n"
+    "model or the socket was not usable.\n";
+
+enum flag {
+    F_MODEL = 256,
+    F_LISTEN,
+    F_DEVICE,
+    F_CPU_ISA,
+    F_CHAT_TEMPLATE,
+    F_GPU_MEMORY,
+    F_LOG_LEVEL,
+    F_CHECK,
+    F_VERSION,
+    F_HELP,
+    F_NUMBERS /* number flags follow, in the table's order */
+};
+
+struct number_flag {
+    const char *name;
+    size_t offset; /* of an int32_t in struct config */
+    int32_t lo, hi, initial;
+};
+
+_Static_assert(sizeof(int) == sizeof(int32_t), "threads is set as an int32_t");
+#define NUMBER(name, field, lo, hi, initial)                                                       \
+    { name, offsetof(struct config, field), lo, hi, initial }
+static const struct number_flag numbers[] = {
+    NUMBER("threads", threads, 1, 1024, 0),
+    NUMBER("max-batch-tokens", max_batch_tokens, 1, 1 << 16, 512),
+    NUMBER("max-seqs", max_seqs, 1, 1 << 14, 256),
+    NUMBER("max-seq-tokens", max_seq_tokens, 2, 1 << 24, 0),
+    NUMBER("kv-blocks", kv_blocks, 1, 1 << 28, 0),
+    NUMBER("block-tokens", block_tokens, 1, 256, 16),
+    NUMBER("prefill-chunk", prefill_chunk, 1, 1 << 16, 0),
+    NUMBER("max-queue", max_queue, 1, 1 << 16, 1024),
+    NUMBER("max-queued-tokens", max_queued_tokens, 1, 1 << 30, 1 << 20),
+    NUMBER("drain-seconds", drain_seconds, 0, 86400, 30),
+};
+enum { N_NUMBERS = sizeof numbers / sizeof numbers[0] };
+
+static const struct option words[] = {
+    {"model", required_argument, NULL, F_MODEL},
+    {"listen", required_argument, NULL, F_LISTEN},
+    {"device", required_argument, NULL, F_DEVICE},
+    {"cpu-isa", required_argument, NULL, F_CPU_ISA},
+    {"chat-template", required_argument, NULL, F_CHAT_TEMPLATE},
+    {"gpu-memory-utilization", required_argument, NULL, F_GPU_MEMORY},
+    {"log-level", required_argument, NULL, F_LOG_LEVEL},
+    {"check", no_argument, NULL, F_CHECK},
+    {"version", no_argument, NULL, F_VERSION},
+    {"help", no_argument, NULL, F_HELP},
+};
+enum { N_WORDS = sizeof words / sizeof words[0] };
+
+void config_default_endpoint(char *dst, size_t cap) {
+    const char *endpoint = getenv("MOED_ENDPOINT"), *run = getenv("XDG_RUNTIME_DIR");
+    if (endpoint && *endpoint)
+        snprintf(dst, cap, "%s", endpoint);
+    else if (run && *run)
+        snprintf(dst, cap, "ipc://%s/moed.sock", run);
+    else
+        snprintf(dst, cap, "ipc:///tmp/moed-%u.sock", (unsigned)getuid());
+}
+
+static enum status set_number(const struct number_flag *f, const char *arg, struct error *e,
+                              struct config *c) {
+    char *end;
+    errno = 0;
+    long long v = strtoll(arg, &end, 10);
+    if (*arg == '\0' || *end != '\0')
+        return error_set(e, ST_INVALID, "--%s %s: not a whole number", f->name, arg);
+    if (errno != 0 || v < f->lo || v > f->hi)
+        return error_set(e, ST_INVALID, "--%s %s: must lie between %d and %d", f->name, arg, f->lo,
+                         f->hi);
+    int32_t value = (int32_t)v;
+    memcpy((char *)c + f->offset, &value, sizeof value);
+    return ST_OK;
+}
+
+static enum status set_share(const char *arg, struct error *e, struct config *c) {
+    char *end;
+    double v = strtod(arg, &end);
+    if (*arg == '\0' || *end != '\0' || !isfinite(v) || v < 0.05 || v > 1.0)
+        return error_set(e, ST_INVALID, "--gpu-memory-utilization %s: must lie between 0.05 and 1",
+                         arg);
+    c->gpu_memory_utilization = v;
+    return ST_OK;
+}
+
+static enum status check_device(const char *device, struct error *e) {
+    if (strcmp(device, "cpu") == 0 || strcmp(device, "reference") == 0) return ST_OK;
+    const char *digits = device + 5;
+    if (strncmp(device, "cuda:", 5) == 0 && *digits != '\0' && strlen(digits) <= 3 &&
+        strspn(digits, "0123456789") == strlen(digits))
+        return ST_OK;
+    return error_set(e, ST_INVALID, "--device %s: must be cpu, reference or cuda:N", device);
+}
+
+static enum status set_word(int flag, const char *arg, struct error *e, struct config *c) {
+    switch (flag) {
+    case F_MODEL: c->model = arg; return ST_OK;
+    case F_LISTEN:
+        if (strlen(arg) >= sizeof c->listen)
+            return error_set(e, ST_INVALID, "--listen: the endpoint is too long");
+        snprintf(c->listen, sizeof c->listen, "%s", arg);
+        return ST_OK;
+    case F_DEVICE: c->device = arg; return check_device(arg, e);
+    case F_CPU_ISA: c->cpu_isa = arg; return ST_OK;
+    case F_CHAT_TEMPLATE: c->chat_template = arg; return ST_OK;
+    case F_GPU_MEMORY: return set_share(arg, e, c);
+    case F_LOG_LEVEL:
+        if (!log_parse_level(arg, &c->log_level))
+            return error_set(e, ST_INVALID, "--log-level %s: must be debug, info, warn or error",
+                             arg);
+        return ST_OK;
+    case F_CHECK: c->action = CONFIG_CHECK; return ST_OK;
+    case F_VERSION: c->action = CONFIG_VERSION; return ST_OK;
+    default: c->action = CONFIG_HELP; return ST_OK;
+    }
+}
+
+static enum status check_together(const struct config *c, struct error *e) {
+    if (!c->model) return error_set(e, ST_INVALID, "--model is missing; see --help");
+    if ((c->block_tokens & (c->block_tokens - 1)) != 0)
+        return error_set(e, ST_INVALID, "--block-tokens %d: must be a power of two",
+                         c->block_tokens);
+    return ST_OK;
+}
+
+enum status config_parse(int argc, char **argv, struct error *e, struct config *out) {
+    struct config c = {.action = CONFIG_SERVE,
+                       .device = "cpu",
+                       .gpu_memory_utilization = 0.90,
+                       .log_level = LOG_INFO};
+    struct option options[N_WORDS + N_NUMBERS + 1] = {0};
+    memcpy(options, words, sizeof words);
+    for (int i = 0; i < N_NUMBERS; i++) {
+        memcpy((char *)&c + numbers[i].offset, &numbers[i].initial, sizeof(int32_t));
+        options[N_WORDS + i] =
+            (struct option){numbers[i].name, required_argument, NULL, F_NUMBERS + i};
+    }
+    config_default_endpoint(c.listen, sizeof c.listen);
+    optind = 0; /* glibc: start over, so that tests may parse more than once */
+    opterr = 0;
+    for (;;) {
+        int flag = getopt_long(argc, argv, ":", options, NULL);
+        if (flag < 0) break;
+        if (flag == '?')
+            return error_set(e, ST_INVALID, "%s: unknown flag; see --help", argv[optind - 1]);
+        if (flag == ':') return error_set(e, ST_INVALID, "%s: needs a value", argv[optind - 1]);
+        enum status st = flag >= F_NUMBERS ? set_number(&numbers[flag - F_NUMBERS], optarg, e, &c)
+                                           : set_word(flag, optarg, e, &c);
+        if (st != ST_OK) return st;
+        if (c.action == CONFIG_VERSION || c.action == CONFIG_HELP) break;
+    }
+    if (c.action == CONFIG_SERVE || c.action == CONFIG_CHECK) {
+        if (optind < argc)
+            return error_set(e, ST_INVALID, "%s: not a flag; see --help", argv[optind]);
+        enum status st = check_together(&c, e);
+        if (st != ST_OK) return st;
+    }
+    *out = c;
+    return ST_OK;
+}

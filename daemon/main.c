@@ -1,2 +1,168 @@
-#include "proto/base.h"
-int main(void) { return 0; }
+/* main: from the command line to a running server and back. Exit status: see config_help. */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "daemon/config.h"
+#include "daemon/server.h"
+
+enum { EXIT_LOST = 1, EXIT_UNUSABLE = 2, MAX_MEMORY_LINES = 64 };
+#define LOADING_LINE_NS UINT64_C(2000000000)
+
+static struct server *serving; /* for the signal handler; set before it is installed */
+
+static void on_signal(int signal) {
+    (void)signal;
+    server_stop(serving);
+}
+
+/* Until here SIGTERM and SIGINT have their default action: a daemon that is still loading just ends. */
+static void install_signals(void) {
+    struct sigaction a = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigemptyset(&a.sa_mask);
+    sigaction(SIGTERM, &a, NULL);
+    sigaction(SIGINT, &a, NULL);
+}
+
+/* One descriptor per client: take what the hard limit allows. */
+static void raise_descriptor_limit(void) {
+    struct rlimit l;
+    if (getrlimit(RLIMIT_NOFILE, &l) != 0) return;
+    l.rlim_cur = l.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &l);
+}
+
+/* A line now and then while a large file loads; a small one is there before the first. */
+static void report_progress(void *ctx, uint64_t done, uint64_t total) {
+    static uint64_t said_ns;
+    (void)ctx;
+    uint64_t now = clock_now_ns();
+    if (said_ns == 0) said_ns = now;
+    if (now - said_ns < LOADING_LINE_NS) return;
+    said_ns = now;
+    log_event(LOG_INFO, "daemon", "loading", "bytes=%llu of=%llu", (unsigned long long)done,
+              (unsigned long long)total);
+}
+
+static struct moe_options model_options(const struct config *c) {
+    return (struct moe_options){.model_path = c->model,
+                                .device = c->device,
+                                .limits = {.max_batch_tokens = c->max_batch_tokens,
+                                           .max_seqs = c->max_seqs,
+                                           .max_rows = c->max_seqs,
+                                           .max_seq_tokens = c->max_seq_tokens,
+                                           .block_tokens = c->block_tokens,
+                                           .n_blocks = c->kv_blocks},
+                                .n_threads = c->threads,
+                                .cpu_isa = c->cpu_isa,
+                                .gpu_memory_utilization = c->gpu_memory_utilization};
+}
+
+static void log_model(const struct moe_info *i) {
+    const struct model_shape *s = &i->shape;
+    log_event(LOG_INFO, "daemon", "model",
+              "name=\"%s\" architecture=%s quantization=%s layers=%d experts=%d used=%d vocab=%d "
+              "context=%d backend=\"%s\"",
+              i->name, i->architecture, i->quantization, s->n_layers, s->n_experts,
+              s->n_experts_used, s->n_vocab, i->limits.max_seq_tokens, i->backend);
+    log_event(LOG_INFO, "daemon", "capacity",
+              "sequences=%d batch_tokens=%d kv_blocks=%d block_tokens=%d kv_tokens=%lld",
+              i->limits.max_seqs, i->limits.max_batch_tokens, i->limits.n_blocks,
+              i->limits.block_tokens, (long long)i->limits.n_blocks * i->limits.block_tokens);
+}
+
+static void log_memory(const struct moe *m, uint64_t daemon_bytes) {
+    struct moe_memory_line lines[MAX_MEMORY_LINES];
+    int n = moe_memory(m, lines, MAX_MEMORY_LINES);
+    for (int i = 0; i < n; i++)
+        log_event(LOG_INFO, "daemon", "memory", "what=\"%s\" bytes=%llu", lines[i].what,
+                  (unsigned long long)lines[i].n_bytes);
+    log_event(LOG_INFO, "daemon", "memory", "what=\"daemon tables, reserved\" bytes=%llu",
+              (unsigned long long)daemon_bytes);
+}
+
+static void print_check(const struct moe *m) {
+    const struct moe_info *i = moe_info(m);
+    struct moe_memory_line lines[MAX_MEMORY_LINES];
+    int n = moe_memory(m, lines, MAX_MEMORY_LINES);
+    uint64_t total = 0;
+    printf("model     %s (%s, %s experts)\n", i->name, i->architecture, i->quantization);
+    printf("backend   %s\n", i->backend);
+    printf("capacity  %d sequences, %d tokens in a step, %d of one sequence\n", i->limits.max_seqs,
+           i->limits.max_batch_tokens, i->limits.max_seq_tokens);
+    printf("kv pool   %d blocks of %d tokens\n\n", i->limits.n_blocks, i->limits.block_tokens);
+    for (int k = 0; k < n; k++) {
+        printf("%-48s %14.1f MiB\n", lines[k].what, (double)lines[k].n_bytes / 1048576.0);
+        total += lines[k].n_bytes;
+    }
+    printf("%-48s %14.1f MiB\n", "total", (double)total / 1048576.0);
+}
+
+static int complain(const struct error *e) {
+    log_event(LOG_ERROR, "daemon", "failed", "code=%s error=\"%s\"", status_name(e->code), e->text);
+    return EXIT_UNUSABLE;
+}
+
+/* The model is open; `net` holds the endpoint's lock. Both are closed here. */
+static int serve(const struct config *c, struct text *text, struct net *net, struct engine *engine,
+                 const struct engine_moe *model) {
+    struct error e;
+    const struct moe_info *info = moe_info(model->moe);
+    struct server_options o = {.text = text,
+                               .info = info,
+                               .prefill_chunk = c->prefill_chunk,
+                               .max_queue = c->max_queue,
+                               .max_queued_tokens = c->max_queued_tokens,
+                               .drain_ns = (uint64_t)c->drain_seconds * 1000000000u};
+    if (server_create(&o, net, engine, &e, &serving) != ST_OK) return complain(&e);
+    log_model(info);
+    log_memory(model->moe, server_bytes(serving));
+    install_signals();
+    log_event(LOG_INFO, "daemon", "ready", "endpoint=%s", c->listen);
+    enum status st = server_run(serving);
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
+    server_destroy(serving);
+    return st == ST_OK ? EXIT_SUCCESS : EXIT_LOST;
+}
+
+static int check_or_serve(const struct config *c) {
+    struct error e = {0};
+    struct text *text = NULL;
+    struct net *net = NULL;
+    struct engine *engine = NULL;
+    struct engine_moe model = {.options = model_options(c), .progress = report_progress};
+    /* The lock comes first: a second daemon is told so before it loads gigabytes. */
+    enum status st = c->action == CONFIG_SERVE ? net_open(c->listen, &e, &net) : ST_OK;
+    if (st == ST_OK) st = text_open(c->model, c->chat_template, &e, &text);
+    if (st == ST_OK) st = engine_start(&engine_moe_ops, &model, &e, &engine);
+    int rc = EXIT_SUCCESS;
+    if (st != ST_OK) {
+        rc = complain(&e);
+        net_close(net);
+    } else if (c->action == CONFIG_CHECK) {
+        print_check(model.moe);
+        engine_stop(engine);
+    } else {
+        rc = serve(c, text, net, engine, &model);
+    }
+    text_close(text);
+    return rc;
+}
+
+int main(int argc, char **argv) {
+    struct config c;
+    struct error e;
+    if (config_parse(argc, argv, &e, &c) != ST_OK) {
+        fprintf(stderr, "moed: %s\n", e.text);
+        return EXIT_UNUSABLE;
+    }
+    if (c.action == CONFIG_HELP) return fputs(config_help, stdout) < 0 ? EXIT_LOST : EXIT_SUCCESS;
+    if (c.action == CONFIG_VERSION) return puts(MOED_SERVER_NAME) < 0 ? EXIT_LOST : EXIT_SUCCESS;
+    log_set_level(c.log_level);
+    signal(SIGPIPE, SIG_IGN); /* a closed stderr costs log lines, not the daemon */
+    raise_descriptor_limit();
+    return check_or_serve(&c);
+}

@@ -14,11 +14,11 @@ struct batch_row {
 };
 
 struct batch {
-    int32_t block_tokens;   /* B */
-    int32_t n_tokens;       /* T */
-    int32_t n_rows;         /* R */
-    int32_t *ids;           /* [T], MOE_LAST_TOKEN replaced */
-    int32_t *pos;           /* [T] position in its sequence */
+    int32_t block_tokens; /* B */
+    int32_t n_tokens; /* T */
+    int32_t n_rows; /* R */
+    int32_t *ids; /* [T], MOE_LAST_TOKEN replaced */
+    int32_t *pos; /* [T] position in its sequence */
     const int32_t **blocks; /* [T] its sequence's block table, borrowed from the step */
     struct batch_row *rows; /* [R] in step order */
 };

@@ -2,10 +2,10 @@
  * Architecture: Qwen3-MoE (Hugging Face transformers, modeling_qwen3_moe.py). */
 #include "moe/forward.h"
 
-#define TRY(call) \
-    do { \
-        enum status st_ = (call); \
-        if (st_ != ST_OK) return st_; \
+#define TRY(call)                                                                                  \
+    do {                                                                                           \
+        enum status st_ = (call);                                                                  \
+        if (st_ != ST_OK) return st_;                                                              \
     } while (0)
 
 enum status forward_create_bufs(struct forward *f) {
@@ -57,13 +57,12 @@ static enum status experts(struct forward *f, int i) {
                                          .router = l->router,
                                          .renormalize = f->renormalize,
                                          .x = f->x}));
-    TRY(ops->experts_up(b, &(struct op_experts_up){
-                               .layer = i, .x = f->x, .gate = l->gate, .up = l->up, .act = f->act}));
-    return ops->experts_down(b, &(struct op_experts_down){.layer = i,
-                                                          .act = f->act,
-                                                          .down = l->down,
-                                                          .y = f->y,
-                                                          .h = f->h});
+    TRY(ops->experts_up(b,
+                        &(struct op_experts_up){
+                            .layer = i, .x = f->x, .gate = l->gate, .up = l->up, .act = f->act}));
+    return ops->experts_down(b,
+                             &(struct op_experts_down){
+                                 .layer = i, .act = f->act, .down = l->down, .y = f->y, .h = f->h});
 }
 
 static enum status look(struct forward *f, const struct forward_probe *p, int layer,

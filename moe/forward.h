@@ -13,16 +13,16 @@ struct forward_layer {
 struct forward {
     struct backend *backend;
     struct model_shape shape;
-    bool renormalize;               /* the K router weights sum to 1 */
+    bool renormalize; /* the K router weights sum to 1 */
     struct weight *embed, *norm, *head; /* head == embed when tied */
-    struct forward_layer *layers;   /* [L] */
+    struct forward_layer *layers; /* [L] */
 
-    struct buf *h;           /* [T][D] residual stream */
-    struct buf *q, *k, *v;   /* [T][H*Hd], [T][G*Hd] */
-    struct buf *attn;        /* [T][H*Hd] */
-    struct buf *x;           /* [T][D] the experts' input */
-    struct buf *act, *y;     /* routed [T*K][F], [T*K][D] */
-    struct buf *logits;      /* head [R][V] */
+    struct buf *h; /* [T][D] residual stream */
+    struct buf *q, *k, *v; /* [T][H*Hd], [T][G*Hd] */
+    struct buf *attn; /* [T][H*Hd] */
+    struct buf *x; /* [T][D] the experts' input */
+    struct buf *act, *y; /* routed [T*K][F], [T*K][D] */
+    struct buf *logits; /* head [R][V] */
 };
 
 enum status forward_create_bufs(struct forward *f);

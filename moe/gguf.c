@@ -227,7 +227,7 @@ static enum status open_part(struct gguf *g, int file, const char *path, bool me
     struct gguf_part *part = &g->parts[file];
     struct gguf_reader r = {.label = gguf_label(path), .e = e};
     struct header h;
-    uint64_t alignment = DEFAULT_ALIGNMENT;
+    uint64_t alignment = 0;
     size_t first = g->n_tensors;
     enum status st = gguf_file_open(path, e, &part->fd, &part->file_bytes);
     if (st != ST_OK) return st;

@@ -22,6 +22,7 @@
 struct slot_state {
     bool started;
     bool sampled; /* a submitted step samples it: MOE_LAST_TOKEN has a meaning */
+    int32_t n_ids; /* its history's length once all submitted steps have sampled */
     uint64_t step; /* the last step it was in */
 };
 
@@ -32,7 +33,7 @@ struct moe {
     struct slot_state *slots; /* [max_seqs] */
     uint64_t n_submitted;
     int n_in_flight;
-    int32_t n_result_rows;  /* of the step collected last; -1: a later one was submitted */
+    int32_t n_result_rows; /* of the step collected last; -1: a later one was submitted */
     int32_t n_step_rows[MOE_MAX_IN_FLIGHT]; /* by step number */
     struct forward_probe probe;
 };
@@ -58,21 +59,21 @@ static int32_t blocks_of(int32_t n_tokens, int32_t block_tokens) {
     return (int32_t)(((int64_t)n_tokens + block_tokens - 1) / block_tokens);
 }
 
-/* The pool's default: DEFAULT_SEQ_TOKENS for each slot, but enough for one sequence of full length and no
- * more than all slots at full length can use. */
-static int64_t default_blocks(const struct moe_limits *l) {
+/* The pool's default: DEFAULT_SEQ_TOKENS for each slot, no more than all slots at full length can use, and enough
+ * for one sequence of full length if somebody chose that length. */
+static int64_t default_blocks(const struct moe_limits *l, bool any_length) {
     int64_t full = blocks_of(l->max_seq_tokens, l->block_tokens);
     int64_t n = (int64_t)l->max_seqs * blocks_of(DEFAULT_SEQ_TOKENS, l->block_tokens);
     if (n > full * l->max_seqs) n = full * l->max_seqs;
-    return n < full ? full : n;
+    return n < full && !any_length ? full : n;
 }
 
 /* Fill in the defaults of *l and check it against the model. on_gpu: the backend sizes the pool. */
 static enum status settle_limits(const struct model_shape *m, bool on_gpu, struct error *e,
                                  struct moe_limits *l) {
+    bool any_length = l->max_seq_tokens == 0;
     if (l->block_tokens == 0) l->block_tokens = DEFAULT_BLOCK_TOKENS;
-    if (l->max_seq_tokens == 0 || l->max_seq_tokens > m->n_ctx_train)
-        l->max_seq_tokens = m->n_ctx_train;
+    if (any_length || l->max_seq_tokens > m->n_ctx_train) l->max_seq_tokens = m->n_ctx_train;
     if (l->max_rows == 0) l->max_rows = l->max_seqs;
     enum status st;
     if ((st = check_range("max_batch_tokens", l->max_batch_tokens, 1, MAX_BATCH_TOKENS, e)) ||
@@ -85,14 +86,19 @@ static enum status settle_limits(const struct model_shape *m, bool on_gpu, struc
         return error_set(e, ST_INVALID, "block_tokens is %d: it must be a power of two",
                          (int)l->block_tokens);
     if ((int64_t)l->max_batch_tokens * m->n_experts_used > INT32_MAX)
-        return error_set(e, ST_INVALID, "max_batch_tokens is %d: too many with %d experts per token",
+        return error_set(e, ST_INVALID,
+                         "max_batch_tokens is %d: too many with %d experts per token",
                          (int)l->max_batch_tokens, (int)m->n_experts_used);
     int64_t n_blocks = l->n_blocks;
-    if (n_blocks == 0 && !on_gpu) n_blocks = default_blocks(l);
+    if (n_blocks == 0 && !on_gpu) n_blocks = default_blocks(l, any_length);
     if (n_blocks < 0 || n_blocks * l->block_tokens > INT32_MAX)
         return error_set(e, ST_INVALID, "n_blocks is %lld: the pool must hold 1 to %d tokens",
                          (long long)n_blocks, INT32_MAX);
     l->n_blocks = (int32_t)n_blocks;
+    /* A length that nobody chose need not be more than the pool can hold. */
+    int64_t pool_tokens = n_blocks * l->block_tokens;
+    if (any_length && pool_tokens > 0 && pool_tokens < l->max_seq_tokens)
+        l->max_seq_tokens = (int32_t)pool_tokens;
     return ST_OK;
 }
 
@@ -120,11 +126,10 @@ static bool parse_cuda(const char *device, int *out) {
     return true;
 }
 
-static enum status open_backend(const char *device, const struct backend_config *c,
-                                struct error *e, struct backend **out) {
+static enum status open_backend(const char *device, const struct backend_config *c, struct error *e,
+                                struct backend **out) {
     if (strcmp(device, "reference") == 0) return backend_reference_open(c, e, out);
-    if (strcmp(device, "cpu") == 0)
-        return error_set(e, ST_UNSUPPORTED, "this build has no device cpu: use reference");
+    if (strcmp(device, "cpu") == 0) return backend_cpu_open(c, e, out);
 #ifdef MOED_CUDA
     return backend_cuda_open(c, e, out);
 #else
@@ -179,10 +184,18 @@ static enum status load_layer(struct loader *l, const struct arch_layer *a,
         const struct gguf_tensor *tensor;
         struct weight **weight;
     } pairs[] = {
-        {a->attn_norm, &f->attn_norm},     {a->attn_q, &f->q},           {a->attn_k, &f->k},
-        {a->attn_v, &f->v},                {a->attn_q_norm, &f->q_norm}, {a->attn_k_norm, &f->k_norm},
-        {a->attn_output, &f->attn_out},    {a->ffn_norm, &f->ffn_norm},  {a->router, &f->router},
-        {a->gate_exps, &f->gate},          {a->up_exps, &f->up},         {a->down_exps, &f->down},
+        {a->attn_norm, &f->attn_norm},
+        {a->attn_q, &f->q},
+        {a->attn_k, &f->k},
+        {a->attn_v, &f->v},
+        {a->attn_q_norm, &f->q_norm},
+        {a->attn_k_norm, &f->k_norm},
+        {a->attn_output, &f->attn_out},
+        {a->ffn_norm, &f->ffn_norm},
+        {a->router, &f->router},
+        {a->gate_exps, &f->gate},
+        {a->up_exps, &f->up},
+        {a->down_exps, &f->down},
     };
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
         enum status st = load(l, pairs[i].tensor, pairs[i].weight);
@@ -248,8 +261,7 @@ static enum status finish_backend(struct moe *m, struct error *e) {
     for (int i = 0; i < n; i++)
         if (strcmp(lines[i].what, "kv") == 0)
             m->info.kv_bytes_per_token =
-                lines[i].n_bytes /
-                ((uint64_t)n_blocks * (uint64_t)m->info.limits.block_tokens);
+                lines[i].n_bytes / ((uint64_t)n_blocks * (uint64_t)m->info.limits.block_tokens);
     return ST_OK;
 }
 
@@ -296,11 +308,8 @@ enum status moe_open(const struct moe_options *o,
         gguf_close(g);
         return st;
     }
-    struct loader l = {.gguf = g,
-                       .error = e,
-                       .progress = progress,
-                       .ctx = ctx,
-                       .total = gguf_tensor_bytes(g)};
+    struct loader l = {
+        .gguf = g, .error = e, .progress = progress, .ctx = ctx, .total = gguf_tensor_bytes(g)};
     struct moe *m = calloc(1, sizeof *m);
     st = m ? open_into(m, o, &l, &arch) : error_set(e, ST_NO_MEMORY, "no memory");
     arch_free(&arch);
@@ -339,6 +348,7 @@ enum status moe_slot_start(struct moe *m, const struct moe_slot_start *start) {
     struct slot_state *slot = &m->slots[start->slot];
     slot->started = true;
     slot->sampled = false;
+    slot->n_ids = start->n_ids;
     return m->ops->slot_start(m->forward.backend, start);
 }
 
@@ -361,6 +371,8 @@ static int32_t check_seq(struct moe *m, const struct moe_step_seq *seq, const in
     if (seq->rows == MOE_ROWS_NONE) return 0;
     if (seq->rows == MOE_ROWS_ALL) return seq->n_tokens;
     CHECK(seq->rows == MOE_ROWS_SAMPLE && slot->started);
+    /* The sampled token's position is the history's length: draws and penalties rest on it. */
+    CHECK(slot->n_ids++ == seq->start_pos + seq->n_tokens);
     slot->sampled = true;
     return 1;
 }

@@ -15,12 +15,12 @@
 struct route {
     int32_t n_experts, n_used; /* E, K */
     int32_t max_tokens;
-    int32_t n_tokens;      /* T, set by route_sort */
-    int32_t *ids;          /* [T][K], rank order; the caller writes, by route_top_k */
-    float *weights;        /* [T][K] */
+    int32_t n_tokens; /* T, set by route_sort */
+    int32_t *ids; /* [T][K], rank order; the caller writes, by route_top_k */
+    float *weights; /* [T][K] */
     int32_t *expert_first; /* [E + 1] */
-    int32_t *pair_of;      /* [T * K]: routed row -> pair */
-    int32_t *row_of;       /* [T * K]: pair -> routed row */
+    int32_t *pair_of; /* [T * K]: routed row -> pair */
+    int32_t *row_of; /* [T * K]: pair -> routed row */
 };
 
 /* ST_NO_MEMORY leaves *out zeroed; so does destroy. */

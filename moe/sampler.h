@@ -45,6 +45,10 @@ enum status sampler_scratch_create(int32_t n_vocab, struct sampler_scratch **out
 void sampler_scratch_destroy(struct sampler_scratch *scratch);
 void sampler_row(struct sampler *s, struct sampler_scratch *scratch, int32_t slot, float *logits,
                  struct moe_row *row);
+/* Whether sampler_row would do nothing but take the largest logit, ties to the lower id: then a backend may
+ * find it by its own means and say so with sampler_take. token -1: a logit is not finite. */
+bool sampler_takes_largest(const struct sampler *s, int32_t slot);
+void sampler_take(struct sampler *s, int32_t slot, int32_t token, struct moe_row *row);
 /* The token the slot sampled last: what MOE_LAST_TOKEN stands for. CHECK: sampler_row was called since the start.
  * After a row that failed it is the token before, or 0 if there was none: a step submitted ahead still runs. */
 int32_t sampler_last(const struct sampler *s, int32_t slot);

@@ -11,7 +11,8 @@ struct text;
 
 /* Read the tokenizer keys of a GGUF file (tensors are not looked at). ST_UNSUPPORTED names a tokenizer
  * model, pre-tokenizer or normaliser that we do not have; ST_CORRUPT names the key that is wrong.
- * chat_template: NULL = recognise the file's template; "chatml" = use ChatML whatever the file says. */
+ * chat_template: NULL = recognise the file's template; else the name of one that is used whatever the file
+ * says: chatml, qwen2.5, qwen3 or qwq; ST_INVALID for any other name. */
 enum status text_open(const char *gguf_path, const char *chat_template, struct error *e,
                       struct text **out);
 void text_close(struct text *t); /* NULL is fine */
@@ -30,6 +31,8 @@ enum status text_encode(const struct text *t, const void *s, size_t n, bool pars
 
 /* The bytes of one token (special tokens: their name). Borrowed from t. Ids out of range: empty. */
 struct bytes text_piece(const struct text *t, int32_t id);
+/* Control tokens (token_type 3), which decoding may hide. User-defined ones (4: <think>, <tool_call>) are
+ * parsed as special tokens are, but are text to a reader. */
 bool text_is_special(const struct text *t, int32_t id);
 
 /* Decode ids to bytes, replacing ill-formed UTF-8 by U+FFFD when `lossy`. skip_special leaves special

@@ -50,6 +50,7 @@ int32_t paging_seq_n_blocks(const struct paging *p, int32_t slot);
 void paging_seq_copy(const struct paging *p, int32_t slot, int32_t n, int32_t *out);
 
 int32_t paging_n_free(const struct paging *p);
+struct paging_limits paging_limits(const struct paging *p); /* as created */
 struct paging_stats paging_stats(const struct paging *p);
 
 /* Verify every invariant in O(blocks). ST_INTERNAL with the first violation named. For tests, and

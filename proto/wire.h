@@ -1,5 +1,5 @@
 /* wire: moed's protocol as plain structs. Encodes and decodes one frame; owns the limits that a
- * frame is held to. Only wire.c sees protobuf-c.
+ * frame is held to. Only wire*.c see protobuf-c.
  *
  * On a ROUTER socket a message has three frames: [routing id][header, 32 bytes][body]; on a DEALER
  * two: [header][body]. The header is fixed and checked before the body is looked at.
@@ -70,13 +70,17 @@ struct wire_header {
     uint64_t request_id; /* 0 when the message is about the session */
 };
 
-/* ---- bodies. Arrays and bytes are borrowed: after decoding they lie in the arena. ------------- */
+/* ---- bodies. Arrays and bytes are borrowed: after decoding they lie in the arena. --------------
+ *
+ * What decoding promises of every message, besides what stands at the fields: floats are finite,
+ * text is valid UTF-8 (NUL included), token ids are >= 0, status codes and reasons are ones of
+ * this version. */
 
 struct wire_hello {
     const uint32_t *majors;
     size_t n_majors;
     uint64_t features;
-    struct bytes client;
+    struct bytes client; /* <= WIRE_MAX_TAG_BYTES */
 };
 
 struct wire_limits {
@@ -162,7 +166,7 @@ struct wire_accepted {
 };
 
 struct wire_rejected {
-    uint32_t code; /* enum status */
+    uint32_t code; /* enum status, not ST_OK */
     struct bytes text;
     bool retryable;
     uint32_t retry_after_ms, queue_depth;
@@ -211,7 +215,7 @@ struct wire_finished {
 };
 
 struct wire_failed {
-    uint32_t code; /* enum status */
+    uint32_t code; /* enum status, not ST_OK */
     struct bytes text;
     bool retryable;
 };
@@ -224,7 +228,7 @@ struct wire_model_info {
     struct bytes name, architecture, backend, quantization;
     uint32_t n_layers, n_vocab, n_experts, n_experts_used, max_context_tokens;
     uint64_t weight_bytes, kv_bytes_per_token;
-    int32_t eos_id;
+    int32_t eos_id; /* -1 if there is none */
 };
 
 struct wire_health {
@@ -252,7 +256,7 @@ struct wire_ids { /* TokenizeResult and Detokenize */
     const int32_t *ids;
     size_t n_ids;
 };
-struct wire_text { /* DetokenizeResult */
+struct wire_text { /* DetokenizeResult: any bytes, because ids may cut a character */
     struct bytes text;
 };
 
@@ -296,9 +300,10 @@ void wire_header_encode(const struct wire_header *h, uint8_t out[WIRE_HEADER_BYT
 enum status wire_decode(const struct wire_header *h, const void *body, size_t n, struct arena *a,
                         struct error *e, struct wire_msg *out);
 
-/* Encode msg's body into dst. ST_TOO_LARGE if it exceeds cap (then *len is the size needed) or if
- * scratch (used above its current mark and restored) is too small. The message is trusted: CHECK on
- * what decode would refuse by shape (more stops than the array holds). */
+/* Encode msg's body into dst. ST_TOO_LARGE if it exceeds cap or WIRE_MAX_BODY_BYTES (then *len is
+ * the size needed) or if scratch (used above its current mark and restored) is too small (then
+ * *len is 0). The message is trusted: CHECK on what decode would refuse by shape (more stops than
+ * the array holds). */
 enum status wire_encode(const struct wire_msg *msg, struct arena *scratch, uint8_t *dst, size_t cap,
                         size_t *len);
 

@@ -1,11 +1,12 @@
-/* wire_decode: protobuf to plain structs, for bodies that nobody vouches for. Three passes: protobuf-c
- * unpacks into a budgeted part of the arena; one walk over the descriptors refuses unknown fields in
- * number and floats that are not finite, wherever they are; then each message's own function checks
- * what wire.h promises of it and copies the values out. Every refusal names its field.
+/* wire_decode: protobuf to plain structs, for bodies that nobody vouches for. Three passes:
+ * protobuf-c unpacks into a budgeted part of the arena; one walk over the descriptors refuses
+ * unknown fields in number and floats that are not finite, wherever they are; then each message's
+ * own function checks what wire.h promises of it and copies the values out. Every refusal names
+ * its field.
  *
- * protobuf-c 1.4.1 checks the wire form only. It recurses once per level of nesting, which the schema
- * bounds at 4; merges a submessage that comes twice; and amplifies (2 bytes of unknown field cost it
- * more than 80), which the budget bounds. Pure functions, any thread. */
+ * protobuf-c 1.4.1 checks the wire form only. It recurses once per level of nesting, which the
+ * schema bounds at 4; merges a submessage that comes twice; and amplifies (2 bytes of unknown
+ * field cost it more than 80), which the budget bounds. Pure functions, any thread. */
 #include "moed.pb-c.h"
 #include "proto/wire.h"
 
@@ -17,6 +18,7 @@
 struct decode {
     struct arena arena; /* the budgeted part of the caller's */
     bool exhausted; /* an allocation did not fit */
+    void *last, *spare; /* see decode_free */
     struct error *e; /* may be NULL */
 };
 
@@ -28,17 +30,25 @@ struct decode {
 
 #define BAD(d, ...) error_set((d)->e, ST_INVALID, __VA_ARGS__)
 
+/* protobuf-c lists the fields of a message that has more than 16 in a table of this size first. */
+enum { FIELD_TABLE_BYTES = 1024 };
+
 static void *decode_alloc(void *ctx, size_t n) {
     struct decode *d = ctx;
-    void *p = arena_alloc(&d->arena, n);
+    void *p = n == FIELD_TABLE_BYTES ? d->spare : NULL;
+    if (p) d->spare = NULL;
+    if (!p) p = arena_alloc(&d->arena, n);
     if (!p) d->exhausted = true;
+    if (n == FIELD_TABLE_BYTES) d->last = p;
     return p;
 }
 
-/* The caller resets the arena when it is done with the message. */
+/* The caller resets the arena when it is done with the message. Only the table of a finished
+ * submessage is used again, for the next one's: a list of 20 top logprobs per token would not fit
+ * otherwise. */
 static void decode_free(void *ctx, void *p) {
-    (void)ctx;
-    (void)p;
+    struct decode *d = ctx;
+    if (p && p == d->last) d->spare = p;
 }
 
 static enum status too_large(struct decode *d, const char *name) {
@@ -55,7 +65,8 @@ static enum status too_large(struct decode *d, const char *name) {
         if (!(array)) return too_large((d), (name));                                               \
     } while (0)
 
-/* ---- what holds for every message: few unknown fields, finite floats ---------------------------- */
+/* ---- what holds for every message: few unknown fields, finite floats
+ * ---------------------------- */
 
 /* The path to a submessage, as a chain through the walk's stack frames: it becomes text only when
  * there is something to refuse. */
@@ -111,7 +122,7 @@ static enum status walk(struct decode *d, const ProtobufCMessage *m, const struc
     return ST_OK;
 }
 
-/* ---- fields -------------------------------------------------------------------------------- */
+/* ---- fields ---------------------------------------------------------------------------------- */
 
 static struct bytes as_bytes(ProtobufCBinaryData b) {
     return (struct bytes){.p = b.data, .n = b.len};
@@ -190,7 +201,7 @@ static enum status take_chat(struct decode *d, const char *owner, Moed__Wire__Ch
     return ST_OK;
 }
 
-/* ---- messages: *w is zeroed ------------------------------------------------------------------- */
+/* ---- messages: *w is zeroed ------------------------------------------------------------------ */
 
 static enum status take_hello(struct decode *d, const Moed__Wire__Hello *m, struct wire_hello *w) {
     w->majors = m->majors;
@@ -558,7 +569,7 @@ static enum status take(struct decode *d, const ProtobufCMessage *base, struct w
     case WIRE_HEALTH:
     case WIRE_STATS: return ST_OK;
     }
-    CHECK(!"a type that has a descriptor");
+    CHECK(0 && "every type that has a descriptor is above");
     return ST_INTERNAL;
 }
 

@@ -1,6 +1,6 @@
-/* wire_encode: plain structs to protobuf. A tree of protobuf-c structs is built in the scratch arena,
- * borrowing the message's arrays and bytes, and packed from there. A field that equals its default is
- * left out: decoding fills it in. Pure functions, any thread. */
+/* wire_encode: plain structs to protobuf. A tree of protobuf-c structs is built in the scratch
+ * arena, borrowing the message's arrays and bytes, and packed from there. A field that equals its
+ * default is left out: decoding fills it in. Pure functions, any thread. */
 #include "moed.pb-c.h"
 #include "proto/wire.h"
 
@@ -13,7 +13,7 @@
         (m)->has_##field = (m)->field != (absent);                                                 \
     } while (0)
 
-/* Set an optional bytes field, unless it is empty. protobuf-c wants it writable and only reads it. */
+/* Set an optional bytes field, unless it is empty. protobuf-c only reads what it wants writable. */
 #define PUT_BYTES(m, field, b)                                                                     \
     do {                                                                                           \
         (m)->field = (ProtobufCBinaryData){.len = (b).n, .data = (uint8_t *)(b).p};                \
@@ -24,7 +24,8 @@
 #define NEW(a, type) ((type *)arena_alloc((a), sizeof(type)))
 #define NEW_ARRAY(a, n, type) ((type *)arena_alloc((a), (n) * sizeof(type)))
 
-/* n messages of one type and the pointers that protobuf-c wants to them; false when scratch is full. */
+/* n messages of one type and the pointers that protobuf-c wants to them; false when scratch is
+ * full. */
 #define NEW_MESSAGES(a, n, items, pointers)                                                        \
     (((items) = arena_alloc((a), (n) * sizeof *(items))) != NULL &&                                \
      ((pointers) = arena_alloc((a), (n) * sizeof *(pointers))) != NULL)
@@ -406,7 +407,7 @@ static ProtobufCMessage *put(struct arena *a, const struct wire_msg *msg) {
     case WIRE_HEALTH:
     case WIRE_STATS: return put_empty(a);
     }
-    CHECK(!"a message type of this version");
+    CHECK(0 && "a message type of this version");
     return NULL;
 }
 

@@ -60,16 +60,20 @@ static inline void rig_run(struct model_rig *r, const struct moe_step *step) {
     r->n_rows = result.n_rows;
 }
 
-/* Run positions [start, start + n) of one sequence in its slot's own blocks: slot s has the pool's blocks
- * s * blocks_per_seq onwards, in falling order, so that a table is never the identity. */
+/* Block i of a slot's own table: slot s has the pool's blocks from s * blocks_per_seq on, in falling order, so that a
+ * table is never the identity. */
+static inline int32_t rig_block(const struct model_rig *r, int32_t slot, int32_t i) {
+    int32_t block = (slot + 1) * r->blocks_per_seq - 1 - i;
+    assert_in_range(block, 0, r->info->limits.n_blocks - 1);
+    return block;
+}
+
+/* Run positions [start, start + n) of one sequence in its slot's own blocks. */
 static inline void rig_run_one(struct model_rig *r, int32_t slot, const int32_t *ids, int32_t start,
                                int32_t n, enum moe_rows rows) {
     int32_t b = r->info->limits.block_tokens, n_blocks = (start + n + b - 1) / b;
     int32_t *blocks = calloc((size_t)n_blocks, sizeof *blocks);
-    for (int32_t i = 0; i < n_blocks; i++) {
-        blocks[i] = (slot + 1) * r->blocks_per_seq - 1 - i;
-        assert_in_range(blocks[i], 0, r->info->limits.n_blocks - 1);
-    }
+    for (int32_t i = 0; i < n_blocks; i++) blocks[i] = rig_block(r, slot, i);
     struct moe_step_seq seq = {
         .slot = slot, .start_pos = start, .n_tokens = n, .n_blocks = n_blocks, .rows = rows};
     rig_run(r, &(struct moe_step){
@@ -78,14 +82,16 @@ static inline void rig_run_one(struct model_rig *r, int32_t slot, const int32_t 
 }
 
 /* Logits of all n positions of ids, [n][V], in steps of at most max_batch_tokens. */
-static inline void rig_score(struct model_rig *r, const int32_t *ids, int32_t n, float *logits) {
+static inline void rig_score(struct model_rig *r, int32_t slot, const int32_t *ids, int32_t n,
+                             float *logits) {
     int32_t chunk = r->info->limits.max_batch_tokens, n_vocab = r->info->shape.n_vocab;
     for (int32_t at = 0; at < n; at += chunk) {
         int32_t c = n - at < chunk ? n - at : chunk;
-        rig_run_one(r, 0, ids + at, at, c, MOE_ROWS_ALL);
+        rig_run_one(r, slot, ids + at, at, c, MOE_ROWS_ALL);
         assert_int_equal(r->n_rows, c);
         for (int32_t i = 0; i < c; i++)
-            assert_int_equal(moe_logits(r->m, i, logits + (size_t)(at + i) * (size_t)n_vocab), ST_OK);
+            assert_int_equal(moe_logits(r->m, i, logits + (size_t)(at + i) * (size_t)n_vocab),
+                             ST_OK);
     }
 }
 

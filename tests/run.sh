@@ -42,7 +42,7 @@ stage_asan() {
 # The tests in which threads meet.
 stage_tsan() {
   build tsan
-  TSAN_OPTIONS=halt_on_error=1 run_ctest tsan -R 'pool|ring|daemon|e2e|client|text'
+  TSAN_OPTIONS="halt_on_error=1:suppressions=$PWD/tests/tsan.supp" run_ctest tsan -R 'pool|ring|daemon|e2e|client|text'
 }
 
 stage_release() {

@@ -1,12 +1,13 @@
 /* invariance: what a request computes, bit for bit, does not depend on its neighbours, its slot, the batch, how its
- * prompt was cut, where its keys lie, what lay there before, or whether it was preempted. Run for every CPU device.
+ * prompt was cut, where its keys lie, what lay there before, or whether it was preempted. Run for every CPU device;
+ * `test_invariance cuda:0` runs it for the devices named.
  *
- * Of the bugs that shipped in other servers (numbers as in ARCHITECTURE.md's list), these tests see:
- *  5. frozen slots in batched decode: 64 slots at once give what one alone gives, and it is not one token repeated.
- *  6. batched prefill that corrupts KV beyond some batch size: 250 tokens at once against chunks.
- *  9. sampling parameters dropped when batched: eleven different sets together and alone.
- * 10. stale NaN in recycled blocks: a poisoned cache changes nothing.
- * 11. stale KV lengths: cached decoding against recomputing the prefix for every token. */
+ * Of the bugs that shipped in other servers, these tests see:
+ *  - frozen slots in batched decode: 64 slots at once give what one alone gives, and it is not one token repeated.
+ *  - batched prefill that corrupts KV beyond some batch size: 250 tokens at once against chunks.
+ *  - sampling parameters dropped when batched: eleven different sets together and alone.
+ *  - stale NaN in recycled blocks: a poisoned cache changes nothing.
+ *  - stale KV lengths: cached decoding against recomputing the prefix for every token. */
 #include "tests/model_rig.h"
 
 #include <stdio.h>
@@ -150,7 +151,8 @@ static bool step(struct request *qs, int n) {
 }
 
 static void run(struct request *qs, int n) {
-    while (step(qs, n)) {}
+    while (step(qs, n)) {
+    }
 }
 
 /* Same tokens, and the same bits in every reported log-probability. */
@@ -193,8 +195,8 @@ static float *score(const int32_t *ids, int32_t n, int32_t chunk, int32_t slot, 
             bool own = i == (crowd ? 4 : 0);
             int32_t other = (slot + 1 + i * 7) % N_SLOTS;
             int32_t start = own ? at : crowd_pos[other];
-            int32_t c = own ? (n - at < chunk ? n - at : chunk)
-                            : 1 + (int32_t)(test_random(&rng) % 5);
+            int32_t c =
+                own ? (n - at < chunk ? n - at : chunk) : 1 + (int32_t)(test_random(&rng) % 5);
             int32_t table = (start + c + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
             seqs[s.n_seqs++] = (struct moe_step_seq){own ? slot : other, start, c, table,
                                                      own ? MOE_ROWS_ALL : MOE_ROWS_NONE};
@@ -218,8 +220,8 @@ static void assert_scores(const float *expected, const int32_t *ids, int32_t n, 
     size_t v = (size_t)rig.info->shape.n_vocab;
     for (int32_t t = 0; t < n; t++)
         if (memcmp(expected + (size_t)t * v, logits + (size_t)t * v, v * sizeof *logits) != 0)
-            fail_msg("logits of position %d differ: chunk %d, slot %d, crowd %d", (int)t, (int)chunk,
-                     (int)slot, crowd);
+            fail_msg("logits of position %d differ: chunk %d, slot %d, crowd %d", (int)t,
+                     (int)chunk, (int)slot, crowd);
     free(logits);
 }
 
@@ -310,7 +312,8 @@ static void test_among_neighbours(void **state) {
 
 /* Request i of the next test: 0 is the baseline, every other one differs from it in one parameter. */
 static struct moe_sampling nth_parameters(int i, int32_t baseline_first) {
-    struct moe_sampling p = {.temperature = 1.0f, .top_p = 1.0f, .repetition_penalty = 1.0f, .seed = 8};
+    struct moe_sampling p = {
+        .temperature = 1.0f, .top_p = 1.0f, .repetition_penalty = 1.0f, .seed = 8};
     switch (i) {
     case 1: p.temperature = 0.0f; break;
     case 2: p.top_k = 2; break;
@@ -473,8 +476,7 @@ static void test_expert_reads(void **state) {
         rig_run_one(&rig, 0, g->ids, 0, n, MOE_ROWS_NONE);
         moe_set_probe(rig.m, NULL, NULL);
         moe_counters(rig.m, &after);
-        uint64_t pairs =
-            (uint64_t)(n * rig.info->shape.n_experts_used * rig.info->shape.n_layers);
+        uint64_t pairs = (uint64_t)(n * rig.info->shape.n_experts_used * rig.info->shape.n_layers);
         assert_int_equal(r.n_layers, rig.info->shape.n_layers);
         assert_int_equal(after.expert_reads - before.expert_reads, r.groups);
         assert_int_equal(after.expert_reads_ungrouped - before.expert_reads_ungrouped, pairs);
@@ -484,7 +486,7 @@ static void test_expert_reads(void **state) {
     }
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_long_prefill),
@@ -498,9 +500,10 @@ int main(void) {
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_expert_reads),
     };
-    static const char *const devices[] = {"reference"};
-    int n_failed = 0;
-    for (size_t i = 0; i < sizeof devices / sizeof *devices; i++) {
+    static char *cpu_devices[] = {"reference", "cpu"};
+    char **devices = argc > 1 ? argv + 1 : cpu_devices;
+    int n_devices = argc > 1 ? argc - 1 : 2, n_failed = 0;
+    for (int i = 0; i < n_devices; i++) {
         device = devices[i];
         print_message("device %s\n", device);
         n_failed += cmocka_run_group_tests_name(device, tests, setup, teardown);

@@ -59,9 +59,10 @@ static void test_sort(void **state) {
         int32_t n_tokens = (int32_t)(test_random(&rng) % (T + 1)), spread = 3 + i % 7;
         for (int32_t t = 0; t < n_tokens; t++)
             for (int32_t k = 0; k < K; k++) /* distinct: consecutive modulo the spread */
-                r.ids[t * K + k] = (r.ids[t * K] * (k > 0) + k +
-                                    (k == 0 ? (int32_t)(test_random(&rng) % (uint64_t)spread) : 0)) %
-                                   E;
+                r.ids[t * K + k] =
+                    (r.ids[t * K] * (k > 0) + k +
+                     (k == 0 ? (int32_t)(test_random(&rng) % (uint64_t)spread) : 0)) %
+                    E;
         route_sort(&r, n_tokens);
         assert_int_equal(r.expert_first[0], 0);
         assert_int_equal(r.expert_first[E], n_tokens * K);

@@ -37,8 +37,9 @@ static struct moe_sampling neutral(float temperature) {
 
 static void start(struct rig *r, int32_t slot, const struct moe_sampling *p, const int32_t *ids,
                   int32_t n_ids, int32_t n_prompt) {
-    sampler_start(r->s, &(struct moe_slot_start){
-                            .slot = slot, .sampling = *p, .ids = ids, .n_ids = n_ids, .n_prompt = n_prompt});
+    sampler_start(
+        r->s, &(struct moe_slot_start){
+                  .slot = slot, .sampling = *p, .ids = ids, .n_ids = n_ids, .n_prompt = n_prompt});
 }
 
 /* Sample slot 0 from a copy of x. */
@@ -143,6 +144,10 @@ static void test_presence_and_frequency(void **state) {
     assert_int_equal(sample(&r, (float[]){4.2f, 5.3f, 6.1f, 0}).token, 1);
     /* That 1 is output too now: 5.3 - 2 < 4.2 - 0. */
     assert_int_equal(sample(&r, (float[]){4.2f, 5.3f, 6.1f, 0}).token, 0);
+    /* An id of both counts its output only: 5 - 1 wins against 3.5, 5 - 3 would not. */
+    int32_t both[4] = {2, 2, 0, 2};
+    start(&r, 0, &p, both, 4, 3);
+    assert_int_equal(sample(&r, (float[]){3.5f, 0, 5, 0}).token, 2);
     rig_close(&r);
 }
 
@@ -209,8 +214,8 @@ static void test_distributions(void **state) {
     s = neutral(1.0f);
     s.min_p = 0.2f; /* 0.05 < 0.2 * 0.5 <= 0.15 */
     count_draws(&r, s, x, N, counts);
-    assert_true(
-        chi_square(counts, (double[]){0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95}, 4, N) < 18.4);
+    assert_true(chi_square(counts, (double[]){0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95}, 4, N) <
+                18.4);
     /* top_p's shares are of the softmax before min_p: 0.5 < 0.6 keeps two, though 0.5 / 0.8 > 0.6. */
     s.min_p = 0.5f;
     s.top_p = 0.6f;

@@ -1,0 +1,35 @@
+/* config: what the command line says. Every number is range-checked here, so that the rest of the daemon may trust
+ * it. Pure but for two environment variables (see config_default_endpoint). */
+#ifndef MOED_DAEMON_CONFIG_H
+#define MOED_DAEMON_CONFIG_H
+
+#include "proto/base.h"
+
+enum config_action { CONFIG_SERVE, CONFIG_CHECK, CONFIG_VERSION, CONFIG_HELP };
+
+struct config {
+    enum config_action action;
+    const char *model;
+    char listen[256];
+    const char *device;
+    const char *cpu_isa; /* NULL: the best this machine has */
+    const char *chat_template; /* NULL: recognise the model's own */
+    int threads; /* 0: all cores */
+    int32_t max_batch_tokens, max_seqs, block_tokens;
+    int32_t max_seq_tokens; /* 0: the model's context length */
+    int32_t kv_blocks; /* 0: what memory allows */
+    int32_t prefill_chunk; /* 0: the whole batch */
+    int32_t max_queue, max_queued_tokens;
+    int32_t drain_seconds;
+    double gpu_memory_utilization;
+    enum log_level log_level;
+};
+
+/* Strings are borrowed from argv. ST_INVALID, with the flag and its range named. */
+enum status config_parse(int argc, char **argv, struct error *e, struct config *out);
+extern const char config_help[];
+
+/* $MOED_ENDPOINT, else ipc://$XDG_RUNTIME_DIR/moed.sock, else ipc:///tmp/moed-<uid>.sock: the client library's rule. */
+void config_default_endpoint(char *dst, size_t cap);
+
+#endif

@@ -1,0 +1,115 @@
+/* stats: the counters that Stats answers with, and the estimate behind retry_after_ms. */
+#include <stdio.h>
+#include <string.h>
+
+#include "daemon/state.h"
+
+enum { MAX_COUNTERS = 128, NAME_BYTES = 48 };
+
+struct counter_list {
+    struct wire_counter counters[MAX_COUNTERS];
+    char names[MAX_COUNTERS][NAME_BYTES];
+    int n;
+};
+
+static void add(struct counter_list *l, const char *prefix, const char *name, double value) {
+    CHECK(l->n < MAX_COUNTERS);
+    char *dst = l->names[l->n];
+    int n = snprintf(dst, NAME_BYTES, "%s%s", prefix, name);
+    CHECK(n > 0 && n < NAME_BYTES);
+    for (char *p = dst; *p; p++)
+        if (*p >= 'A' && *p <= 'Z') *p = (char)(*p + 'a' - 'A'); /* status names are in capitals */
+    l->counters[l->n++] = (struct wire_counter){{(const uint8_t *)dst, (size_t)n}, value};
+}
+
+static void add_requests(struct counter_list *l, const struct server *v) {
+    const struct tallies *t = &v->tallies;
+    add(l, "requests_", "accepted", (double)t->accepted);
+    add(l, "requests_", "in_flight", requests_count(v->requests));
+    for (int i = REASON_STOP; i <= REASON_TIMEOUT; i++)
+        add(l, "requests_finished_", wire_reason_name((enum wire_reason)i), (double)t->finished[i]);
+    add(l, "requests_", "dropped", (double)t->dropped);
+    uint64_t n_failed = 0, n_rejected = 0;
+    for (int i = 0; i < ST_COUNT; i++) {
+        n_failed += t->failed[i];
+        n_rejected += t->rejected[i];
+    }
+    add(l, "requests_", "failed", (double)n_failed);
+    add(l, "requests_", "rejected", (double)n_rejected);
+    for (int i = 0; i < ST_COUNT; i++) {
+        if (t->failed[i])
+            add(l, "requests_failed_", status_name((enum status)i), (double)t->failed[i]);
+        if (t->rejected[i])
+            add(l, "requests_rejected_", status_name((enum status)i), (double)t->rejected[i]);
+    }
+}
+
+static void add_steps(struct counter_list *l, const struct server *v) {
+    struct sched_stats s = sched_stats(v->sched);
+    struct paging_stats p = paging_stats(v->paging);
+    const struct moe_counters *c = &v->counters;
+    add(l, "", "sequences_waiting", s.n_waiting);
+    add(l, "", "sequences_running", s.n_running);
+    add(l, "", "prompt_tokens_waiting", s.n_waiting_tokens);
+    add(l, "", "preemptions", (double)s.n_preempted);
+    add(l, "", "prompt_tokens", (double)v->tallies.prompt_tokens);
+    add(l, "", "completion_tokens", (double)v->tallies.completion_tokens);
+    add(l, "", "kv_blocks_total", p.total);
+    add(l, "", "kv_blocks_free", p.free);
+    add(l, "", "kv_blocks_held", p.held);
+    add(l, "", "kv_blocks_held_peak", p.peak_held);
+    add(l, "", "steps", (double)c->n_steps);
+    add(l, "", "step_tokens", (double)c->n_tokens);
+    add(l, "", "tokens_per_step", c->n_steps ? (double)c->n_tokens / (double)c->n_steps : 0);
+    add(l, "", "tokens_sampled", (double)c->n_sampled);
+    add(l, "", "expert_reads", (double)c->expert_reads);
+    add(l, "", "expert_reads_ungrouped", (double)c->expert_reads_ungrouped);
+    add(l, "", "engine_busy_seconds", (double)c->busy_ns / 1e9);
+}
+
+static void add_traffic(struct counter_list *l, const struct server *v) {
+    const struct tallies *t = &v->tallies;
+    add(l, "", "sessions", sessions_count(v->sessions));
+    add(l, "", "sessions_opened", (double)t->sessions_opened);
+    add(l, "", "sessions_lost", (double)t->sessions_lost);
+    add(l, "", "chunks_sent", (double)t->chunks);
+    add(l, "", "messages_received", (double)t->messages_in);
+    add(l, "", "messages_sent", (double)t->messages_out);
+    add(l, "", "messages_malformed", (double)t->bad_messages);
+    add(l, "", "received_bytes", (double)net_bytes_in(v->net));
+    add(l, "", "sent_bytes", (double)net_bytes_out(v->net));
+    add(l, "", "uptime_seconds", (double)(v->now_ns - v->start_ns) / 1e9);
+}
+
+void stats_send(struct server *v, struct session *s, uint64_t request_id) {
+    struct counter_list l;
+    l.n = 0;
+    add_requests(&l, v);
+    add_steps(&l, v);
+    add_traffic(&l, v);
+    struct wire_msg m = {.type = WIRE_STATS_RESULT,
+                         .request_id = request_id,
+                         .stats = {.counters = l.counters, .n_counters = (size_t)l.n}};
+    send_session(v, s, &m);
+}
+
+void stats_finished(struct server *v) {
+    if (v->last_finish_ns != 0) {
+        double interval = (double)(v->now_ns - v->last_finish_ns);
+        v->finish_interval_ns =
+            v->finish_interval_ns == 0 ? interval : 0.9 * v->finish_interval_ns + 0.1 * interval;
+    }
+    v->last_finish_ns = v->now_ns;
+}
+
+/* The backlog over the rate at which requests end, with a jitter of a fifth so that refused clients do not come back
+ * all at once. A second per request until a rate is known. */
+uint32_t stats_retry_after_ms(struct server *v) {
+    double interval_ms = v->finish_interval_ns == 0 ? 1000.0 : v->finish_interval_ns / 1e6;
+    double ms = interval_ms * (1 + sched_stats(v->sched).n_waiting);
+    double u = (double)(server_random(v) >> 11) * 0x1p-53;
+    ms *= 0.8 + 0.4 * u;
+    if (ms < MIN_RETRY_AFTER_MS) ms = MIN_RETRY_AFTER_MS;
+    if (ms > MAX_RETRY_AFTER_MS) ms = MAX_RETRY_AFTER_MS;
+    return (uint32_t)ms;
+}

@@ -1,0 +1,287 @@
+/* cpu_dot: products of a weight row tile with a tile of tokens, for both instruction sets. Included by the
+ * kernel files only; see cpu_kernels.h for layouts.
+ *
+ * In each block of 32 columns the weights are unpacked once, to eight vectors of unsigned bytes (vector
+ * g holds columns 4g … 4g + 3 of row r in lane r), and stay in registers for all tokens of the tile. */
+#ifndef MOED_MOE_CPU_DOT_H
+#define MOED_MOE_CPU_DOT_H
+
+#include "moe/cpu_kernels.h"
+#include "moe/cpu_simd.h"
+
+enum { PREFETCH_BYTES = 4096 }; /* ahead of the block in hand: the next row tile or the one after */
+
+/* A stretch of weights that will be needed soon: `lines` cache lines. */
+CPU_INLINE void prefetch(const uint8_t *p, int lines) {
+    CPU_UNROLL
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)p + 64 * i, _MM_HINT_T0);
+}
+
+/* One block of a quantised tile. */
+struct tile_block {
+    const uint8_t *q;      /* high plane; the low one follows */
+    const float *scale, *sum;
+    const int32_t *offset; /* [2][n] */
+};
+
+CPU_INLINE struct tile_block tile_block_at(const uint8_t *x, int planes, int n) {
+    const uint8_t *tail = x + (size_t)planes * CPU_BLOCK * (size_t)n;
+    const float *f = (const float *)(const void *)tail;
+    return (struct tile_block){x, f, f + n, (const int32_t *)(const void *)(f + 2 * n)};
+}
+
+CPU_INLINE vi broadcast4(const uint8_t *p) {
+    int32_t x;
+    memcpy(&x, p, sizeof x);
+    return vi_set1(x);
+}
+
+/* start + sum over vectors g in [first, first + count) of w[g] times token t's columns 4g … 4g + 3, both
+ * planes. start is in units of the low plane. */
+CPU_INLINE vi dot_groups(vi start, const vi *w, const struct tile_block *x, int t, int first,
+                         int count, int planes, int n) {
+    const uint8_t *q = x->q + t * CPU_BLOCK;
+    vi s = start;
+    if (planes == 2) {
+        const uint8_t *low = q + n * CPU_BLOCK;
+        vi h = vi_zero();
+        CPU_UNROLL
+        for (int g = first; g < first + count; g++) h = vi_dot(h, w[g], broadcast4(q + 4 * g));
+        CPU_UNROLL
+        for (int g = first; g < first + count; g++) s = vi_dot(s, w[g], broadcast4(low + 4 * g));
+        return vi_add(s, vi_shl(h, 8));
+    }
+    CPU_UNROLL
+    for (int g = first; g < first + count; g++) s = vi_dot(s, w[g], broadcast4(q + 4 * g));
+    return s;
+}
+
+CPU_INLINE void split_nibbles(const uint8_t *p, vi *w) {
+    vi low = vi_set1(0x0f0f0f0f);
+    CPU_UNROLL
+    for (int j = 0; j < 4; j++) {
+        vi packed = vi_load(p + 64 * j);
+        w[j] = vi_and(packed, low);
+        w[j + 4] = vi_and(vi_shr(packed, 4), low);
+    }
+}
+
+CPU_INLINE void store_tile(const vf *acc, float *out, size_t stride, int n) {
+    CPU_UNROLL
+    for (int t = 0; t < n; t++) vf_store(out + (size_t)t * stride, acc[t]);
+}
+
+/* One row tile each; they return where the next one begins.
+ *
+ * Q4_K and Q5_K: y = (d * sc) * q - (dmin * m). */
+CPU_INLINE const uint8_t *dot_scale_min(const uint8_t *w, int32_t n_units, const uint8_t *x,
+                                        float *out, size_t stride, int five, int planes, int n) {
+    const int sc_at = five ? CPU_Q5_K_SC : CPU_Q4_K_SC, m_at = five ? CPU_Q5_K_M : CPU_Q4_K_M;
+    const int d_at = five ? CPU_Q5_K_D : CPU_Q4_K_D, unit = five ? CPU_Q5_K_UNIT : CPU_Q4_K_UNIT;
+    vf acc[CPU_TILE];
+    CPU_UNROLL
+    for (int t = 0; t < n; t++) acc[t] = vf_zero();
+    for (int32_t u = 0; u < n_units; u++, w += unit) {
+        vf d = vf_from_f16(w + d_at), dmin = vf_from_f16(w + d_at + 32);
+        for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
+            prefetch(w + PREFETCH_BYTES + b * unit / 8, five ? 6 : 5);
+            vi q[8];
+            split_nibbles(w + 256 * b, q);
+            if (five) {
+                vi high = vi_load(w + CPU_Q5_K_H + 64 * b), one = vi_set1(0x10101010);
+#define FIFTH_BIT(g, shifted) q[g] = vi_or(q[g], vi_and(shifted, one))
+                FIFTH_BIT(0, vi_shl(high, 4));
+                FIFTH_BIT(1, vi_shl(high, 3));
+                FIFTH_BIT(2, vi_shl(high, 2));
+                FIFTH_BIT(3, vi_shl(high, 1));
+                FIFTH_BIT(4, high);
+                FIFTH_BIT(5, vi_shr(high, 1));
+                FIFTH_BIT(6, vi_shr(high, 2));
+                FIFTH_BIT(7, vi_shr(high, 3));
+#undef FIFTH_BIT
+            }
+            vf scale = vf_mul(d, vf_from_int(vi_from_u8(w + sc_at + 16 * b)));
+            vf min = vf_mul(dmin, vf_from_int(vi_from_u8(w + m_at + 16 * b)));
+            struct tile_block xb = tile_block_at(x, planes, n);
+            CPU_UNROLL
+            for (int t = 0; t < n; t++) {
+                vf s = vf_from_int(dot_groups(vi_zero(), q, &xb, t, 0, 8, planes, n));
+                acc[t] = vf_fma(vf_mul(s, vf_set1(xb.scale[t])), scale, acc[t]);
+                acc[t] = vf_fnma(min, vf_set1(xb.sum[t]), acc[t]);
+            }
+            x += cpu_tile_block_bytes(planes, n);
+        }
+    }
+    store_tile(acc, out, stride, n);
+    return w;
+}
+
+/* Q6_K: y = (d * sc) * (q - 32), a scale per 16 columns; the 32 is in the tile's offsets. */
+CPU_INLINE const uint8_t *dot_q6_k(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
+                                   size_t stride, int planes, int n) {
+    vf acc[CPU_TILE];
+    CPU_UNROLL
+    for (int t = 0; t < n; t++) acc[t] = vf_zero();
+    for (int32_t u = 0; u < n_units; u++, w += CPU_Q6_K_UNIT) {
+        vf d = vf_load(w + CPU_Q6_K_D);
+        for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
+            prefetch(w + PREFETCH_BYTES + b * CPU_Q6_K_UNIT / 8, 7);
+            vi q[8], two = vi_set1(0x30303030);
+            split_nibbles(w + 256 * b, q);
+            CPU_UNROLL
+            for (int v = 0; v < 2; v++) {
+                vi high = vi_load(w + CPU_Q6_K_H + 128 * b + 64 * v);
+                q[4 * v] = vi_or(q[4 * v], vi_and(vi_shl(high, 4), two));
+                q[4 * v + 1] = vi_or(q[4 * v + 1], vi_and(vi_shl(high, 2), two));
+                q[4 * v + 2] = vi_or(q[4 * v + 2], vi_and(high, two));
+                q[4 * v + 3] = vi_or(q[4 * v + 3], vi_and(vi_shr(high, 2), two));
+            }
+            const uint8_t *sc = w + CPU_Q6_K_SC + 32 * b;
+            vf scale0 = vf_mul(d, vf_from_int(vi_from_i8(sc)));
+            vf scale1 = vf_mul(d, vf_from_int(vi_from_i8(sc + 16)));
+            struct tile_block xb = tile_block_at(x, planes, n);
+            CPU_UNROLL
+            for (int t = 0; t < n; t++) {
+                vi o0 = vi_set1(xb.offset[t]), o1 = vi_set1(xb.offset[n + t]);
+                vf s0 = vf_from_int(dot_groups(o0, q, &xb, t, 0, 4, planes, n));
+                vf s1 = vf_from_int(dot_groups(o1, q, &xb, t, 4, 4, planes, n));
+                vf s = vf_fma(s1, scale1, vf_mul(s0, scale0));
+                acc[t] = vf_fma(s, vf_set1(xb.scale[t]), acc[t]);
+            }
+            x += cpu_tile_block_bytes(planes, n);
+        }
+    }
+    store_tile(acc, out, stride, n);
+    return w;
+}
+
+/* Q8_0: y = d * (q - 128). AVX2's byte product needs its unsigned side below 128: there the byte goes in
+ * two halves of 4 bits. */
+CPU_INLINE const uint8_t *dot_q8_0(const uint8_t *w, int32_t n_units, const uint8_t *x, float *out,
+                                   size_t stride, int planes, int n) {
+    vf acc[CPU_TILE];
+    CPU_UNROLL
+    for (int t = 0; t < n; t++) acc[t] = vf_zero();
+    for (int32_t u = 0; u < n_units; u++, w += CPU_Q8_0_UNIT) {
+        prefetch(w + PREFETCH_BYTES, CPU_Q8_0_UNIT / 64);
+        vf d = vf_load(w + CPU_Q8_0_D);
+        vi q[8];
+        CPU_UNROLL
+        for (int g = 0; g < 8; g++) q[g] = vi_load(w + 64 * g);
+        struct tile_block xb = tile_block_at(x, planes, n);
+        CPU_UNROLL
+        for (int t = 0; t < n; t++) {
+            vi offset = vi_shl(vi_set1(xb.offset[t] + xb.offset[n + t]), 2);
+#if defined(__AVX512F__)
+            vi s = dot_groups(offset, q, &xb, t, 0, 8, planes, n);
+#else
+            vi low[8], high[8], mask = vi_set1(0x0f0f0f0f);
+            CPU_UNROLL
+            for (int g = 0; g < 8; g++) {
+                low[g] = vi_and(q[g], mask);
+                high[g] = vi_and(vi_shr(q[g], 4), mask);
+            }
+            vi s = dot_groups(offset, low, &xb, t, 0, 8, planes, n);
+            s = vi_add(s, vi_shl(dot_groups(vi_zero(), high, &xb, t, 0, 8, planes, n), 4));
+#endif
+            acc[t] = vf_fma(vf_mul(vf_from_int(s), vf_set1(xb.scale[t])), d, acc[t]);
+        }
+        x += cpu_tile_block_bytes(planes, n);
+    }
+    store_tile(acc, out, stride, n);
+    return w;
+}
+
+CPU_INLINE vf load_float_unit(const uint8_t *w, int format) {
+    if (format == CPU_F32) return vf_load(w);
+    if (format == CPU_F16) return vf_from_f16(w);
+    return vf_from_bf16(w);
+}
+
+/* Four partial sums per row and token, by column modulo 4, to keep the multipliers busy. */
+CPU_INLINE void dot_float(const uint8_t *w, int32_t n_cols, const float *x, size_t x_stride,
+                          float *out, size_t stride, int format, int n) {
+    const size_t unit = CPU_ROWS * (format == CPU_F32 ? 4 : 2);
+    vf acc[4][4];
+    CPU_UNROLL
+    for (int i = 0; i < 16; i++) acc[i / 4][i % 4] = vf_zero();
+    int32_t k = 0;
+    for (; k + 4 <= n_cols; k += 4) {
+        CPU_UNROLL
+        for (int j = 0; j < 4; j++) {
+            vf row = load_float_unit(w + (size_t)(k + j) * unit, format);
+            CPU_UNROLL
+            for (int t = 0; t < n; t++)
+                acc[t][j] = vf_fma(row, vf_set1(x[(size_t)t * x_stride + (size_t)(k + j)]), acc[t][j]);
+        }
+    }
+    for (; k < n_cols; k++) {
+        vf row = load_float_unit(w + (size_t)k * unit, format);
+        CPU_UNROLL
+        for (int t = 0; t < n; t++)
+            acc[t][0] = vf_fma(row, vf_set1(x[(size_t)t * x_stride + (size_t)k]), acc[t][0]);
+    }
+    CPU_UNROLL
+    for (int t = 0; t < n; t++)
+        vf_store(out + (size_t)t * stride,
+                 vf_add(vf_add(acc[t][0], acc[t][1]), vf_add(acc[t][2], acc[t][3])));
+}
+
+/* ---- one function per format, planes and tile width ------------------------------------------- */
+
+#define CPU_DOT_WIDTHS_4(M, name, planes) \
+    M(name, planes, 1) M(name, planes, 2) M(name, planes, 3) M(name, planes, 4)
+#if defined(__AVX512F__)
+#define CPU_DOT_WIDTHS(M, name, planes) \
+    CPU_DOT_WIDTHS_4(M, name, planes) \
+    M(name, planes, 5) M(name, planes, 6) M(name, planes, 7) M(name, planes, 8) \
+    M(name, planes, 12) M(name, planes, 16)
+#else /* 16 registers hold no more */
+#define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
+#endif
+#define CPU_DOT_ARGS \
+    const uint8_t *w, int32_t n_tiles, int32_t n_units, const uint8_t *x, float *out, size_t stride
+#define CPU_EACH_TILE for (int32_t i = 0; i < n_tiles; i++, out += CPU_ROWS)
+#define CPU_DOT_K(name, five, planes, n) \
+    static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
+        CPU_EACH_TILE w = dot_scale_min(w, n_units, x, out, stride, five, planes, n); \
+    }
+#define CPU_DOT_Q4_K(name, planes, n) CPU_DOT_K(name, 0, planes, n)
+#define CPU_DOT_Q5_K(name, planes, n) CPU_DOT_K(name, 1, planes, n)
+#define CPU_DOT_Q6_K(name, planes, n) \
+    static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
+        CPU_EACH_TILE w = dot_q6_k(w, n_units, x, out, stride, planes, n); \
+    }
+#define CPU_DOT_Q8_0(name, planes, n) \
+    static void k_dot_##name##_##planes##_##n(CPU_DOT_ARGS) { \
+        CPU_EACH_TILE w = dot_q8_0(w, n_units, x, out, stride, planes, n); \
+    }
+CPU_DOT_WIDTHS(CPU_DOT_Q4_K, q4_k, 1)
+CPU_DOT_WIDTHS(CPU_DOT_Q4_K, q4_k, 2)
+CPU_DOT_WIDTHS(CPU_DOT_Q5_K, q5_k, 1)
+CPU_DOT_WIDTHS(CPU_DOT_Q5_K, q5_k, 2)
+CPU_DOT_WIDTHS(CPU_DOT_Q6_K, q6_k, 1)
+CPU_DOT_WIDTHS(CPU_DOT_Q6_K, q6_k, 2)
+CPU_DOT_WIDTHS(CPU_DOT_Q8_0, q8_0, 1)
+CPU_DOT_WIDTHS(CPU_DOT_Q8_0, q8_0, 2)
+
+#define CPU_DOT_FLOAT(name, format, n) \
+    static void k_dot_##name##_##n(const uint8_t *w, int32_t n_cols, const float *x, \
+                                   size_t x_stride, float *out, size_t stride) { \
+        dot_float(w, n_cols, x, x_stride, out, stride, format, n); \
+    }
+#define CPU_DOT_FLOATS(name, format) \
+    CPU_DOT_FLOAT(name, format, 1) \
+    CPU_DOT_FLOAT(name, format, 2) CPU_DOT_FLOAT(name, format, 3) CPU_DOT_FLOAT(name, format, 4)
+CPU_DOT_FLOATS(f32, CPU_F32)
+CPU_DOT_FLOATS(f16, CPU_F16)
+CPU_DOT_FLOATS(bf16, CPU_BF16)
+
+#define CPU_DOT_ENTRY(name, planes, n) [n] = k_dot_##name##_##planes##_##n,
+#define CPU_DOT_ROW(name) \
+    {{CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 1)}, {CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 2)}}
+#define CPU_DOT_TABLE {CPU_DOT_ROW(q4_k), CPU_DOT_ROW(q5_k), CPU_DOT_ROW(q6_k), CPU_DOT_ROW(q8_0)}
+#define CPU_DOT_FLOAT_ROW(name) {k_dot_##name##_1, k_dot_##name##_2, k_dot_##name##_3, k_dot_##name##_4}
+#define CPU_DOT_FLOAT_TABLE {CPU_DOT_FLOAT_ROW(f32), CPU_DOT_FLOAT_ROW(f16), CPU_DOT_FLOAT_ROW(bf16)}
+
+#endif

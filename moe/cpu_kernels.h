@@ -1,0 +1,123 @@
+/* cpu_kernels: the arithmetic of the CPU backend, one table of functions per instruction set, and the
+ * memory layouts they share.
+ *
+ * A product is computed in tiles of CPU_ROWS weight rows (a lane each) by 1 … CPU_TILE tokens. Every
+ * sum of a tile runs over one (row, token) pair in one fixed order, so that a token's result does not
+ * depend on the width of the tile it was computed in.
+ *
+ * Activations that meet quantised weights are quantised too: per 32 values a float scale and integers
+ * of 8 bits (one plane) or 16 bits (two planes of 8, high and low byte: 32639 = 127 * 256 + 127 steps
+ * on either side). Dot products of a block of 32 are exact integers; block sums are combined in float32,
+ * in order. A quantised tile of n tokens is, per block of 32 columns:
+ *
+ *     int8  high[n][32]; int8 low[n][32] (two planes only);
+ *     float scale[n]; float sum[n] (scale times the integers' sum);
+ *     int32 offset[2][n] (-32 times the sum of the first and of the second 16 integers)
+ *
+ * and a quantised row is a tile of one. Private to the CPU backend and its tests. */
+#ifndef MOED_MOE_CPU_KERNELS_H
+#define MOED_MOE_CPU_KERNELS_H
+
+#include "moe/backend.h"
+#include "moe/quant.h"
+
+enum {
+    CPU_ROWS = 16,  /* weight rows per tile: the lanes of a 512-bit register */
+    CPU_TILE = 16,  /* tokens per tile at most */
+    CPU_BLOCK = 32, /* columns per activation scale */
+    CPU_POS = 16,   /* key positions interleaved in the KV cache */
+    CPU_SPLIT = 64, /* positions per step of the running softmax, from multiples of it */
+    CPU_QROWS = 8   /* query rows that attention handles together at most */
+};
+
+/* Weights: [row tile][unit], a unit being CPU_ROWS rows of one superblock (K quants), of 32 columns (Q8_0)
+ * or of one column (float types). See cpu_repack.c. */
+enum cpu_format { CPU_Q4_K, CPU_Q5_K, CPU_Q6_K, CPU_Q8_0, CPU_N_QUANTS, CPU_F32 = CPU_N_QUANTS, CPU_F16,
+                  CPU_BF16, CPU_N_FORMATS };
+
+/* Offsets and sizes in bytes of one unit. In 4-bit parts the byte b of 32-bit lane r of 64-byte vector j
+ * holds, of row r, column 4j + b in the low nibble and 16 + 4j + b in the high one, per 32 columns. */
+enum {
+    CPU_Q4_K_SC = 2048,            /* u8 [8][16] scales */
+    CPU_Q4_K_M = CPU_Q4_K_SC + 128, /* u8 [8][16] minima */
+    CPU_Q4_K_D = CPU_Q4_K_M + 128, /* f16 [16] d, then f16 [16] dmin */
+    CPU_Q4_K_UNIT = CPU_Q4_K_D + 64,
+    CPU_Q5_K_H = 2048,             /* per 32 columns 64 bytes: bit j of byte b of lane r: column 4j + b */
+    CPU_Q5_K_SC = CPU_Q5_K_H + 512,
+    CPU_Q5_K_M = CPU_Q5_K_SC + 128,
+    CPU_Q5_K_D = CPU_Q5_K_M + 128,
+    CPU_Q5_K_UNIT = CPU_Q5_K_D + 64,
+    CPU_Q6_K_H = 2048,             /* per 32 columns 128 bytes: bits 2i of byte b, vector v: column 16v + 4i + b */
+    CPU_Q6_K_SC = CPU_Q6_K_H + 1024, /* i8 [16][16] scales, one per 16 columns */
+    CPU_Q6_K_D = CPU_Q6_K_SC + 256, /* f32 [16] d */
+    CPU_Q6_K_UNIT = CPU_Q6_K_D + 64,
+    CPU_Q8_0_D = 512,              /* before it u8 (value + 128), vector j, byte b: column 4j + b */
+    CPU_Q8_0_UNIT = CPU_Q8_0_D + 64 /* f32 [16] d */
+};
+
+static inline size_t cpu_tile_block_bytes(int planes, int n_tokens) {
+    return (size_t)n_tokens * ((size_t)planes * CPU_BLOCK + 16);
+}
+
+/* out[t * stride + r] = dot of row r with token t, for the rows of n_tiles successive row tiles from w, of
+ * n_units units each, and the tokens of the quantised tile x. */
+typedef void cpu_dot_fn(const uint8_t *w, int32_t n_tiles, int32_t n_units, const uint8_t *x,
+                        float *out, size_t stride);
+/* The same for float weights; x[t * x_stride + k] in float32, n_cols columns. */
+typedef void cpu_dot_float_fn(const uint8_t *w, int32_t n_cols, const float *x, size_t x_stride,
+                              float *out, size_t stride);
+
+/* Attention of up to CPU_QROWS query rows over one split of at most CPU_SPLIT positions that all of them
+ * cover. */
+struct cpu_attend {
+    const float *q[CPU_QROWS];  /* [Hd] */
+    float *out[CPU_QROWS];      /* [Hd rounded up to 16] running sum of p * v, not yet divided */
+    float *max[CPU_QROWS];      /* running maximum of the scores */
+    float *sum[CPU_QROWS];      /* running sum of p */
+    /* Per group of CPU_POS positions: f16 keys [Hd][CPU_POS], f16 values [CPU_POS][Hd rounded up to 16]. */
+    const uint16_t *k[CPU_SPLIT / CPU_POS], *v[CPU_SPLIT / CPU_POS];
+    const uint16_t *next_k[CPU_SPLIT / CPU_POS]; /* the next split's, to be prefetched; or NULL */
+    int32_t n_rows, n_pos, head_dim;
+    float scale;                /* of the scores */
+};
+
+struct cpu_kernels {
+    const char *name; /* "avx512-vnni" */
+    int max_tile;     /* tokens: 16, for which kernels exist at 1 … 8, 12 and 16, or 4 */
+    cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE + 1]; /* [format][planes - 1][tokens] */
+    cpu_dot_float_fn *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */
+    /* y = x / sqrt(mean(x²) + eps) * norm over n values. y may be x. */
+    void (*rms_norm)(const float *x, const float *norm, float eps, int32_t n, float *y);
+    /* Row of n values (a multiple of 32) to column t of a quantised tile of n_tokens. */
+    void (*quantize)(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
+    /* A quantised row of n values to column t of a tile of n_tokens. */
+    void (*insert)(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
+    /* gate = silu(gate) * up, n values. */
+    void (*silu_mul)(float *gate, const float *up, int32_t n);
+    void (*add)(float *x, const float *y, int32_t n); /* x += y */
+    /* h[i] += sum over j < k, in order, of weights[j] * y[rows[j] * stride + i], i < n. */
+    void (*combine)(float *h, const float *y, size_t stride, const int32_t *rows,
+                    const float *weights, int32_t k, int32_t n);
+    /* NEOX rotation of x[Hd] by cs = cos[Hd/2], sin[Hd/2]. */
+    void (*rope)(float *x, const float *cs, int32_t head_dim);
+    /* Key to positions' layout: dst[i * stride] = f16(x[i]); value: dst[i] = f16(x[i]). */
+    void (*to_f16)(const float *x, int32_t n, uint16_t *dst, size_t stride);
+    void (*attend)(const struct cpu_attend *a);
+    /* Index of the largest of n values, the lowest of equals; -1 if one is not finite. */
+    int32_t (*largest)(const float *x, int32_t n);
+    /* x[i] = x[i] / sum, n values. */
+    void (*divide)(float *x, float sum, int32_t n);
+};
+
+/* How many of n > 0 tokens the next tile takes. */
+static inline int cpu_tile_width(const struct cpu_kernels *k, int32_t n) {
+    if (n >= k->max_tile) return k->max_tile;
+    if (n <= 8 || n == 12) return (int)n;
+    return (int)(n + 1) / 2;
+}
+
+/* NULL if this build or this processor lacks them. */
+const struct cpu_kernels *cpu_kernels_avx2(void);
+const struct cpu_kernels *cpu_kernels_avx512(void);
+
+#endif

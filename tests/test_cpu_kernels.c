@@ -1,0 +1,591 @@
+/* cpu kernels: repacking, products, row kernels and attention of every instruction set this processor has, against
+ * float64 on the same inputs. Bounds are derived where they stand, from the rounding of float32 (u = 2^-24)
+ * and the step of the activations' quantisation. */
+#include "tests/support.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "moe/cpu_kernels.h"
+#include "moe/cpu_repack.h"
+
+#define U 0x1p-24
+
+static const enum tensor_type types[] = {TENSOR_Q4_K, TENSOR_Q5_K, TENSOR_Q6_K, TENSOR_Q8_0,
+                                         TENSOR_F32,  TENSOR_F16,  TENSOR_BF16};
+enum { N_TYPES = sizeof types / sizeof *types, N_QUANT_TYPES = 4 };
+
+static const struct cpu_kernels *isas[2];
+static int n_isas;
+
+/* ---- inputs ------------------------------------------------------------------------------------- */
+
+static float gauss(uint64_t *seed) {
+    float a = test_uniform(seed, 1e-7f, 1), b = test_uniform(seed, 0, 1);
+    return sqrtf(-2 * logf(a)) * cosf(6.2831853f * b);
+}
+
+/* Gaussian; Gaussian with twelve outliers of 30; heavy-tailed and lopsided like SwiGLU's product. */
+enum { N_KINDS = 3 };
+static void fill_input(int kind, uint64_t *seed, int32_t n, float *x) {
+    for (int32_t i = 0; i < n; i++) {
+        float g = gauss(seed);
+        x[i] = kind == 2 ? g / (1 + expf(-2 * g)) * gauss(seed) : g;
+    }
+    for (int i = 0; kind == 1 && i < 12; i++) x[test_random(seed) % (uint64_t)n] = 30 * gauss(seed);
+}
+
+/* Random GGUF bytes of a type with finite scales of about 1/64. */
+static uint8_t *random_rows(enum tensor_type type, size_t n_weights, uint64_t *seed) {
+    size_t n_bytes;
+    int32_t bw, bb;
+    assert_true(tensor_type_bytes(type, n_weights, &n_bytes));
+    assert_true(tensor_type_block(type, &bw, &bb));
+    uint8_t *p = malloc(n_bytes);
+    for (size_t i = 0; i < n_bytes; i++) p[i] = (uint8_t)test_random(seed);
+    for (size_t at = 0; at < n_bytes; at += (size_t)bb) {
+        float a = test_uniform(seed, -1, 1) / 64, b = test_uniform(seed, 0, 1) / 64;
+        uint16_t h[2] = {f32_to_f16(a), f32_to_f16(b)};
+        if (type == TENSOR_F32) memcpy(p + at, &a, 4);
+        else if (type == TENSOR_F16) memcpy(p + at, h, 2);
+        else if (type == TENSOR_BF16) p[at + 1] = (uint8_t)((p[at + 1] & 0x81) | 0x3c);
+        else if (type == TENSOR_Q6_K) memcpy(p + at + 208, h, 2);
+        else if (type == TENSOR_Q8_0) memcpy(p + at, h, 2);
+        else memcpy(p + at, h, 4);
+    }
+    return p;
+}
+
+struct matrix {
+    struct cpu_matrix m;
+    float *w; /* [n_experts][n_rows][n_cols] by dequantize */
+};
+
+static struct matrix make_matrix(enum tensor_type type, int32_t n_experts, int32_t n_rows,
+                                 int32_t n_cols, uint64_t *seed) {
+    struct matrix x;
+    assert_true(cpu_matrix_plan(type, n_experts, n_rows, n_cols, &x.m));
+    size_t n = (size_t)n_experts * (size_t)n_rows * (size_t)n_cols;
+    uint8_t *raw = random_rows(type, n, seed);
+    x.w = malloc(n * sizeof *x.w);
+    dequantize(type, raw, n, x.w);
+    x.m.p = aligned_alloc(64, (x.m.n_bytes + 63) / 64 * 64);
+    memset(x.m.p, 0xff, x.m.n_bytes);
+    for (int32_t e = 0; e < n_experts; e++)
+        for (int32_t t = 0; t < x.m.n_tiles; t++) {
+            int32_t row = t * CPU_ROWS, left = n_rows - row;
+            cpu_repack_tile(&x.m, raw + ((size_t)e * (size_t)n_rows + (size_t)row) * x.m.row_bytes,
+                            left < CPU_ROWS ? left : CPU_ROWS, cpu_matrix_tile(&x.m, e, t));
+        }
+    free(raw);
+    return x;
+}
+
+static void free_matrix(struct matrix *x) {
+    free(x->m.p);
+    free(x->w);
+}
+
+/* ---- repacking ------------------------------------------------------------------------------------ */
+
+static void test_round_trip(void **state) {
+    (void)state;
+    uint64_t seed = 1;
+    for (int i = 0; i < N_TYPES; i++) {
+        int32_t n_cols = types[i] == TENSOR_Q8_0 ? 96 : i < N_QUANT_TYPES ? 768 : 53;
+        struct matrix x = make_matrix(types[i], 3, 37, n_cols, &seed);
+        float *row = malloc((size_t)n_cols * sizeof *row);
+        for (int32_t r = 0; r < 3 * 37; r++) {
+            cpu_matrix_row(&x.m, r / 37, r % 37, row);
+            assert_memory_equal(row, x.w + (size_t)r * (size_t)n_cols, (size_t)n_cols * sizeof *row);
+        }
+        free(row);
+        free_matrix(&x);
+    }
+}
+
+static void test_plan_refuses(void **state) {
+    (void)state;
+    struct cpu_matrix m;
+    assert_false(cpu_matrix_plan((enum tensor_type)2, 1, 16, 256, &m)); /* Q4_0 */
+    assert_false(cpu_matrix_plan(TENSOR_Q4_K, 1, 16, 128, &m));
+    assert_false(cpu_matrix_plan(TENSOR_Q8_0, 1, 16, 48, &m));
+    assert_true(cpu_matrix_plan(TENSOR_Q4_K, 128, 768, 2048, &m));
+    /* 4.625 bits a weight instead of 4.5: the file plus 2.8 %. */
+    assert_int_equal(m.n_bytes, (size_t)128 * 768 * 2048 * 37 / 64);
+}
+
+/* ---- quantisation ------------------------------------------------------------------------------------ */
+
+/* Value k of column t of a tile, as the integers and the scale say. */
+static double tile_value(const uint8_t *tile, int planes, int n, int t, int32_t k, double *scale) {
+    const uint8_t *b = tile + (size_t)(k / CPU_BLOCK) * cpu_tile_block_bytes(planes, n);
+    int v = (int8_t)b[CPU_BLOCK * t + k % CPU_BLOCK];
+    if (planes == 2) v = v * 256 + (int8_t)b[CPU_BLOCK * (n + t) + k % CPU_BLOCK];
+    float s;
+    memcpy(&s, b + planes * CPU_BLOCK * n + 4 * t, 4);
+    *scale = (double)s;
+    return (double)v * (double)s;
+}
+
+static void test_quantize(void **state) {
+    (void)state;
+    enum { N = 256, WIDTH = 5 };
+    uint64_t seed = 2;
+    float x[N];
+    for (int isa = 0; isa < n_isas; isa++) {
+        for (int planes = 1; planes <= 2; planes++) {
+            double limit = planes == 2 ? 32639 : 127;
+            for (int kind = 0; kind < N_KINDS; kind++) {
+                fill_input(kind, &seed, N, x);
+                for (int i = 32; i < 64; i++) x[i] = 0; /* a block of zeros */
+                uint8_t tile[WIDTH * N * 3], row[N * 3];
+                memset(tile, 0xaa, sizeof tile);
+                isas[isa]->quantize(x, N, planes, tile, 3, WIDTH);
+                isas[isa]->quantize(x, N, planes, row, 0, 1);
+                for (int b = 0; b < N / 32; b++) {
+                    double max = 0, sum = 0, half[2] = {0, 0}, scale, scale1;
+                    for (int i = 0; i < 32; i++) max = fmax(max, fabs((double)x[32 * b + i]));
+                    for (int i = 0; i < 32; i++) {
+                        double v = tile_value(tile, planes, WIDTH, 3, 32 * b + i, &scale);
+                        assert_true(v == tile_value(row, planes, 1, 0, 32 * b + i, &scale1));
+                        assert_true(scale == scale1);
+                        assert_true(fabs(scale * limit - max) <= 2 * U * max);
+                        /* Half a step, and the rounding of scale and reciprocal. */
+                        assert_true(fabs(v - (double)x[32 * b + i]) <= scale * (0.5 + 4 * U * limit));
+                        sum += v;
+                        half[i / 16] += scale > 0 ? v / scale : 0;
+                    }
+                    const uint8_t *tail = row + (size_t)b * cpu_tile_block_bytes(planes, 1) +
+                                          planes * CPU_BLOCK;
+                    float s;
+                    int32_t offset[2];
+                    memcpy(&s, tail + 4, 4);
+                    memcpy(offset, tail + 8, 8);
+                    assert_true(fabs((double)s - sum) <= 32 * limit * scale * U);
+                    assert_int_equal(offset[0], (int32_t)lrint(-32 * half[0]));
+                    assert_int_equal(offset[1], (int32_t)lrint(-32 * half[1]));
+                }
+            }
+        }
+    }
+}
+
+/* A value that is not finite must reach every product of its row. */
+static void test_not_finite(void **state) {
+    (void)state;
+    uint64_t seed = 3;
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < N_QUANT_TYPES; i++) {
+        struct matrix x = make_matrix(types[i], 1, 16, 256, &seed);
+        for (int isa = 0; isa < n_isas; isa++) {
+            for (int k = 0; k < 6; k++) {
+                float in[256], out[16];
+                uint8_t row[256 * 3];
+                fill_input(0, &seed, 256, in);
+                in[17 + 40 * k] = bad[k % 3];
+                isas[isa]->quantize(in, 256, 1 + k / 3, row, 0, 1);
+                isas[isa]->dot[x.m.format][k / 3][1](x.m.p, 1, x.m.n_units, row, out, 16);
+                for (int r = 0; r < 16; r++) assert_false(isfinite(out[r]));
+            }
+        }
+        free_matrix(&x);
+    }
+}
+
+/* ---- products ------------------------------------------------------------------------------------------ */
+
+/* Every width against float64 on the integers themselves, where the error is rounding: an output sums N
+ * blocks, each with at most three rounded operations of its own terms before the sum, so |error| <=
+ * (2N + 6) u times the sum of the terms' magnitudes. */
+static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, int planes,
+                           const float *in) {
+    int32_t n_cols = x->m.n_cols;
+    uint8_t *tile = malloc((size_t)CPU_TILE * (size_t)n_cols * 3);
+    float out[CPU_TILE * CPU_ROWS];
+    for (int n = 1; n <= CPU_TILE; n++) {
+        cpu_dot_fn *dot = k->dot[x->m.format][planes - 1][n];
+        if (!dot) continue;
+        for (int t = 0; t < n; t++)
+            k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, n);
+        for (int32_t row = 0; row < x->m.n_tiles * CPU_ROWS; row++) {
+            if (row % CPU_ROWS == 0)
+                dot(cpu_matrix_tile(&x->m, 0, row / CPU_ROWS), 1, x->m.n_units, tile, out, CPU_ROWS);
+            for (int t = 0; t < n; t++) {
+                double y = 0, size = 0, scale;
+                for (int32_t c = 0; c < n_cols && row < x->m.n_rows; c++) {
+                    double w = (double)x->w[(size_t)row * (size_t)n_cols + (size_t)c];
+                    double v = tile_value(tile, planes, n, t, c, &scale);
+                    y += w * v;
+                    size += (fabs(w) + 2) * fabs(v); /* min < 1, and w is scale * q - min */
+                }
+                double got = (double)out[t * CPU_ROWS + row % CPU_ROWS];
+                assert_true(fabs(got - y) <= (2 * (double)n_cols / 32 + 6) * U * size);
+            }
+        }
+    }
+    free(tile);
+}
+
+/* Against float64 on the raw inputs the error is the quantisation's: uniform in half a step, so its square is
+ * step² / 12 on average. Rows share a token's errors, so that sixteen tokens may be no more than sixteen
+ * independent samples: chi-square of sixteen exceeds 2.5 times its mean once in a thousand. */
+static void check_accuracy(const struct cpu_kernels *k, const struct matrix *x, int planes,
+                           const float *in) {
+    int32_t n_cols = x->m.n_cols;
+    uint8_t *row = malloc((size_t)n_cols * 3);
+    double error = 0, expected = 0;
+    for (int t = 0; t < CPU_TILE; t++, in += n_cols) {
+        float out[CPU_ROWS];
+        k->quantize(in, n_cols, planes, row, 0, 1);
+        k->dot[x->m.format][planes - 1][1](x->m.p, 1, x->m.n_units, row, out, CPU_ROWS);
+        for (int r = 0; r < CPU_ROWS; r++) {
+            double y = 0, scale;
+            for (int32_t c = 0; c < n_cols; c++) {
+                double w = (double)x->w[(size_t)r * (size_t)n_cols + (size_t)c];
+                y += w * (double)in[c];
+                tile_value(row, planes, 1, 0, c, &scale);
+                expected += w * w * scale * scale / 12;
+            }
+            error += ((double)out[r] - y) * ((double)out[r] - y);
+        }
+    }
+    assert_true(error <= 2.5 * expected);
+    free(row);
+}
+
+static void test_products(void **state) {
+    (void)state;
+    uint64_t seed = 5;
+    for (int i = 0; i < N_QUANT_TYPES; i++) {
+        struct matrix x = make_matrix(types[i], 1, 40, 768, &seed);
+        for (int isa = 0; isa < n_isas; isa++)
+            for (int planes = 1; planes <= 2; planes++)
+                for (int kind = 0; kind < N_KINDS; kind++) {
+                    static float in[CPU_TILE * 768];
+                    fill_input(kind, &seed, CPU_TILE * 768, in);
+                    check_rounding(isas[isa], &x, planes, in);
+                    check_accuracy(isas[isa], &x, planes, in);
+                }
+        free_matrix(&x);
+    }
+}
+
+static void test_float_products(void **state) {
+    (void)state;
+    enum { COLS = 203, TOKENS = 4 };
+    uint64_t seed = 6;
+    float in[TOKENS][COLS + 5], out[TOKENS][CPU_ROWS], alone[CPU_ROWS];
+    fill_input(0, &seed, TOKENS * (COLS + 5), &in[0][0]);
+    for (int i = N_QUANT_TYPES; i < N_TYPES; i++) {
+        struct matrix x = make_matrix(types[i], 1, 20, COLS, &seed);
+        for (int isa = 0; isa < n_isas; isa++) {
+            cpu_dot_float_fn *const *dot = isas[isa]->dot_float[x.m.format - CPU_F32];
+            for (int n = 1; n <= TOKENS; n++) {
+                for (int32_t rt = 0; rt < x.m.n_tiles; rt++) {
+                    dot[n - 1](cpu_matrix_tile(&x.m, 0, rt), COLS, in[0], COLS + 5, out[0], CPU_ROWS);
+                    for (int t = 0; t < n; t++) {
+                        for (int r = 0; r < CPU_ROWS; r++) {
+                            double y = 0, size = 0;
+                            for (int c = 0; c < COLS && rt * CPU_ROWS + r < 20; c++) {
+                                double p = (double)x.w[(rt * CPU_ROWS + r) * COLS + c] * (double)in[t][c];
+                                y += p;
+                                size += fabs(p);
+                            }
+                            /* Four chains of a quarter of the columns, and two additions. */
+                            assert_true(fabs((double)out[t][r] - y) <= (COLS / 4.0 + 4) * U * size);
+                        }
+                        dot[0](cpu_matrix_tile(&x.m, 0, rt), COLS, in[t], 0, alone, CPU_ROWS);
+                        assert_memory_equal(alone, out[t], sizeof alone);
+                    }
+                }
+            }
+        }
+        free_matrix(&x);
+    }
+}
+
+/* m = 1 … 65 tokens, cut as the backend cuts them: every token's bits are those it has alone. And the
+ * instruction sets agree bit for bit. */
+static void test_width_does_not_matter(void **state) {
+    (void)state;
+    enum { MOST = 65, COLS = 512 };
+    uint64_t seed = 7;
+    static float in[MOST][COLS], alone[2][MOST][CPU_ROWS], out[CPU_TILE][CPU_ROWS];
+    static uint8_t tile[CPU_TILE * COLS * 3];
+    fill_input(1, &seed, MOST * COLS, in[0]);
+    for (int i = 0; i < N_QUANT_TYPES; i++) {
+        struct matrix x = make_matrix(types[i], 1, 16, COLS, &seed);
+        for (int planes = 1; planes <= 2; planes++) {
+            for (int isa = 0; isa < n_isas; isa++) {
+                const struct cpu_kernels *k = isas[isa];
+                for (int t = 0; t < MOST; t++) {
+                    k->quantize(in[t], COLS, planes, tile, 0, 1);
+                    k->dot[x.m.format][planes - 1][1](x.m.p, 1, x.m.n_units, tile, alone[isa][t], CPU_ROWS);
+                }
+                for (int m = 1; m <= MOST; m++) {
+                    for (int at = 0; at < m;) {
+                        int n = cpu_tile_width(k, m - at);
+                        assert_in_range(n, 1, m - at);
+                        assert_non_null(k->dot[x.m.format][planes - 1][n]);
+                        for (int t = 0; t < n; t++) k->quantize(in[at + t], COLS, planes, tile, t, n);
+                        k->dot[x.m.format][planes - 1][n](x.m.p, 1, x.m.n_units, tile, out[0], CPU_ROWS);
+                        assert_memory_equal(out, alone[isa][at], (size_t)n * sizeof *out);
+                        at += n;
+                    }
+                }
+            }
+            if (n_isas == 2) assert_memory_equal(alone[0], alone[1], sizeof alone[0]);
+        }
+        free_matrix(&x);
+    }
+}
+
+/* ---- row kernels ----------------------------------------------------------------------------------------- */
+
+/* Lengths with and without whole vectors. What lies beyond n must stay as it is. */
+static void test_rows(void **state) {
+    (void)state;
+    enum { MOST = 70 };
+    uint64_t seed = 8;
+    float x[MOST + 1], y[MOST + 1], z[MOST + 1];
+    for (int isa = 0; isa < n_isas; isa++) {
+        const struct cpu_kernels *k = isas[isa];
+        for (int n = 1; n <= MOST; n++) {
+            fill_input(1, &seed, MOST + 1, x);
+            fill_input(0, &seed, MOST + 1, y);
+            double squares = 0;
+            for (int i = 0; i < n; i++) squares += (double)x[i] * (double)x[i];
+            double norm = 1 / sqrt(squares / n + 1e-6);
+            z[n] = 77;
+            k->rms_norm(x, y, 1e-6f, n, z);
+            for (int i = 0; i < n; i++) {
+                double r = (double)x[i] * norm * (double)y[i];
+                assert_true(fabs((double)z[i] - r) <= (n / 32.0 + 8) * U * fabs(r));
+            }
+            assert_true(z[n] == 77);
+
+            memcpy(z, x, sizeof z);
+            k->silu_mul(z, y, n);
+            for (int i = 0; i < n; i++) {
+                double g = (double)x[i], r = g / (1 + exp(-g)) * (double)y[i];
+                /* exp to 2 ulp, and four roundings; below e^-86.5 it is cut off. */
+                assert_true(fabs((double)z[i] - r) <= 10 * U * fabs(r) + 1e-34);
+            }
+            assert_true(z[n] == x[n]);
+
+            memcpy(z, x, sizeof z);
+            k->add(z, y, n);
+            for (int i = 0; i <= n; i++) assert_true(z[i] == (i < n ? x[i] + y[i] : x[i]));
+
+            memcpy(z, x, sizeof z);
+            k->divide(z, 3, n);
+            for (int i = 0; i <= n; i++) assert_true(z[i] == (i < n ? x[i] / 3 : x[i]));
+
+            int32_t rows[3] = {1, 0, 1};
+            float weights[3] = {0.5f, 0.25f, -0.125f}, ys[2 * MOST];
+            fill_input(0, &seed, 2 * MOST, ys);
+            memcpy(z, x, sizeof z);
+            k->combine(z, ys, MOST, rows, weights, 3, n);
+            for (int i = 0; i < n; i++) {
+                double r = 0, size = fabs((double)x[i]);
+                for (int j = 0; j < 3; j++) {
+                    double p = (double)weights[j] * (double)ys[rows[j] * MOST + i];
+                    r += p;
+                    size += fabs(p);
+                }
+                assert_true(fabs((double)z[i] - (double)x[i] - r) <= 4 * U * size);
+            }
+            assert_true(z[n] == x[n]);
+        }
+    }
+}
+
+static void test_silu_range(void **state) {
+    (void)state;
+    for (int isa = 0; isa < n_isas; isa++) {
+        float g[] = {0, -0.0f, 1e-30f, 80, 200, 3e38f, -80, -200, -3e38f, INFINITY, NAN}, up[11];
+        for (int i = 0; i < 11; i++) up[i] = 1;
+        isas[isa]->silu_mul(g, up, 11);
+        assert_true(g[0] == 0 && g[1] == 0 && fabsf(g[2] - 5e-31f) < 1e-36f);
+        assert_true(g[3] == 80 && g[4] == 200 && g[5] == 3e38f);
+        assert_true(g[6] < 0 && g[6] > -1e-32f && fabsf(g[7]) < 1e-34f && fabsf(g[8]) < 10);
+        assert_true(g[9] == INFINITY && isnan(g[10]));
+    }
+}
+
+static void test_rope_and_f16(void **state) {
+    (void)state;
+    uint64_t seed = 9;
+    for (int isa = 0; isa < n_isas; isa++) {
+        for (int hd = 2; hd <= 128; hd += hd < 40 ? 2 : 22) {
+            float x[128], y[128], cs[128];
+            fill_input(0, &seed, hd, x);
+            memcpy(y, x, sizeof y);
+            for (int i = 0; i < hd / 2; i++) {
+                cs[i] = cosf((float)i + 0.3f);
+                cs[hd / 2 + i] = sinf((float)i + 0.3f);
+            }
+            isas[isa]->rope(y, cs, hd);
+            for (int i = 0; i < hd / 2; i++) {
+                double a = (double)x[i], b = (double)x[hd / 2 + i], c = (double)cs[i],
+                       s = (double)cs[hd / 2 + i], size = fabs(a) + fabs(b);
+                assert_true(fabs((double)y[i] - (a * c - b * s)) <= 2 * U * size);
+                assert_true(fabs((double)y[hd / 2 + i] - (b * c + a * s)) <= 2 * U * size);
+            }
+            uint16_t h[128 * CPU_POS], dense[129];
+            memset(h, 0xee, sizeof h);
+            dense[hd] = 0xeeee;
+            isas[isa]->to_f16(x, hd, h + 5, CPU_POS);
+            isas[isa]->to_f16(x, hd, dense, 1);
+            for (int i = 0; i < hd; i++) {
+                assert_int_equal(dense[i], f32_to_f16(x[i]));
+                for (int p = 0; p < CPU_POS; p++)
+                    assert_int_equal(h[i * CPU_POS + p], p == 5 ? dense[i] : 0xeeee);
+            }
+            assert_int_equal(dense[hd], 0xeeee);
+        }
+    }
+}
+
+/* ---- attention ---------------------------------------------------------------------------------------------- */
+
+enum { MAX_HD = 128, MAX_POS = 150, N_GROUPS = (MAX_POS + CPU_POS) / CPU_POS };
+
+struct attention_case {
+    int hd, width, n_pos;
+    float q[CPU_QROWS][MAX_HD];
+    uint16_t k[MAX_POS][MAX_HD], v[MAX_POS][MAX_HD];
+    uint16_t keys[N_GROUPS][MAX_HD * CPU_POS], values[N_GROUPS][MAX_HD * CPU_POS];
+};
+
+static void fill_case(struct attention_case *c, int hd, int n_pos, uint64_t *seed) {
+    float x[MAX_HD];
+    memset(c, 0xff, sizeof *c); /* NaN wherever nothing is written */
+    c->hd = hd;
+    c->width = (hd + 15) / 16 * 16;
+    c->n_pos = n_pos;
+    for (int r = 0; r < CPU_QROWS; r++) {
+        fill_input(0, seed, hd, c->q[r]);
+        for (int i = 0; i < hd; i++) c->q[r][i] *= (float)(r + 1); /* soft to sharp */
+    }
+    for (int p = 0; p < n_pos; p++) {
+        fill_input(0, seed, hd, x);
+        for (int i = 0; i < hd; i++) {
+            c->k[p][i] = f32_to_f16(x[i]);
+            c->keys[p / CPU_POS][i * CPU_POS + p % CPU_POS] = c->k[p][i];
+        }
+        fill_input(1, seed, hd, x);
+        for (int i = 0; i < c->width; i++) {
+            c->v[p][i] = i < hd ? f32_to_f16(x[i]) : 0;
+            c->values[p / CPU_POS][p % CPU_POS * c->width + i] = c->v[p][i];
+        }
+    }
+}
+
+/* Rows first … first + n - 1 through the kernel, split by split; out[n][MAX_HD]. */
+static void attend(const struct cpu_kernels *k, const struct attention_case *c, int first, int n,
+                   float out[][MAX_HD]) {
+    float max[CPU_QROWS], sum[CPU_QROWS];
+    struct cpu_attend a = {.n_rows = n, .head_dim = c->hd, .scale = 1 / sqrtf((float)c->hd)};
+    for (int r = 0; r < n; r++) {
+        memset(out[r], 0, sizeof out[r]);
+        max[r] = -INFINITY;
+        sum[r] = 0;
+        a.q[r] = c->q[first + r];
+        a.out[r] = out[r];
+        a.max[r] = &max[r];
+        a.sum[r] = &sum[r];
+    }
+    for (int at = 0; at < c->n_pos; at += CPU_SPLIT) {
+        a.n_pos = c->n_pos - at < CPU_SPLIT ? c->n_pos - at : CPU_SPLIT;
+        for (int g = 0; g * CPU_POS < a.n_pos; g++) {
+            a.k[g] = c->keys[at / CPU_POS + g];
+            a.v[g] = c->values[at / CPU_POS + g];
+        }
+        k->attend(&a);
+    }
+    for (int r = 0; r < n; r++) k->divide(out[r], sum[r], c->hd);
+}
+
+static void check_attention(const struct attention_case *c, float out[][MAX_HD]) {
+    for (int r = 0; r < CPU_QROWS; r++) {
+        double s[MAX_POS], max = -INFINITY, sum = 0, width = 0;
+        for (int p = 0; p < c->n_pos; p++) {
+            double size = 0;
+            s[p] = 0;
+            for (int i = 0; i < c->hd; i++) {
+                double x = (double)c->q[r][i] * (double)f16_to_f32(c->k[p][i]) / sqrt((double)c->hd);
+                s[p] += x;
+                size += fabs(x);
+            }
+            max = fmax(max, s[p]);
+            width = fmax(width, size);
+        }
+        for (int p = 0; p < c->n_pos; p++) sum += s[p] = exp(s[p] - max);
+        for (int i = 0; i < c->hd; i++) {
+            double y = 0, size = 0;
+            for (int p = 0; p < c->n_pos; p++) {
+                double x = s[p] / sum * (double)f16_to_f32(c->v[p][i]);
+                y += x;
+                size += fabs(x);
+            }
+            /* A score is off by at most (Hd + 3) u of its terms' magnitudes, which moves p by that much
+             * relatively, as does max; exp, two sums over positions and the splits' factors add. */
+            double bound = 2 * (c->hd + 3) * width + 2 * c->n_pos + 16;
+            assert_true(fabs((double)out[r][i] - y) <= bound * U * size);
+        }
+    }
+}
+
+static void test_attention(void **state) {
+    (void)state;
+    static struct attention_case c;
+    static const int widths[] = {128, 64, 40, 2};
+    uint64_t seed = 10;
+    static float out[2][CPU_QROWS][MAX_HD], alone[1][MAX_HD];
+    for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
+        for (int n_pos = 1; n_pos <= MAX_POS; n_pos += n_pos < 70 ? 3 : 37) {
+            fill_case(&c, widths[w], n_pos, &seed);
+            for (int isa = 0; isa < n_isas; isa++) {
+                attend(isas[isa], &c, 0, CPU_QROWS, out[isa]);
+                check_attention(&c, out[isa]);
+                for (int n = 1; n < CPU_QROWS; n++) { /* fewer rows at once: the same bits */
+                    static float few[CPU_QROWS][MAX_HD];
+                    attend(isas[isa], &c, CPU_QROWS - n, n, few);
+                    for (int r = 0; r < n; r++)
+                        assert_memory_equal(few[r], out[isa][CPU_QROWS - n + r],
+                                            (size_t)c.hd * sizeof(float));
+                }
+                attend(isas[isa], &c, 2, 1, alone);
+                assert_memory_equal(alone[0], out[isa][2], (size_t)c.hd * sizeof(float));
+            }
+            if (n_isas == 2) assert_memory_equal(out[0], out[1], sizeof out[0]);
+        }
+    }
+}
+
+int main(void) {
+    const struct cpu_kernels *all[] = {cpu_kernels_avx2(), cpu_kernels_avx512()};
+    for (int i = 0; i < 2; i++) {
+        if (!all[i]) continue;
+        printf("[ testing  ] %s\n", all[i]->name);
+        isas[n_isas++] = all[i];
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_round_trip),
+        cmocka_unit_test(test_plan_refuses),
+        cmocka_unit_test(test_quantize),
+        cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_products),
+        cmocka_unit_test(test_float_products),
+        cmocka_unit_test(test_width_does_not_matter),
+        cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_silu_range),
+        cmocka_unit_test(test_rope_and_f16),
+        cmocka_unit_test(test_attention),
+    };
+    return cmocka_run_group_tests_name("cpu_kernels", tests, NULL, NULL);
+}

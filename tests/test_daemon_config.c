@@ -1,0 +1,167 @@
+/* The command line: defaults, every number's range, every refusal named. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/config.h"
+#include "tests/support.h"
+
+static enum status parse(struct config *c, struct error *e, const char *a, const char *b,
+                         const char *d) {
+    char *argv[5] = {"moed"};
+    int n = 1;
+    if (a) argv[n++] = (char *)(uintptr_t)a;
+    if (b) argv[n++] = (char *)(uintptr_t)b;
+    if (d) argv[n++] = (char *)(uintptr_t)d;
+    *e = (struct error){0};
+    return config_parse(n, argv, e, c);
+}
+
+static void test_defaults(void **state) {
+    (void)state;
+    struct config c;
+    struct error e;
+    setenv("MOED_ENDPOINT", "ipc:///somewhere/sock", 1);
+    assert_int_equal(parse(&c, &e, "--model", "m.gguf", NULL), ST_OK);
+    assert_int_equal(c.action, CONFIG_SERVE);
+    assert_string_equal(c.model, "m.gguf");
+    assert_string_equal(c.listen, "ipc:///somewhere/sock");
+    assert_string_equal(c.device, "cpu");
+    assert_int_equal(c.max_seqs, 256);
+    assert_int_equal(c.max_batch_tokens, 512);
+    assert_int_equal(c.block_tokens, 16);
+    assert_int_equal(c.max_seq_tokens, 0);
+    assert_int_equal(c.kv_blocks, 0);
+    assert_int_equal(c.threads, 0);
+    assert_int_equal(c.max_queue, 1024);
+    assert_int_equal(c.max_queued_tokens, 1 << 20);
+    assert_int_equal(c.drain_seconds, 30);
+    assert_true(c.gpu_memory_utilization == 0.90);
+    assert_null(c.cpu_isa);
+    assert_null(c.chat_template);
+}
+
+static void test_endpoint_rule(void **state) {
+    (void)state;
+    char endpoint[128];
+    unsetenv("MOED_ENDPOINT");
+    setenv("XDG_RUNTIME_DIR", "/run/user/7", 1);
+    config_default_endpoint(endpoint, sizeof endpoint);
+    assert_string_equal(endpoint, "ipc:///run/user/7/moed.sock");
+    setenv("MOED_ENDPOINT", "", 1);
+    config_default_endpoint(endpoint, sizeof endpoint);
+    assert_string_equal(endpoint, "ipc:///run/user/7/moed.sock");
+    unsetenv("XDG_RUNTIME_DIR");
+    config_default_endpoint(endpoint, sizeof endpoint);
+    assert_int_equal(strncmp(endpoint, "ipc:///tmp/moed-", 16), 0);
+}
+
+static void refuse(const char *flag, const char *value, const char *want) {
+    struct config c;
+    struct error e;
+    if (parse(&c, &e, "--model=m", flag, value) != ST_INVALID)
+        fail_msg("%s %s was taken", flag, value ? value : "");
+    if (!strstr(e.text, want)) fail_msg("%s: \"%s\" does not say \"%s\"", flag, e.text, want);
+}
+
+static void test_ranges(void **state) {
+    (void)state;
+    static const struct {
+        const char *flag, *low, *high;
+    } numbers[] = {
+        {"--threads", "1", "1024"},
+        {"--max-batch-tokens", "1", "65536"},
+        {"--max-seqs", "1", "16384"},
+        {"--max-seq-tokens", "2", "16777216"},
+        {"--kv-blocks", "1", "268435456"},
+        {"--block-tokens", "1", "256"},
+        {"--prefill-chunk", "1", "65536"},
+        {"--max-queue", "1", "65536"},
+        {"--max-queued-tokens", "1", "1073741824"},
+        {"--drain-seconds", "0", "86400"},
+    };
+    struct config c;
+    struct error e;
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        char out[32];
+        assert_int_equal(parse(&c, &e, "--model=m", numbers[i].flag, numbers[i].low), ST_OK);
+        assert_int_equal(parse(&c, &e, "--model=m", numbers[i].flag, numbers[i].high), ST_OK);
+        snprintf(out, sizeof out, "%lld", atoll(numbers[i].high) + 1);
+        refuse(numbers[i].flag, out, numbers[i].flag);
+        snprintf(out, sizeof out, "%lld", atoll(numbers[i].low) - 1);
+        refuse(numbers[i].flag, out, "must lie between");
+        refuse(numbers[i].flag, "12x", "not a whole number");
+        refuse(numbers[i].flag, "", "not a whole number");
+        refuse(numbers[i].flag, "99999999999999999999", "must lie between");
+    }
+}
+
+static void test_refusals(void **state) {
+    (void)state;
+    struct config c;
+    struct error e;
+    refuse("--no-such-flag", NULL, "--no-such-flag: unknown flag");
+    refuse("--max-seqs", NULL, "--max-seqs: needs a value");
+    refuse("stray", NULL, "stray: not a flag");
+    refuse("--device", "gpu", "--device gpu");
+    refuse("--device", "cuda:", "--device cuda:");
+    refuse("--device", "cuda:1x", "--device cuda:1x");
+    refuse("--block-tokens", "24", "power of two");
+    refuse("--gpu-memory-utilization", "1.5", "between 0.05 and 1");
+    refuse("--gpu-memory-utilization", "nan", "between 0.05 and 1");
+    refuse("--log-level", "loud", "--log-level loud");
+    assert_int_equal(parse(&c, &e, "--max-seqs", "3", NULL), ST_INVALID);
+    assert_string_equal(e.text, "--model is missing; see --help");
+    char longer[400];
+    memset(longer, 'x', sizeof longer - 1);
+    longer[sizeof longer - 1] = '\0';
+    refuse("--listen", longer, "--listen");
+}
+
+static void test_actions(void **state) {
+    (void)state;
+    struct config c;
+    struct error e;
+    assert_int_equal(parse(&c, &e, "--help", NULL, NULL), ST_OK);
+    assert_int_equal(c.action, CONFIG_HELP);
+    assert_int_equal(parse(&c, &e, "--version", NULL, NULL), ST_OK);
+    assert_int_equal(c.action, CONFIG_VERSION);
+    assert_int_equal(parse(&c, &e, "--model=m", "--check", NULL), ST_OK);
+    assert_int_equal(c.action, CONFIG_CHECK);
+    assert_int_equal(parse(&c, &e, "--model=m", "--device", "cuda:3"), ST_OK);
+    assert_string_equal(c.device, "cuda:3");
+    assert_int_equal(parse(&c, &e, "--model=m", "--log-level", "warn"), ST_OK);
+    assert_int_equal(c.log_level, LOG_WARN);
+    /* Every flag is in the help. */
+    static const char *const flags[] = {"--model",
+                                        "--listen",
+                                        "--device",
+                                        "--threads",
+                                        "--cpu-isa",
+                                        "--chat-template",
+                                        "--max-seqs",
+                                        "--max-seq-tokens",
+                                        "--max-batch-tokens",
+                                        "--prefill-chunk",
+                                        "--kv-blocks",
+                                        "--block-tokens",
+                                        "--gpu-memory-utilization",
+                                        "--max-queue",
+                                        "--max-queued-tokens",
+                                        "--drain-seconds",
+                                        "--log-level",
+                                        "--check",
+                                        "--version",
+                                        "--help"};
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
+        if (!strstr(config_help, flags[i])) fail_msg("%s is not in the help", flags[i]);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_defaults), cmocka_unit_test(test_endpoint_rule),
+        cmocka_unit_test(test_ranges),   cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_actions),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
