@@ -20,6 +20,7 @@ struct pair {
     struct moe_limits limits;
     struct backend *b[N_BACKENDS];
     uint64_t rng;
+    int32_t *ids, *blocks; /* of the step at hand: CPU backends borrow them until it ends */
 };
 
 struct weights {
@@ -201,22 +202,24 @@ static inline double pair_error(struct pair *p, const struct bufs *f, int32_t n)
 
 /* ---- steps ------------------------------------------------------------------------------------------- */
 
-/* A step of n tokens in one sequence, slot 0, from position `start`; blocks 0, 1, …; ops run one by one. */
+/* A step of n tokens in one sequence, slot 0, from position `start`; the pool's blocks in falling order; ops run one
+ * by one. */
 static inline void pair_begin(struct pair *p, int32_t start, int32_t n, enum moe_rows rows) {
     int32_t b = p->limits.block_tokens, n_blocks = (start + n + b - 1) / b;
-    int32_t *ids = calloc((size_t)n, sizeof *ids), *blocks = calloc((size_t)n_blocks, sizeof *blocks);
-    for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)(test_random(&p->rng) % (uint64_t)p->shape.n_vocab);
-    for (int32_t i = 0; i < n_blocks; i++) blocks[i] = i;
+    p->ids = calloc((size_t)n, sizeof *p->ids);
+    p->blocks = calloc((size_t)n_blocks, sizeof *p->blocks);
+    for (int32_t i = 0; i < n; i++)
+        p->ids[i] = (int32_t)(test_random(&p->rng) % (uint64_t)p->shape.n_vocab);
+    for (int32_t i = 0; i < n_blocks; i++) p->blocks[i] = p->limits.n_blocks - 1 - i;
     struct moe_step_seq seq = {
         .start_pos = start, .n_tokens = n, .n_blocks = n_blocks, .rows = rows};
-    struct moe_step step = {.n_seqs = 1, .n_tokens = n, .seqs = &seq, .ids = ids, .blocks = blocks};
+    struct moe_step step = {
+        .n_seqs = 1, .n_tokens = n, .seqs = &seq, .ids = p->ids, .blocks = p->blocks};
     for (int i = 0; i < N_BACKENDS; i++) {
         bool issue = true;
         assert_int_equal(pair_ops(p, i)->step_begin(p->b[i], &step, &issue), ST_OK);
         assert_true(issue);
     }
-    free(ids);
-    free(blocks);
 }
 
 static inline void pair_end(struct pair *p) {
@@ -227,6 +230,8 @@ static inline void pair_end(struct pair *p) {
         assert_int_equal(pair_ops(p, i)->step_collect(p->b[i], &result), ST_OK);
     }
     free(rows);
+    free(p->ids);
+    free(p->blocks);
 }
 
 #endif
