@@ -49,5 +49,5 @@ echo "deps: installing ${missing[*]}"
 if ! install; then
   echo "deps: updating the package lists"
   apt update || { tail -5 "$log" >&2; give_up "apt-get update failed: is there a network?"; }
-  install || { tail -15 "$log" >&2; give_up "apt-get install failed"; }
+  install || { tail -15 "$log" >&2; give_up "apt-get install failed: no network, or sources other than Debian 12's?"; }
 fi

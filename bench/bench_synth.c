@@ -3,8 +3,10 @@
  * token are the real ones; the text it writes is noise.
  *
  * Weights are drawn directly in quantised form. Every matrix has dequantised mean 0 and standard
- * deviation 1/sqrt(columns), so that a normalised input gives outputs of unit size at any depth; the
- * embedding has 1, which keeps tokens apart in the residual stream, so that routing is close to even;
+ * deviation 1/sqrt(columns), so that a normalised input gives outputs of unit size. The embedding has 1,
+ * and the two matrices that write to the residual stream are smaller by sqrt(2 layers), as GPT-2's are at
+ * first, so that all layers together add about as much as the embedding: at any depth activations are of
+ * unit size and tokens stay apart, without which they would all be routed to the same experts. The
  * norms are 1. A file depends on its options and seed only, not on the number of threads: each chunk
  * seeds its own generator. It is written as FILE.part and renamed when whole. */
 #include "moe/gguf.h"
@@ -341,6 +343,9 @@ static struct plan make_plan(const struct options *c) {
             char name[64];
             snprintf(name, sizeof name, "blk.%u.%s.weight", i, layer[k].name);
             plan_add(&p, name, layer[k].type, layer[k].ne[0], layer[k].ne[1], layer[k].ne[2]);
+            bool to_residual = strcmp(layer[k].name, "attn_output") == 0 ||
+                               strcmp(layer[k].name, "ffn_down_exps") == 0;
+            if (to_residual) p.tensors[p.n - 1].std /= sqrtf(2 * (float)s->n_layers);
         }
     }
     return p;
@@ -383,21 +388,24 @@ struct block_heads {
     uint8_t q8[N_HEADS][2]; /* d */
 };
 
-static void put_f16(uint8_t *dst, double v) {
+/* Store v as a half; returns what was stored. */
+static double put_f16(uint8_t *dst, double v) {
     uint16_t h = f32_to_f16((float)v);
     memcpy(dst, &h, sizeof h);
+    return (double)f16_to_f32(h);
 }
+
+/* Scales stay in the lower half of their range, so that d keeps clear of the coarse end of the halves. */
 
 /* Q4_K: minimum == scale and dmin == 7.5 d centre the sixteen steps. */
 static void make_q4_head(uint64_t *rng, double std, uint8_t dst[16]) {
     uint8_t scale[8];
     double sum = 0;
     for (int i = 0; i < 8; i++) {
-        scale[i] = (uint8_t)(32 + next_random(rng) % 32);
+        scale[i] = (uint8_t)(16 + next_random(rng) % 16);
         sum += (double)scale[i] * scale[i];
     }
-    double d = std / (std_u4 * sqrt(sum / 8));
-    put_f16(dst, d);
+    double d = put_f16(dst, std / (std_u4 * sqrt(sum / 8)));
     put_f16(dst + 2, 7.5 * d);
     for (int i = 0; i < 4; i++) {
         dst[4 + i] = dst[8 + i] = (uint8_t)(scale[i] | (scale[4 + i] >> 4) << 6);
@@ -409,7 +417,7 @@ static void make_q4_head(uint64_t *rng, double std, uint8_t dst[16]) {
 static void make_q6_head(uint64_t *rng, double std, uint8_t dst[18]) {
     double sum = 0;
     for (int i = 0; i < 16; i++) {
-        int scale = (int)(64 + next_random(rng) % 64) * (i % 2 ? -1 : 1);
+        int scale = (int)(16 + next_random(rng) % 16) * (i % 2 ? -1 : 1);
         dst[i] = (uint8_t)scale;
         sum += (double)scale * scale;
     }

@@ -17,7 +17,8 @@ const char config_help[] =
     "What to serve, and where\n"
     "  --model FILE              the GGUF file (any part of a split one)\n"
     "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
-    "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same rule\n"
+    "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
+    "rule\n"
     "  --device DEV              cpu (default), reference (slow and simple), cuda:N\n"
     "  --threads N               CPU threads; default: all cores\n"
     "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
@@ -25,10 +26,13 @@ const char config_help[] =
     "\n"
     "Capacity (memory follows from it; --check prints the table)\n"
     "  --max-seqs N              sequences that run at once (256)\n"
-    "  --max-seq-tokens N        longest prompt and completion together; default: the model's context\n"
+    "  --max-seq-tokens N        longest prompt and completion together; default: the model's "
+    "context\n"
     "  --max-batch-tokens N      tokens computed in one step (512)\n"
-    "  --prefill-chunk N         most prompt tokens of one sequence in a step; default: a whole step.\n"
-    "                            Smaller keeps running streams smoother while long prompts are read\n"
+    "  --prefill-chunk N         most prompt tokens of one sequence in a step; default: a whole "
+    "step.\n"
+    "                            Smaller keeps running streams smoother while long prompts are "
+    "read\n"
     "  --kv-blocks N             blocks in the KV pool; default: what memory allows\n"
     "  --block-tokens N          tokens in a KV block, a power of two (16)\n"
     "  --gpu-memory-utilization F  share of a GPU's memory to use (0.90)\n"
@@ -44,13 +48,23 @@ const char config_help[] =
     "  --version                 print the version, exit\n"
     "  --help                    print this, exit\n"
     "\n"
-    "SIGTERM or SIGINT: refuse new requests, finish running ones, exit 0; a second one: exit at once.\n"
+    "SIGTERM or SIGINT: refuse new requests, finish running ones, exit 0; a second one: exit at "
+    "once.\n"
     "Exit status: 0 done, 1 the engine was lost or a fault of the daemon, 2 the command line, the\n"
     "model or the socket was not usable.\n";
 
 enum flag {
-    F_MODEL = 256, F_LISTEN, F_DEVICE, F_CPU_ISA, F_CHAT_TEMPLATE, F_GPU_MEMORY, F_LOG_LEVEL,
-    F_CHECK, F_VERSION, F_HELP, F_NUMBERS /* number flags follow, in the table's order */
+    F_MODEL = 256,
+    F_LISTEN,
+    F_DEVICE,
+    F_CPU_ISA,
+    F_CHAT_TEMPLATE,
+    F_GPU_MEMORY,
+    F_LOG_LEVEL,
+    F_CHECK,
+    F_VERSION,
+    F_HELP,
+    F_NUMBERS /* number flags follow, in the table's order */
 };
 
 struct number_flag {
@@ -60,7 +74,8 @@ struct number_flag {
 };
 
 _Static_assert(sizeof(int) == sizeof(int32_t), "threads is set as an int32_t");
-#define NUMBER(name, field, lo, hi, initial) {name, offsetof(struct config, field), lo, hi, initial}
+#define NUMBER(name, field, lo, hi, initial)                                                       \
+    { name, offsetof(struct config, field), lo, hi, initial }
 static const struct number_flag numbers[] = {
     NUMBER("threads", threads, 1, 1024, 0),
     NUMBER("max-batch-tokens", max_batch_tokens, 1, 1 << 16, 512),
@@ -118,8 +133,8 @@ static enum status set_share(const char *arg, struct error *e, struct config *c)
     char *end;
     double v = strtod(arg, &end);
     if (*arg == '\0' || *end != '\0' || !isfinite(v) || v < 0.05 || v > 1.0)
-        return error_set(e, ST_INVALID,
-                         "--gpu-memory-utilization %s: must lie between 0.05 and 1", arg);
+        return error_set(e, ST_INVALID, "--gpu-memory-utilization %s: must lie between 0.05 and 1",
+                         arg);
     c->gpu_memory_utilization = v;
     return ST_OK;
 }
@@ -182,8 +197,8 @@ enum status config_parse(int argc, char **argv, struct error *e, struct config *
     for (;;) {
         int flag = getopt_long(argc, argv, ":", options, NULL);
         if (flag < 0) break;
-        if (flag == '?') return error_set(e, ST_INVALID, "%s: unknown flag; see --help",
-                                          argv[optind - 1]);
+        if (flag == '?')
+            return error_set(e, ST_INVALID, "%s: unknown flag; see --help", argv[optind - 1]);
         if (flag == ':') return error_set(e, ST_INVALID, "%s: needs a value", argv[optind - 1]);
         enum status st = flag >= F_NUMBERS ? set_number(&numbers[flag - F_NUMBERS], optarg, e, &c)
                                            : set_word(flag, optarg, e, &c);

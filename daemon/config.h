@@ -12,13 +12,13 @@ struct config {
     const char *model;
     char listen[256];
     const char *device;
-    const char *cpu_isa;       /* NULL: the best this machine has */
+    const char *cpu_isa; /* NULL: the best this machine has */
     const char *chat_template; /* NULL: recognise the model's own */
-    int threads;               /* 0: all cores */
+    int threads; /* 0: all cores */
     int32_t max_batch_tokens, max_seqs, block_tokens;
-    int32_t max_seq_tokens;    /* 0: the model's context length */
-    int32_t kv_blocks;         /* 0: what memory allows */
-    int32_t prefill_chunk;     /* 0: the whole batch */
+    int32_t max_seq_tokens; /* 0: the model's context length */
+    int32_t kv_blocks; /* 0: what memory allows */
+    int32_t prefill_chunk; /* 0: the whole batch */
     int32_t max_queue, max_queued_tokens;
     int32_t drain_seconds;
     double gpu_memory_utilization;

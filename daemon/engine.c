@@ -15,7 +15,7 @@ struct engine {
     pthread_t thread;
     bool started;
     _Atomic bool stop;
-    struct ring jobs;    /* struct engine_step *, NULL for "none for now" */
+    struct ring jobs; /* struct engine_step *, NULL for "none for now" */
     struct ring results; /* struct engine_step * */
     /* Written by the thread before its first push to `results`, read by engine_start after it. */
     enum status open_st;

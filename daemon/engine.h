@@ -29,7 +29,7 @@ struct engine_ops {
 struct engine_step {
     struct sched_plan plan;
     struct moe_result result; /* rows: an array of its own, max_rows long */
-    enum status st;           /* not ST_OK: the engine is lost and takes no more steps */
+    enum status st; /* not ST_OK: the engine is lost and takes no more steps */
     struct moe_counters counters;
 };
 
@@ -55,7 +55,7 @@ struct engine_step *engine_pop(struct engine *g); /* NULL: none is done */
 struct engine_moe {
     struct moe_options options; /* filled by the caller; its strings are borrowed */
     void (*progress)(void *ctx, uint64_t done, uint64_t total); /* may be NULL */
-    struct moe *moe;            /* set by open; moe_info and moe_memory may be read from any thread */
+    struct moe *moe; /* set by open; moe_info and moe_memory may be read from any thread */
 };
 extern const struct engine_ops engine_moe_ops;
 

@@ -9,6 +9,7 @@
 #include "daemon/server.h"
 
 enum { EXIT_LOST = 1, EXIT_UNUSABLE = 2, MAX_MEMORY_LINES = 64 };
+#define LOADING_LINE_NS UINT64_C(2000000000)
 
 static struct server *serving; /* for the signal handler; set before it is installed */
 
@@ -33,13 +34,16 @@ static void raise_descriptor_limit(void) {
     setrlimit(RLIMIT_NOFILE, &l);
 }
 
+/* A line now and then while a large file loads; a small one is there before the first. */
 static void report_progress(void *ctx, uint64_t done, uint64_t total) {
-    static uint64_t reported; /* tenths of the file */
+    static uint64_t said_ns;
     (void)ctx;
-    uint64_t tenths = total > 0 ? done * 10 / total : 10;
-    if (tenths == reported) return;
-    reported = tenths;
-    log_event(LOG_INFO, "daemon", "loading", "percent=%llu", (unsigned long long)tenths * 10);
+    uint64_t now = clock_now_ns();
+    if (said_ns == 0) said_ns = now;
+    if (now - said_ns < LOADING_LINE_NS) return;
+    said_ns = now;
+    log_event(LOG_INFO, "daemon", "loading", "bytes=%llu of=%llu", (unsigned long long)done,
+              (unsigned long long)total);
 }
 
 static struct moe_options model_options(const struct config *c) {
@@ -75,7 +79,7 @@ static void log_memory(const struct moe *m, uint64_t daemon_bytes) {
     for (int i = 0; i < n; i++)
         log_event(LOG_INFO, "daemon", "memory", "what=\"%s\" bytes=%llu", lines[i].what,
                   (unsigned long long)lines[i].n_bytes);
-    log_event(LOG_INFO, "daemon", "memory", "what=\"daemon tables\" bytes=%llu",
+    log_event(LOG_INFO, "daemon", "memory", "what=\"daemon tables, reserved\" bytes=%llu",
               (unsigned long long)daemon_bytes);
 }
 

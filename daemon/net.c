@@ -127,8 +127,7 @@ enum status net_bind(struct net *n, struct error *e) {
     int rc = zmq_bind(n->router, n->endpoint);
     int err = zmq_errno();
     umask(old);
-    if (rc != 0)
-        return error_set(e, ST_IO, "cannot bind %s: %s", n->endpoint, zmq_strerror(err));
+    if (rc != 0) return error_set(e, ST_IO, "cannot bind %s: %s", n->endpoint, zmq_strerror(err));
     n->bound = true;
     return ST_OK;
 }
@@ -206,10 +205,8 @@ bool net_receive(struct net *n, struct net_message *out) {
     }
     n->n_frames = 1;
     int count = receive_rest(n);
-    *out = (struct net_message){.route = frame_bytes(&n->frames[0]),
-                                .three_frames = count == 3,
-                                .fd = -1,
-                                .peer = ""};
+    *out = (struct net_message){
+        .route = frame_bytes(&n->frames[0]), .three_frames = count == 3, .fd = -1, .peer = ""};
     if (count > 1) {
         out->fd = zmq_msg_get(&n->frames[1], ZMQ_SRCFD);
         const char *peer = zmq_msg_gets(&n->frames[1], "Peer-Address");
@@ -231,7 +228,8 @@ bool net_disconnected(struct net *n, int *fd) {
     }
     /* Frame 1: event u16, value i32 (the descriptor), unaligned. Frame 2: the address. */
     int32_t value = -1;
-    if (zmq_msg_size(&event) >= 6) memcpy(&value, (uint8_t *)zmq_msg_data(&event) + 2, sizeof value);
+    if (zmq_msg_size(&event) >= 6)
+        memcpy(&value, (uint8_t *)zmq_msg_data(&event) + 2, sizeof value);
     bool more = zmq_msg_more(&event);
     zmq_msg_close(&event);
     while (more) {

@@ -27,8 +27,8 @@ struct net_message { /* borrowed until the next net_receive */
     struct bytes route;
     bool three_frames; /* route, header, body; if not, header and body are empty */
     struct bytes header, body;
-    int fd;            /* the connection it came by, or -1: compare with net_disconnected */
-    const char *peer;  /* "localhost:uid:gid:pid", or "" */
+    int fd; /* the connection it came by, or -1: compare with net_disconnected */
+    const char *peer; /* "localhost:uid:gid:pid", or "" */
 };
 /* False: none is waiting. */
 bool net_receive(struct net *n, struct net_message *out);

@@ -91,7 +91,9 @@ static void on_model_info(struct server *v, struct session *s, uint64_t request_
 }
 
 static void on_health(struct server *v, struct session *s, uint64_t request_id) {
-    enum status state = v->lost != ST_OK ? ST_ENGINE_LOST : server_draining(v) ? ST_DRAINING : ST_OK;
+    enum status state = v->lost != ST_OK     ? ST_ENGINE_LOST
+                        : server_draining(v) ? ST_DRAINING
+                                             : ST_OK;
     uint64_t since = v->last_step_ns ? v->last_step_ns : v->start_ns;
     struct wire_msg m = {.type = WIRE_HEALTH_RESULT,
                          .request_id = request_id,
@@ -183,7 +185,8 @@ static void dispatch(struct server *v, struct session *s, const struct wire_msg 
     case WIRE_TOKENIZE:
     case WIRE_DETOKENIZE: on_text_question(v, s, msg); return;
     default:
-        error_set(&e, ST_UNIMPLEMENTED, "%s is not a message to a daemon", wire_type_name(msg->type));
+        error_set(&e, ST_UNIMPLEMENTED, "%s is not a message to a daemon",
+                  wire_type_name(msg->type));
         send_failed(v, s, msg->request_id, &e);
     }
 }

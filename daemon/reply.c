@@ -74,14 +74,13 @@ void send_failed(struct server *v, struct session *s, uint64_t request_id, const
 void send_rejected(struct server *v, struct session *s, uint64_t request_id,
                    const struct error *e) {
     bool retryable = status_retryable(e->code);
-    struct wire_msg m = {
-        .type = WIRE_REJECTED,
-        .request_id = request_id,
-        .rejected = {.code = (uint32_t)e->code,
-                     .text = text_bytes(e->text),
-                     .retryable = retryable,
-                     .retry_after_ms = retryable ? stats_retry_after_ms(v) : 0,
-                     .queue_depth = (uint32_t)sched_stats(v->sched).n_waiting}};
+    struct wire_msg m = {.type = WIRE_REJECTED,
+                         .request_id = request_id,
+                         .rejected = {.code = (uint32_t)e->code,
+                                      .text = text_bytes(e->text),
+                                      .retryable = retryable,
+                                      .retry_after_ms = retryable ? stats_retry_after_ms(v) : 0,
+                                      .queue_depth = (uint32_t)sched_stats(v->sched).n_waiting}};
     v->tallies.rejected[e->code]++;
     send_session(v, s, &m);
 }
@@ -183,8 +182,8 @@ static void request_finish(struct server *v, struct request *r) {
     struct wire_choice choices[WIRE_MAX_CHOICES];
     uint32_t n_completion = 0;
     for (int32_t i = 0; i < r->n; i++) {
-        choices[i] = (struct wire_choice){
-            .index = (uint32_t)i, .reason = r->early, .hash = WIRE_HASH_START};
+        choices[i] =
+            (struct wire_choice){.index = (uint32_t)i, .reason = r->early, .hash = WIRE_HASH_START};
         if (i >= r->n_choices) continue; /* ended before it had sequences */
         const struct choice *c = choice_at(v->requests, r->choices[i]);
         choices[i].reason = c->reason;
@@ -194,8 +193,8 @@ static void request_finish(struct server *v, struct request *r) {
         choices[i].has_stop_id = c->stop_id >= 0;
         choices[i].stop_id = c->stop_id;
         if (c->stop >= 0)
-            choices[i].stop = (struct bytes){r->stops.strings[c->stop].bytes,
-                                             r->stops.strings[c->stop].n_bytes};
+            choices[i].stop =
+                (struct bytes){r->stops.strings[c->stop].bytes, r->stops.strings[c->stop].n_bytes};
         n_completion += c->n_tokens;
     }
     uint64_t scheduled = r->first_scheduled_ns ? r->first_scheduled_ns : v->now_ns;

@@ -32,9 +32,8 @@ enum status requests_create(int32_t max_requests, int32_t max_choices, struct re
     for (int32_t i = 0; i < max_requests; i++)
         t->requests[i] = (struct request){.next_free = i + 1 < max_requests ? i + 1 : -1};
     for (int32_t i = 0; i < max_choices; i++)
-        t->choices[i] = (struct choice){.request = -1,
-                                        .pending = &pending[i],
-                                        .next_free = i + 1 < max_choices ? i + 1 : -1};
+        t->choices[i] = (struct choice){
+            .request = -1, .pending = &pending[i], .next_free = i + 1 < max_choices ? i + 1 : -1};
     *out = t;
     return ST_OK;
 }
@@ -212,10 +211,8 @@ size_t choice_pending_bytes(const struct choice *c, const struct request *r) {
 void choice_chunk(const struct choice *c, const struct request *r,
                   struct wire_token_logprob *logprobs, struct wire_token_chunk *out) {
     const struct pending *p = c->pending;
-    *out = (struct wire_token_chunk){.choice = c->index,
-                                     .ids = p->ids,
-                                     .n_ids = c->n_ids,
-                                     .text = {p->text, c->n_text_bytes}};
+    *out = (struct wire_token_chunk){
+        .choice = c->index, .ids = p->ids, .n_ids = c->n_ids, .text = {p->text, c->n_text_bytes}};
     if (!r->sampling.logprobs) return;
     size_t n_top = (size_t)r->sampling.n_top;
     for (uint32_t i = 0; i < c->n_ids; i++) {

@@ -20,7 +20,7 @@
 
 enum {
     PENDING_MAX_IDS = 1024,
-    PENDING_MAX_TOPS = 1024,       /* so with top logprobs fewer ids fit */
+    PENDING_MAX_TOPS = 1024, /* so with top logprobs fewer ids fit */
     PENDING_TEXT_BYTES = 16 << 10,
     /* The most text one token, and then the end of its choice, can add: a piece, what the stop strings held back, and
      * the replacement characters of an unfinished one. */
@@ -38,18 +38,18 @@ struct pending {
 struct choice {
     int32_t request; /* owner; -1: free */
     int32_t next_free;
-    uint32_t index;  /* 0 … n-1 in the request */
-    bool open;       /* it has a sequence */
+    uint32_t index; /* 0 … n-1 in the request */
+    bool open; /* it has a sequence */
     struct sched_id seq;
     struct text_stream stream;
     struct stop_state stops;
     uint32_t n_tokens, n_chunks; /* ids kept, chunks sent */
     uint64_t hash;
-    enum wire_reason reason;     /* 0 while open */
-    int stop;                    /* stop string that matched, or -1 */
-    int32_t stop_id;             /* stop id that came, or -1 */
+    enum wire_reason reason; /* 0 while open */
+    int stop; /* stop string that matched, or -1 */
+    int32_t stop_id; /* stop id that came, or -1 */
     uint32_t n_ids, n_text_bytes; /* pending */
-    struct pending *pending;     /* its own, for life */
+    struct pending *pending; /* its own, for life */
 };
 
 enum request_state { REQUEST_FREE, REQUEST_TOKENIZING, REQUEST_RUNNING, REQUEST_FLUSHING };
@@ -63,14 +63,14 @@ struct request {
     uint64_t received_ns, deadline_ns; /* 0: no deadline */
     uint64_t first_scheduled_ns, first_token_ns, last_token_ns, flushing_ns; /* 0: not yet */
     int32_t n_prompt;
-    int32_t n;                         /* choices asked for */
-    int32_t n_choices, n_open;         /* made, and still sampling */
+    int32_t n; /* choices asked for */
+    int32_t n_choices, n_open; /* made, and still sampling */
     int32_t choices[WIRE_MAX_CHOICES];
     int32_t n_preempted;
-    enum wire_reason early;            /* CANCELLED or TIMEOUT, or 0 */
-    uint64_t seed;                     /* of choice 0 */
+    enum wire_reason early; /* CANCELLED or TIMEOUT, or 0 */
+    uint64_t seed; /* of choice 0 */
     int32_t max_tokens, priority;
-    struct moe_sampling sampling;      /* stop_ids: all ids that end a choice */
+    struct moe_sampling sampling; /* stop_ids: all ids that end a choice */
     struct stop_set stops;
     char tag[WIRE_MAX_TAG_BYTES + 1];
 };

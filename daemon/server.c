@@ -16,7 +16,8 @@ enum {
     TEXTS_PER_TURN = 16
 };
 #define DEFAULT_STALL_NS UINT64_C(30000000000)
-#define ENCODE_BYTES ((size_t)(16) << 20) /* more than any answer needs: ids of a frame and their packing */
+#define ENCODE_BYTES                                                                               \
+    ((size_t)(16) << 20) /* more than any answer needs: ids of a frame and their packing */
 
 /* ---- life ----------------------------------------------------------------------------------- */
 
@@ -37,8 +38,10 @@ static enum status create_tables(struct server *v, struct error *e) {
     v->is_dirty = calloc((size_t)max_sessions, sizeof *v->is_dirty);
     if (!v->frame || !v->logprobs || !v->dirty || !v->is_dirty)
         return error_set(e, ST_NO_MEMORY, "no memory for the daemon's tables");
-    v->n_bytes = requests_bytes(v->requests) + textwork_bytes(v->textwork) + WIRE_ARENA_BYTES +
-                 ENCODE_BYTES + WIRE_MAX_BODY_BYTES;
+    uint64_t id_bytes =
+        (uint64_t)v->max_sequences * (uint64_t)v->o.info->limits.max_seq_tokens * sizeof(int32_t);
+    v->n_bytes = id_bytes + requests_bytes(v->requests) + textwork_bytes(v->textwork) +
+                 WIRE_ARENA_BYTES + ENCODE_BYTES + WIRE_MAX_BODY_BYTES;
     return ST_OK;
 }
 
@@ -60,8 +63,9 @@ enum status server_create(const struct server_options *o, struct net *net, struc
     random_bytes(v->boot_id, sizeof v->boot_id);
     random_bytes(&v->random, sizeof v->random);
     v->stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    enum status st = v->stop_fd >= 0 ? create_tables(v, e)
-                                     : error_set(e, ST_IO, "no descriptor left: %s", strerror(errno));
+    enum status st = v->stop_fd >= 0
+                         ? create_tables(v, e)
+                         : error_set(e, ST_IO, "no descriptor left: %s", strerror(errno));
     if (st == ST_OK) st = net_bind(net, e);
     if (st != ST_OK) {
         server_destroy(v);

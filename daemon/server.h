@@ -14,14 +14,14 @@
 struct server;
 
 struct server_options {
-    const struct text *text;      /* borrowed */
-    const struct moe_info *info;  /* borrowed; limits as in force */
-    int32_t prefill_chunk;        /* 0: the whole batch */
-    int32_t max_queue;            /* requests, and sequences, that may wait beside max_seqs running ones */
+    const struct text *text; /* borrowed */
+    const struct moe_info *info; /* borrowed; limits as in force */
+    int32_t prefill_chunk; /* 0: the whole batch */
+    int32_t max_queue; /* requests, and sequences, that may wait beside max_seqs running ones */
     int32_t max_queued_tokens;
-    int32_t max_sessions;         /* 0: 1024 */
-    uint64_t drain_ns;            /* what running requests get after server_stop */
-    uint64_t stall_ns;            /* how long a client may not read; 0: 30 s */
+    int32_t max_sessions; /* 0: 1024 */
+    uint64_t drain_ns; /* what running requests get after server_stop */
+    uint64_t stall_ns; /* how long a client may not read; 0: 30 s */
 };
 
 /* Allocate everything and bind. Takes net and engine (opened, started) in any case: server_destroy, or a failure

@@ -7,7 +7,7 @@
 struct sessions {
     int32_t cap, n_used, end;
     uint32_t n_buckets; /* a power of two */
-    uint64_t key;       /* random, so that no client chooses its bucket */
+    uint64_t key; /* random, so that no client chooses its bucket */
     int32_t *buckets;
     struct session *all;
 };
@@ -40,7 +40,9 @@ void sessions_destroy(struct sessions *t) {
 
 int32_t sessions_count(const struct sessions *t) { return t->n_used; }
 int32_t sessions_end(const struct sessions *t) { return t->end; }
-struct session *session_at(struct sessions *t, int32_t idx) { return &t->all[idx]; }
+struct session *session_at(struct sessions *t, int32_t idx) {
+    return &t->all[idx];
+}
 int32_t session_idx(const struct sessions *t, const struct session *s) {
     return (int32_t)(s - t->all);
 }
@@ -119,4 +121,3 @@ uint64_t session_probed(struct session *s, uint64_t now_ns) {
     s->next_probe_ns = now_ns + after_ms[s->n_probes] * 1000000u;
     return s->next_probe_ns;
 }
-

@@ -15,7 +15,7 @@
 #include "proto/wire.h"
 
 enum {
-    SESSION_WINDOW = 128,      /* TokenChunks sent and not acknowledged */
+    SESSION_WINDOW = 128, /* TokenChunks sent and not acknowledged */
     SESSION_MAX_INFLIGHT = 64, /* requests, and as many questions to the text worker */
     SESSION_MAX_PENDING_BYTES = 1 << 20,
     SESSION_PROBES = 6
@@ -23,20 +23,21 @@ enum {
 
 struct session {
     bool used;
-    bool gone;     /* unreachable or dismissed: nothing is sent any more, the loop clears it away */
+    bool gone; /* unreachable or dismissed: nothing is sent any more, the loop clears it away */
     uint32_t generation;
     uint8_t token[WIRE_ID_BYTES];
     uint8_t route[NET_MAX_ROUTE_BYTES];
     uint8_t n_route;
-    int fd;        /* connection it was last heard on, -1 if unknown */
+    int fd; /* connection it was last heard on, -1 if unknown */
     int32_t next_in_bucket;
     int32_t requests; /* ring of its requests; -1: none. Chunks go out from here on, in turn */
     int32_t n_requests, n_questions;
     uint64_t sent_seq, acked_seq;
     size_t pending_bytes;
     bool held;
-    uint64_t progress_ns;   /* when it was held, released, or acknowledged something, whichever was last */
-    int n_probes;           /* still to send: its connection may be gone */
+    uint64_t
+        progress_ns; /* when it was held, released, or acknowledged something, whichever was last */
+    int n_probes; /* still to send: its connection may be gone */
     uint64_t next_probe_ns;
 };
 

@@ -16,10 +16,10 @@ enum { MAX_RETRY_AFTER_MS = 60000, MIN_RETRY_AFTER_MS = 50 };
 
 struct tallies { /* since start */
     uint64_t accepted, finished[5], failed[ST_COUNT], rejected[ST_COUNT]; /* by reason, by code */
-    uint64_t dropped;           /* requests whose session ended first */
+    uint64_t dropped; /* requests whose session ended first */
     uint64_t prompt_tokens, completion_tokens, chunks;
     uint64_t sessions_opened, sessions_lost; /* lost: not by Bye */
-    uint64_t bad_messages;      /* frames that were not the protocol */
+    uint64_t bad_messages; /* frames that were not the protocol */
     uint64_t messages_in, messages_out;
 };
 
@@ -38,28 +38,28 @@ struct server {
     struct engine_step steps[MOE_MAX_IN_FLIGHT];
     struct engine_step *idle_steps[MOE_MAX_IN_FLIGHT]; /* not with the engine */
     int n_idle_steps;
-    bool answer_due;             /* the engine waits to hear what comes next */
-    struct sched_token *tokens;  /* [max_seqs] */
-    int32_t *choice_of_seq;      /* [max_sequences]; -1: none */
+    bool answer_due; /* the engine waits to hear what comes next */
+    struct sched_token *tokens; /* [max_seqs] */
+    int32_t *choice_of_seq; /* [max_sequences]; -1: none */
     int32_t max_sequences;
 
-    int32_t *dirty;              /* sessions to flush: [n_dirty], may repeat none */
-    bool *is_dirty;              /* [max_sessions] */
+    int32_t *dirty; /* sessions to flush: [n_dirty], may repeat none */
+    bool *is_dirty; /* [max_sessions] */
     int32_t n_dirty, n_gone;
 
     struct arena decode, encode;
-    uint8_t *frame;              /* [WIRE_MAX_BODY_BYTES] */
+    uint8_t *frame; /* [WIRE_MAX_BODY_BYTES] */
     struct wire_token_logprob *logprobs; /* [PENDING_MAX_IDS] */
 
-    uint64_t now_ns;             /* of this turn of the loop */
-    uint64_t timer_ns;           /* earliest time that something is due; UINT64_MAX: nothing */
+    uint64_t now_ns; /* of this turn of the loop */
+    uint64_t timer_ns; /* earliest time that something is due; UINT64_MAX: nothing */
     uint64_t start_ns, last_step_ns;
-    uint64_t drain_until_ns;     /* 0: not draining */
-    uint64_t random;             /* state of server_random */
-    int n_stops;                 /* server_stop calls seen */
-    enum status lost;            /* the engine's status, if it is lost */
+    uint64_t drain_until_ns; /* 0: not draining */
+    uint64_t random; /* state of server_random */
+    int n_stops; /* server_stop calls seen */
+    enum status lost; /* the engine's status, if it is lost */
 
-    double finish_interval_ns;   /* smoothed time between ends of requests; 0: not known yet */
+    double finish_interval_ns; /* smoothed time between ends of requests; 0: not known yet */
     uint64_t last_finish_ns;
     struct moe_counters counters; /* of the step applied last */
     struct tallies tallies;
@@ -76,8 +76,7 @@ static inline bool server_draining(const struct server *v) { return v->drain_unt
 /* ---- reply.c: everything that is sent, and every end of a request */
 void send_session(struct server *v, struct session *s, const struct wire_msg *msg);
 void send_route(struct server *v, struct bytes route, const struct wire_msg *msg);
-void send_rejected(struct server *v, struct session *s, uint64_t request_id,
-                   const struct error *e);
+void send_rejected(struct server *v, struct session *s, uint64_t request_id, const struct error *e);
 void send_failed(struct server *v, struct session *s, uint64_t request_id, const struct error *e);
 void send_goodbye(struct server *v, struct bytes route, const struct error *e);
 /* Say Goodbye, and have the session cleared away. */

@@ -23,8 +23,8 @@ static enum status check_session(struct server *v, const struct session *s,
     const struct wire_submit *w = &msg->submit;
     if (msg->request_id == 0)
         return error_set(e, ST_INVALID, "request_id is 0: a request needs a name of its own");
-    if (w->boot_id.n > 0 && (w->boot_id.n != WIRE_ID_BYTES ||
-                             memcmp(w->boot_id.p, v->boot_id, WIRE_ID_BYTES) != 0))
+    if (w->boot_id.n > 0 &&
+        (w->boot_id.n != WIRE_ID_BYTES || memcmp(w->boot_id.p, v->boot_id, WIRE_ID_BYTES) != 0))
         return error_set(e, ST_STALE_EPOCH, "the daemon was restarted: say Hello again");
     if (server_draining(v)) return error_set(e, ST_DRAINING, "the daemon is shutting down");
     if (in_flight(v, s, msg->request_id))
@@ -156,7 +156,8 @@ static void admit(struct server *v, struct session *s, struct request *r, const 
     for (int32_t i = 0; st == ST_OK && i < r->n; i++) st = add_choice(v, s, r, ids, n_ids);
     if (st != ST_OK) {
         if (st == ST_TOO_LONG)
-            error_set(&e, st, "the prompt has %zu tokens: it does not fit the context or the KV pool",
+            error_set(&e, st,
+                      "the prompt has %zu tokens: it does not fit the context or the KV pool",
                       n_ids);
         else
             error_set(&e, st, "the queue is full: %u sequences wait", depth);
@@ -204,7 +205,8 @@ void submit_receive(struct server *v, struct session *s, const struct wire_msg *
     if (st == ST_OK) {
         r = request_new(v->requests);
         if (!r)
-            error_set(&e, ST_OVERLOADED, "the queue is full: %d requests", requests_count(v->requests));
+            error_set(&e, ST_OVERLOADED, "the queue is full: %d requests",
+                      requests_count(v->requests));
     }
     if (!r) {
         send_rejected(v, s, msg->request_id, &e);

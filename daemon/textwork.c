@@ -13,18 +13,17 @@ enum {
     N_OUTPUTS = 4, /* results that may wait for the loop before the worker does */
     OUTPUT_BYTES = TEXTWORK_MAX_IDS * 4
 };
-_Static_assert((int)OUTPUT_BYTES >= (int)TEXTWORK_MAX_TEXT_BYTES,
-               "an output holds ids or text");
+_Static_assert((int)OUTPUT_BYTES >= (int)TEXTWORK_MAX_TEXT_BYTES, "an output holds ids or text");
 
 struct job_item {
     enum text_job_kind kind;
     struct text_ticket ticket;
     bool parse_special;
     const uint8_t *input;
-    size_t n_bytes;    /* text or ids; for a chat: lengths, then roles and contents */
+    size_t n_bytes; /* text or ids; for a chat: lengths, then roles and contents */
     size_t n_messages;
     size_t max_ids;
-    uint64_t end;      /* byte ring position to free up to */
+    uint64_t end; /* byte ring position to free up to */
 };
 
 struct result_item {
@@ -38,9 +37,9 @@ struct textwork {
     bool started;
     _Atomic bool stop;
     struct ring jobs, results;
-    struct arena input;   /* the byte ring */
+    struct arena input; /* the byte ring */
     struct arena outputs; /* [N_OUTPUTS][OUTPUT_BYTES], by index in `results` */
-    uint64_t head, tail;  /* positions ever given out and taken back */
+    uint64_t head, tail; /* positions ever given out and taken back */
     struct text_message messages[WIRE_MAX_MESSAGES]; /* the worker's */
 };
 

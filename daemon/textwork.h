@@ -11,7 +11,7 @@
 #include "proto/wire.h"
 
 enum {
-    TEXTWORK_MAX_IDS = 1 << 20,                     /* in one result: fits a frame */
+    TEXTWORK_MAX_IDS = 1 << 20, /* in one result: fits a frame */
     TEXTWORK_MAX_TEXT_BYTES = WIRE_MAX_BODY_BYTES - 64 /* likewise */
 };
 
@@ -29,20 +29,20 @@ enum text_job_kind { TEXT_JOB_TEXT, TEXT_JOB_CHAT, TEXT_JOB_DETOKENIZE };
 struct text_job { /* inputs are borrowed until textwork_submit returns */
     enum text_job_kind kind;
     struct text_ticket ticket;
-    struct bytes text;        /* TEXT_JOB_TEXT: UTF-8 */
+    struct bytes text; /* TEXT_JOB_TEXT: UTF-8 */
     bool parse_special;
     const struct wire_chat *messages; /* TEXT_JOB_CHAT */
-    size_t n_messages;        /* <= WIRE_MAX_MESSAGES */
-    const int32_t *ids;       /* TEXT_JOB_DETOKENIZE */
+    size_t n_messages; /* <= WIRE_MAX_MESSAGES */
+    const int32_t *ids; /* TEXT_JOB_DETOKENIZE */
     size_t n_ids;
-    size_t max_ids;           /* of the result; <= TEXTWORK_MAX_IDS */
+    size_t max_ids; /* of the result; <= TEXTWORK_MAX_IDS */
 };
 
 struct text_result {
     enum text_job_kind kind;
     struct text_ticket ticket;
-    struct error error;  /* code ST_OK, or what the text room said */
-    const int32_t *ids;  /* borrowed until textwork_pop */
+    struct error error; /* code ST_OK, or what the text room said */
+    const int32_t *ids; /* borrowed until textwork_pop */
     size_t n_ids;
     struct bytes text;
 };

@@ -2,9 +2,17 @@
 #include "moe/cpu_kernels.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
 #include "moe/cpu_attention.h"
 #include "moe/cpu_dot.h"
 #include "moe/cpu_vector.h"
+
+/* By CPUID leaf 1: clang 14 does not know the name. */
+static bool cpu_has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
 
 static const struct cpu_kernels kernels = {
     .name = "avx2",
@@ -30,7 +38,7 @@ const struct cpu_kernels *cpu_kernels_avx2(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
+        cpu_has_f16c())
         return &kernels;
 #endif
     return NULL;

@@ -2,9 +2,17 @@
 #include "moe/cpu_kernels.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
 #include "moe/cpu_attention.h"
 #include "moe/cpu_dot.h"
 #include "moe/cpu_vector.h"
+
+/* By CPUID leaf 1: clang 14 does not know the name. */
+static bool cpu_has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
 
 static const struct cpu_kernels kernels = {
     .name = "avx512-vnni",
@@ -32,7 +40,7 @@ const struct cpu_kernels *cpu_kernels_avx512(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
+        cpu_has_f16c())
         return &kernels;
 #endif
     return NULL;

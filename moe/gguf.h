@@ -4,7 +4,8 @@
  * file that shrinks later is an ST_IO, not a signal. Rules: every count is held against the bytes that
  * remain before anything is allocated; every sum and product is checked; keys and tensor names are
  * unique; alignment is a power of two, 8 … 4096; n_dims 1 … 4; tensors are aligned, inside their file and
- * do not overlap; tensor types are the ones quant.h knows, or the open fails naming the tensor.
+ * do not overlap; tensor types are the ones quant.h knows, or the open fails naming the tensor. More than
+ * 128 MiB of metadata, 65536 keys or 262144 tensors is ST_UNSUPPORTED; more than 512 parts is ST_CORRUPT.
  *
  * Private to moe/. Immutable after opening; gguf_tensor_read may be called from any thread. */
 #ifndef MOED_MOE_GGUF_H

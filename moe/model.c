@@ -22,6 +22,7 @@
 struct slot_state {
     bool started;
     bool sampled; /* a submitted step samples it: MOE_LAST_TOKEN has a meaning */
+    int32_t n_ids; /* its history's length once all submitted steps have sampled */
     uint64_t step; /* the last step it was in */
 };
 
@@ -58,21 +59,21 @@ static int32_t blocks_of(int32_t n_tokens, int32_t block_tokens) {
     return (int32_t)(((int64_t)n_tokens + block_tokens - 1) / block_tokens);
 }
 
-/* The pool's default: DEFAULT_SEQ_TOKENS for each slot, but enough for one sequence of full length and no
- * more than all slots at full length can use. */
-static int64_t default_blocks(const struct moe_limits *l) {
+/* The pool's default: DEFAULT_SEQ_TOKENS for each slot, no more than all slots at full length can use, and enough
+ * for one sequence of full length if somebody chose that length. */
+static int64_t default_blocks(const struct moe_limits *l, bool any_length) {
     int64_t full = blocks_of(l->max_seq_tokens, l->block_tokens);
     int64_t n = (int64_t)l->max_seqs * blocks_of(DEFAULT_SEQ_TOKENS, l->block_tokens);
     if (n > full * l->max_seqs) n = full * l->max_seqs;
-    return n < full ? full : n;
+    return n < full && !any_length ? full : n;
 }
 
 /* Fill in the defaults of *l and check it against the model. on_gpu: the backend sizes the pool. */
 static enum status settle_limits(const struct model_shape *m, bool on_gpu, struct error *e,
                                  struct moe_limits *l) {
+    bool any_length = l->max_seq_tokens == 0;
     if (l->block_tokens == 0) l->block_tokens = DEFAULT_BLOCK_TOKENS;
-    if (l->max_seq_tokens == 0 || l->max_seq_tokens > m->n_ctx_train)
-        l->max_seq_tokens = m->n_ctx_train;
+    if (any_length || l->max_seq_tokens > m->n_ctx_train) l->max_seq_tokens = m->n_ctx_train;
     if (l->max_rows == 0) l->max_rows = l->max_seqs;
     enum status st;
     if ((st = check_range("max_batch_tokens", l->max_batch_tokens, 1, MAX_BATCH_TOKENS, e)) ||
@@ -89,11 +90,15 @@ static enum status settle_limits(const struct model_shape *m, bool on_gpu, struc
                          "max_batch_tokens is %d: too many with %d experts per token",
                          (int)l->max_batch_tokens, (int)m->n_experts_used);
     int64_t n_blocks = l->n_blocks;
-    if (n_blocks == 0 && !on_gpu) n_blocks = default_blocks(l);
+    if (n_blocks == 0 && !on_gpu) n_blocks = default_blocks(l, any_length);
     if (n_blocks < 0 || n_blocks * l->block_tokens > INT32_MAX)
         return error_set(e, ST_INVALID, "n_blocks is %lld: the pool must hold 1 to %d tokens",
                          (long long)n_blocks, INT32_MAX);
     l->n_blocks = (int32_t)n_blocks;
+    /* A length that nobody chose need not be more than the pool can hold. */
+    int64_t pool_tokens = n_blocks * l->block_tokens;
+    if (any_length && pool_tokens > 0 && pool_tokens < l->max_seq_tokens)
+        l->max_seq_tokens = (int32_t)pool_tokens;
     return ST_OK;
 }
 
@@ -343,6 +348,7 @@ enum status moe_slot_start(struct moe *m, const struct moe_slot_start *start) {
     struct slot_state *slot = &m->slots[start->slot];
     slot->started = true;
     slot->sampled = false;
+    slot->n_ids = start->n_ids;
     return m->ops->slot_start(m->forward.backend, start);
 }
 
@@ -365,6 +371,8 @@ static int32_t check_seq(struct moe *m, const struct moe_step_seq *seq, const in
     if (seq->rows == MOE_ROWS_NONE) return 0;
     if (seq->rows == MOE_ROWS_ALL) return seq->n_tokens;
     CHECK(seq->rows == MOE_ROWS_SAMPLE && slot->started);
+    /* The sampled token's position is the history's length: draws and penalties rest on it. */
+    CHECK(slot->n_ids++ == seq->start_pos + seq->n_tokens);
     slot->sampled = true;
     return 1;
 }

@@ -42,7 +42,7 @@ struct moe_limits {
     int32_t max_batch_tokens; /* T: tokens in one step */
     int32_t max_seqs;         /* slots, and sequences in one step */
     int32_t max_rows;         /* R: rows that may reach the head in one step; >= max_seqs */
-    int32_t max_seq_tokens;   /* positions of one sequence; <= n_ctx_train */
+    int32_t max_seq_tokens;   /* positions of one sequence; clipped to n_ctx_train; 0 = that, or the pool if less */
     int32_t block_tokens;     /* B */
     int32_t n_blocks;         /* KV pool; 0 = what memory allows (GPU) or max_seqs * 1024 tokens' worth */
 };
@@ -110,7 +110,7 @@ struct moe_sampling {
 struct moe_slot_start {
     int32_t slot;
     struct moe_sampling sampling;
-    const int32_t *ids; /* prompt, then what was sampled before (after a preemption) */
+    const int32_t *ids; /* prompt, then what was sampled before (after a preemption): all ids before the next sampled one */
     int32_t n_ids, n_prompt;
 };
 

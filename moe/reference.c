@@ -113,18 +113,16 @@ static const float *weight_row(struct reference *r, const struct weight *w, int3
     return r->row;
 }
 
-/* out[i][o] = (row o of w's matrix e) · x[i] for n inputs of w->n_cols values each; added if `add`. */
+/* out[i][o] = (row o of w's matrix e) · x[i] for n inputs of w->n_cols values each. */
 static void matmul(struct reference *r, const struct weight *w, int32_t e, const float *x,
-                   int32_t n, bool add, float *out) {
+                   int32_t n, float *out) {
     size_t n_cols = (size_t)w->n_cols;
     widen(x, (size_t)n * n_cols, r->wide_x);
     for (int32_t o = 0; o < w->n_rows; o++) {
         widen(weight_row(r, w, e, o), n_cols, r->wide_row);
-        for (int32_t i = 0; i < n; i++) {
-            float *y = &out[(size_t)i * (size_t)w->n_rows + (size_t)o];
-            double product = dot(r->wide_row, r->wide_x + (size_t)i * n_cols, w->n_cols);
-            *y = (float)(add ? (double)*y + product : product);
-        }
+        for (int32_t i = 0; i < n; i++)
+            out[(size_t)i * (size_t)w->n_rows + (size_t)o] =
+                (float)dot(r->wide_row, r->wide_x + (size_t)i * n_cols, w->n_cols);
     }
 }
 
@@ -337,7 +335,7 @@ static enum status reference_norm_linear(struct backend *b, const struct op_norm
     const float *norm = weight_row(r, op->norm, 0, 0);
     for (int32_t t = 0; t < r->batch.n_tokens; t++) norm_row(op->x, t, norm, op->eps, r->x, t);
     for (int i = 0; i < op->n_out; i++)
-        matmul(r, op->w[i], 0, r->x, r->batch.n_tokens, false, op->out[i]->p);
+        matmul(r, op->w[i], 0, r->x, r->batch.n_tokens, op->out[i]->p);
     return ST_OK;
 }
 
@@ -414,7 +412,9 @@ static enum status reference_attention(struct backend *b, const struct op_attent
 
 static enum status reference_linear_add(struct backend *b, const struct op_linear_add *op) {
     struct reference *r = of(b);
-    matmul(r, op->w, 0, op->x->p, r->batch.n_tokens, true, op->h->p);
+    size_t n = (size_t)r->batch.n_tokens * (size_t)op->w->n_rows;
+    matmul(r, op->w, 0, op->x->p, r->batch.n_tokens, r->x);
+    for (size_t i = 0; i < n; i++) op->h->p[i] += r->x[i];
     return ST_OK;
 }
 
@@ -424,7 +424,7 @@ static enum status reference_route(struct backend *b, const struct op_route *op)
     const float *norm = weight_row(r, op->norm, 0, 0);
     for (int32_t t = 0; t < n_tokens; t++) norm_row(op->h, t, norm, op->eps, op->x->p, t);
     /* r->x has room for the [T][E] logits if E <= max_cols; the router's rows go through r->row. */
-    matmul(r, op->router, 0, op->x->p, n_tokens, false, r->x);
+    matmul(r, op->router, 0, op->x->p, n_tokens, r->x);
     for (int32_t t = 0; t < n_tokens; t++)
         route_top_k(r->x + (size_t)t * (size_t)r->shape.n_experts, r->shape.n_experts, k,
                     op->renormalize, r->route.ids + (size_t)t * (size_t)k,
@@ -446,8 +446,8 @@ static enum status reference_experts_up(struct backend *b, const struct op_exper
             memcpy(r->x + (size_t)i * d, buf_row(op->x, route->pair_of[first + i] / route->n_used),
                    d * sizeof(float));
         float *act = buf_row(op->act, first);
-        matmul(r, op->gate, e, r->x, n, false, act);
-        matmul(r, op->up, e, r->x, n, false, r->up);
+        matmul(r, op->gate, e, r->x, n, act);
+        matmul(r, op->up, e, r->x, n, r->up);
         for (size_t i = 0; i < (size_t)n * f; i++) {
             double gate = (double)act[i];
             act[i] = (float)(gate / (1.0 + exp(-gate)) * (double)r->up[i]);
@@ -461,7 +461,7 @@ static enum status reference_experts_down(struct backend *b, const struct op_exp
     const struct route *route = &r->route;
     for (int32_t e = 0; e < route->n_experts; e++) {
         int32_t first = route->expert_first[e], n = route->expert_first[e + 1] - first;
-        if (n > 0) matmul(r, op->down, e, buf_row(op->act, first), n, false, buf_row(op->y, first));
+        if (n > 0) matmul(r, op->down, e, buf_row(op->act, first), n, buf_row(op->y, first));
     }
     for (int32_t t = 0; t < r->batch.n_tokens; t++) {
         float *h = buf_row(op->h, t);
@@ -483,7 +483,7 @@ static enum status reference_head(struct backend *b, const struct op_head *op) {
     const float *norm = weight_row(r, op->norm, 0, 0);
     for (int32_t i = 0; i < r->batch.n_rows; i++)
         norm_row(op->h, r->batch.rows[i].token, norm, op->eps, r->x, i);
-    matmul(r, op->w, 0, r->x, r->batch.n_rows, false, op->logits->p);
+    matmul(r, op->w, 0, r->x, r->batch.n_rows, op->logits->p);
     return ST_OK;
 }
 

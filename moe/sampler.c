@@ -1,6 +1,6 @@
 /* See sampler.h for the definition. Here: how to do it without sorting a vocabulary.
  *
- * Greedy rows are one scan. top_k keeps a heap of k while scanning the logits once. Where a prefix of the
+ * Greedy rows are a few scans. The first k tokens are a heap kept while scanning the logits once. Where a prefix of the
  * falling order is wanted (top_p, the draw), prefix_select halves towards its end as quickselect does,
  * carrying sums, so that an unrestricted draw from 150,000 tokens is linear in them.
  *
@@ -167,14 +167,32 @@ static void sift_down(struct candidate *c, int32_t n, int32_t i) {
     }
 }
 
-/* The first k of n logits in the falling order, in no order, to c[k]. */
+/* The largest of n > 0 values, none of them NaN; in lanes, for the compiler to vectorise. */
+static float max_of(const float *x, int32_t n) {
+    enum { LANES = 16 };
+    float max[LANES];
+    for (int j = 0; j < LANES; j++) max[j] = x[0];
+    int32_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
+    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
+    for (int j = 1; j < LANES; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    return max[0];
+}
+
+/* The first k of n logits in the falling order, to c[k] as a heap: c[0] is the last of them. */
 static void select_top(const float *logits, int32_t n, int32_t k, struct candidate *c) {
+    enum { STRIDE = 128 };
     for (int32_t i = 0; i < k; i++) c[i] = (struct candidate){.logit = logits[i], .id = i};
     for (int32_t i = k / 2; i-- > 0;) sift_down(c, k, i);
-    for (int32_t i = k; i < n; i++) {
-        if (!(logits[i] > c[0].logit)) continue; /* an equal one has the higher id */
-        c[0] = (struct candidate){.logit = logits[i], .id = i};
-        sift_down(c, k, 0);
+    for (int32_t at = k; at < n; at += STRIDE) {
+        int32_t end = n - at < STRIDE ? n : at + STRIDE;
+        if (!(max_of(logits + at, end - at) > c[0].logit)) continue;
+        for (int32_t i = at; i < end; i++) {
+            if (!(logits[i] > c[0].logit)) continue; /* an equal one has the higher id */
+            c[0] = (struct candidate){.logit = logits[i], .id = i};
+            sift_down(c, k, 0);
+        }
     }
 }
 
@@ -235,10 +253,47 @@ static bool all_finite(const float *x, int32_t n) {
 }
 
 static int32_t largest(const float *x, int32_t n) {
-    int32_t best = 0;
-    for (int32_t i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
+    float max = max_of(x, n);
+    int32_t i = 0;
+    while (i < n - 1 && x[i] != max) i++;
+    return i;
+}
+
+typedef float floats __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(16)));
+enum { LANES = 4 };
+
+/* e^x for x <= 0, relatively within 1e-7; below -87 it stays at e^-87, which no float64 sum beside a 1 notices.
+ * Range reduction and polynomial: Cephes' expf (Moshier). */
+static inline floats exp_of(floats x) {
+    ints low = x < -87.0f;
+    floats y = (floats)(((ints)x & ~low) | ((ints)((floats){0} - 87.0f) & low));
+    ints n = __builtin_convertvector(y * 1.44269504f - 0.5f, ints); /* rounds: y is not positive */
+    floats f = __builtin_convertvector(n, floats);
+    floats r = y - f * 0.693359375f + f * 2.12194440e-4f;
+    floats e = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1.0f;
+    return e * (floats)((n + 127) << 23);
+}
+
+/* Sum of e^((x - max) / temperature). */
+static double sum_exp(const float *x, int32_t n, float max, float temperature) {
+    double sum[LANES] = {0};
+    for (int32_t i = 0; i < n; i += LANES) {
+        int32_t m = n - i < LANES ? n - i : LANES;
+        floats e;
+        if (m == LANES)
+            memcpy(&e, x + i, sizeof e);
+        else
+            for (int32_t j = 0; j < LANES; j++) e[j] = j < m ? x[i + j] : -INFINITY;
+        e = exp_of((e - max) / temperature);
+        for (int32_t j = 0; j < LANES; j++) sum[j] += (double)e[j];
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 /* Steps 2 to 5: bias, stop ids, penalties. */
@@ -267,40 +322,72 @@ static void adjust(const struct slot *slot, int32_t *count, float *logits) {
     }
 }
 
-/* Step 6 for temperature > 0. */
+/* Set p of n candidates; returns their sum. */
+static double weigh(const struct moe_sampling *p, float max, struct candidate *c, int32_t n) {
+    double sum = 0.0;
+    for (int32_t i = 0; i < n; i += LANES) {
+        int32_t m = n - i < LANES ? n - i : LANES;
+        floats e = {0};
+        for (int32_t j = 0; j < m; j++) e[j] = (c[i + j].logit - max) / p->temperature;
+        e = exp_of(e);
+        for (int32_t j = 0; j < m; j++) sum += (double)(c[i + j].p = e[j]);
+    }
+    return sum;
+}
+
+/* Do the first candidates of the falling order, c[n] as a heap with this sum, contain all that steps after top_k can
+ * choose? pool is the sum over everything. */
+static bool enough(const struct moe_sampling *p, const struct candidate *c, double sum, double pool,
+                   double u) {
+    if (c[0].p < p->min_p)
+        return true; /* c[0] is the last of them: it and all behind it are dropped */
+    if (p->top_p < 1.0f) return sum >= (double)p->top_p * pool;
+    return p->min_p == 0.0f && sum > u * pool;
+}
+
+static int32_t drop_below(struct candidate *c, int32_t n, float min_p, double *sum) {
+    int32_t n_kept = 0;
+    *sum = 0.0;
+    for (int32_t i = 0; i < n; i++) {
+        if (c[i].p < min_p) continue; /* the largest p is 1 */
+        *sum += (double)c[i].p;
+        c[n_kept++] = c[i];
+    }
+    return n_kept;
+}
+
+/* Step 6 for temperature > 0. Without top_k nearly every draw ends among the first few hundred tokens; only when it
+ * may not are all of them made candidates. */
 static int32_t draw(const struct moe_sampling *p, uint32_t position, const float *logits,
                     int32_t n_vocab, struct candidate *c) {
-    int32_t n = n_vocab;
-    if (p->top_k > 0 && p->top_k < n_vocab) {
-        n = p->top_k;
-        select_top(logits, n_vocab, n, c);
-    } else {
-        for (int32_t i = 0; i < n; i++) c[i] = (struct candidate){.logit = logits[i], .id = i};
-    }
-    float max = logits[largest(logits, n_vocab)];
-    double total = 0.0, kept = 0.0;
-    int32_t n_kept = 0;
-    for (int32_t i = 0; i < n; i++) {
-        struct candidate d = c[i];
-        d.p = expf((d.logit - max) / p->temperature);
-        total += (double)d.p;
-        if (d.p < p->min_p) continue; /* the largest p is 1 */
-        kept += (double)d.p;
-        c[n_kept++] = d;
-    }
-    if (p->top_p < 1.0f) n_kept = prefix_select(c, n_kept, (double)p->top_p * total, false, &kept);
+    enum { FIRST = 256 };
     double u = (double)sampler_uniform(p->seed, position);
+    float max = max_of(logits, n_vocab);
+    bool top_k = p->top_k > 0 && p->top_k < n_vocab;
+    int32_t n = top_k ? p->top_k : n_vocab < FIRST ? n_vocab : FIRST;
+    select_top(logits, n_vocab, n, c);
+    double pool = weigh(p, max, c, n);
+    if (!top_k && n < n_vocab) {
+        double sum = pool;
+        pool = sum_exp(logits, n_vocab, max, p->temperature);
+        if (!enough(p, c, sum, pool, u)) {
+            n = n_vocab;
+            for (int32_t i = 0; i < n; i++) c[i] = (struct candidate){.logit = logits[i], .id = i};
+            weigh(p, max, c, n);
+        }
+    }
+    double kept = pool;
+    if (p->min_p > 0.0f) n = drop_below(c, n, p->min_p, &kept);
+    if (p->top_p < 1.0f) n = prefix_select(c, n, (double)p->top_p * pool, false, &kept);
     double ignored;
-    return c[prefix_select(c, n_kept, u * kept, true, &ignored) - 1].id;
+    return c[prefix_select(c, n, u * kept, true, &ignored) - 1].id;
 }
 
 /* Step 1: the log of the softmax's denominator, and the most likely tokens. */
 static double report_top(const struct moe_sampling *p, const float *logits, int32_t n_vocab,
                          struct candidate *c, struct moe_row *row) {
-    float max = logits[largest(logits, n_vocab)];
-    double sum = 0.0;
-    for (int32_t i = 0; i < n_vocab; i++) sum += (double)expf(logits[i] - max);
-    double log_sum = (double)max + log(sum);
+    float max = max_of(logits, n_vocab);
+    double log_sum = (double)max + log(sum_exp(logits, n_vocab, max, 1.0f));
     row->n_top = p->n_top < n_vocab ? p->n_top : n_vocab;
     if (row->n_top == 0) return log_sum;
     select_top(logits, n_vocab, row->n_top, c);
@@ -329,14 +416,14 @@ void sampler_row(struct sampler *s, struct sampler_scratch *scratch, int32_t slo
         log_sum = report_top(p, logits, s->n_vocab, scratch->candidates, row);
     }
     adjust(slot, scratch->count, logits);
-    int32_t token = largest(logits, s->n_vocab);
     /* Extreme biases can overflow, and bans can leave a tiny vocabulary empty. */
-    if (!isfinite(logits[token])) {
+    if (!isfinite(max_of(logits, s->n_vocab))) {
         row->n_top = 0;
         return;
     }
-    if (p->temperature > 0.0f)
-        token = draw(p, (uint32_t)slot->n_ids, logits, s->n_vocab, scratch->candidates);
+    int32_t token = p->temperature > 0.0f
+                        ? draw(p, (uint32_t)slot->n_ids, logits, s->n_vocab, scratch->candidates)
+                        : largest(logits, s->n_vocab);
     slot->ids[slot->n_ids++] = token;
     slot->last = token;
     row->token = token;

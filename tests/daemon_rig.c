@@ -20,7 +20,9 @@ static uint64_t kv_value(uint64_t before, int32_t token) {
 }
 
 /* An ordinary token: the ids from 256 on are text, the last few are special. */
-static int32_t draw(uint64_t kv, uint64_t seed) { return 512 + (int32_t)(mix(kv ^ mix(seed + 7)) % 4096); }
+static int32_t draw(uint64_t kv, uint64_t seed) {
+    return 512 + (int32_t)(mix(kv ^ mix(seed + 7)) % 4096);
+}
 
 void fake_answer(const int32_t *prompt, int32_t n_prompt, uint64_t seed, int32_t *out, int32_t n) {
     uint64_t kv = 0;
@@ -43,7 +45,7 @@ static enum status fake_slot_start(void *ctx, const struct moe_slot_start *start
 }
 
 static int32_t scripted(const struct fake *f, const struct fake_slot *slot, int32_t drawn) {
-    for (int i = 0; i < f->n_scripts; i++) {
+    for (int i = 0, n = atomic_load(&f->n_scripts); i < n; i++) {
         const struct fake_script *s = &f->scripts[i];
         if (s->first_id != slot->first_id) continue;
         int32_t k = slot->n_known - slot->n_prompt;
@@ -110,8 +112,7 @@ static enum status fake_collect(void *ctx, struct moe_result *out) {
     f->first = (f->first + 1) % MOE_MAX_IN_FLIGHT;
     f->n_submitted--;
     out->n_rows = step->n_rows;
-    if (step->n_rows > 0)
-        memcpy(out->rows, step->rows, (size_t)step->n_rows * sizeof *step->rows);
+    if (step->n_rows > 0) memcpy(out->rows, step->rows, (size_t)step->n_rows * sizeof *step->rows);
     return ST_OK;
 }
 
@@ -128,11 +129,13 @@ static const struct engine_ops fake_ops = {.slot_start = fake_slot_start,
                                            .depth = fake_depth};
 
 void fake_add_script(struct rig *r, int32_t first_id, const int32_t *ids, int32_t n) {
-    CHECK(r->fake.n_scripts < FAKE_SCRIPTS && n <= 64);
-    struct fake_script *s = &r->fake.scripts[r->fake.n_scripts++];
+    int at = atomic_load(&r->fake.n_scripts);
+    CHECK(at < FAKE_SCRIPTS && n <= 64);
+    struct fake_script *s = &r->fake.scripts[at];
     s->first_id = first_id;
     s->n = n;
     memcpy(s->ids, ids, (size_t)n * sizeof *ids);
+    atomic_store(&r->fake.n_scripts, at + 1);
 }
 
 void fake_let(struct rig *r, int n) {
@@ -205,14 +208,14 @@ void rig_start(struct rig *r, const struct rig_options *o) {
     struct engine *engine = NULL;
     assert_ok(net_open(r->endpoint, &e, &net), &e);
     assert_ok(engine_start(&fake_ops, &r->fake, &e, &engine), &e);
-    struct server_options options = {
-        .text = r->text,
-        .info = &r->fake.info,
-        .max_queue = or_default(o->max_queue, 64),
-        .max_queued_tokens = or_default(o->max_queued_tokens, 10000),
-        .max_sessions = or_default(o->max_sessions, 64),
-        .drain_ns = (uint64_t)or_default(o->drain_ms, 5000) * 1000000u,
-        .stall_ns = (uint64_t)or_default(o->stall_ms, 30000) * 1000000u};
+    struct server_options options = {.text = r->text,
+                                     .info = &r->fake.info,
+                                     .max_queue = or_default(o->max_queue, 64),
+                                     .max_queued_tokens = or_default(o->max_queued_tokens, 10000),
+                                     .max_sessions = or_default(o->max_sessions, 64),
+                                     .drain_ns = (uint64_t)or_default(o->drain_ms, 5000) * 1000000u,
+                                     .stall_ns =
+                                         (uint64_t)or_default(o->stall_ms, 30000) * 1000000u};
     assert_ok(server_create(&options, net, engine, &e, &r->server), &e);
     if (pthread_create(&r->thread, NULL, rig_main, r) != 0) fail_msg("pthread_create");
 }
@@ -299,9 +302,8 @@ bool peer_poll(struct peer *p, int timeout_ms, struct wire_msg *out) {
             size_t len = 0;
             arena_reset(&p->scratch);
             assert_int_equal(wire_encode(&credit, &p->scratch, small, sizeof small, &len), ST_OK);
-            struct wire_header ch = {.major = WIRE_MAJOR,
-                                     .type = WIRE_CREDIT,
-                                     .body_bytes = (uint32_t)len};
+            struct wire_header ch = {
+                .major = WIRE_MAJOR, .type = WIRE_CREDIT, .body_bytes = (uint32_t)len};
             wire_header_encode(&ch, credit_header);
             struct bytes frames[] = {{credit_header, sizeof credit_header}, {small, len}};
             peer_send_frames(p, frames, 2);
@@ -340,8 +342,7 @@ void peer_expect_after_chunks(struct peer *p, enum wire_type type, uint64_t requ
 
 void peer_hello(struct peer *p) {
     static const uint32_t majors[] = {1};
-    struct wire_msg m = {.type = WIRE_HELLO,
-                         .hello = {majors, 1, 0, {(const uint8_t *)"test", 4}}};
+    struct wire_msg m = {.type = WIRE_HELLO, .hello = {majors, 1, 0, {(const uint8_t *)"test", 4}}};
     peer_send(p, &m);
     peer_expect(p, WIRE_WELCOME, 0, &m);
     memcpy(p->boot_id, m.welcome.boot_id, WIRE_ID_BYTES);
@@ -353,19 +354,18 @@ void peer_credit(struct peer *p, uint64_t session_seq) {
 }
 
 struct wire_msg submit_ids(uint64_t request_id, const int32_t *ids, size_t n, uint32_t max_tokens) {
-    return (struct wire_msg){.type = WIRE_SUBMIT,
-                             .request_id = request_id,
-                             .submit = {.prompt_ids = ids,
-                                        .n_prompt_ids = n,
-                                        .sampling = {.top_p = 1,
-                                                     .repetition_penalty = 1,
-                                                     .has_seed = true,
-                                                     .seed = request_id},
-                                        .has_max_tokens = true,
-                                        .max_tokens = max_tokens,
-                                        .priority = 1,
-                                        .n = 1,
-                                        .parse_special = true}};
+    return (struct wire_msg){
+        .type = WIRE_SUBMIT,
+        .request_id = request_id,
+        .submit = {
+            .prompt_ids = ids,
+            .n_prompt_ids = n,
+            .sampling = {.top_p = 1, .repetition_penalty = 1, .has_seed = true, .seed = request_id},
+            .has_max_tokens = true,
+            .max_tokens = max_tokens,
+            .priority = 1,
+            .n = 1,
+            .parse_special = true}};
 }
 
 double peer_stat(struct peer *p, const char *name) {

@@ -20,7 +20,7 @@ enum {
     FAKE_SCRIPTS = 16,
     FAKE_NUMERIC = 300, /* a prompt that begins with this id fails at its third token */
     RIG_VOCAB = 8192,
-    RIG_EOS = 8189      /* <|im_end|> of the bundled vocabulary */
+    RIG_EOS = 8189 /* <|im_end|> of the bundled vocabulary */
 };
 
 struct fake_script { /* answers for prompts that begin with first_id: these ids, then RIG_EOS */
@@ -46,25 +46,25 @@ struct fake {
     int n_submitted, first, depth;
     struct moe_counters counters;
     struct fake_script scripts[FAKE_SCRIPTS];
-    int n_scripts;
+    _Atomic int n_scripts;
     /* Set by the test's thread at any time. */
     _Atomic int lose_at_step; /* 0: never */
-    _Atomic int step_us;      /* how long a step takes */
-    _Atomic bool gated;       /* steps wait for fake_let */
+    _Atomic int step_us; /* how long a step takes */
+    _Atomic bool gated; /* steps wait for fake_let */
     sem_t gate;
 };
 
 struct rig_options { /* zero: the default in brackets */
-    int32_t max_seqs;       /* [4] */
-    int32_t n_blocks;       /* [64] */
+    int32_t max_seqs; /* [4] */
+    int32_t n_blocks; /* [64] */
     int32_t max_seq_tokens; /* [256] */
     int32_t max_batch_tokens; /* [64] */
-    int32_t max_queue;      /* [64] */
+    int32_t max_queue; /* [64] */
     int32_t max_queued_tokens; /* [10000] */
-    int32_t max_sessions;   /* [64] */
-    int depth;              /* [1] */
-    int drain_ms;           /* [5000] */
-    int stall_ms;           /* [30000] */
+    int32_t max_sessions; /* [64] */
+    int depth; /* [1] */
+    int drain_ms; /* [5000] */
+    int stall_ms; /* [30000] */
 };
 
 struct rig {
@@ -103,8 +103,8 @@ struct peer {
 };
 
 void peer_open(struct peer *p, const struct rig *r); /* connects; says nothing */
-void peer_hello(struct peer *p);                     /* and takes Welcome */
-void peer_close(struct peer *p);                     /* without Bye */
+void peer_hello(struct peer *p); /* and takes Welcome */
+void peer_close(struct peer *p); /* without Bye */
 void peer_send(struct peer *p, const struct wire_msg *m);
 void peer_send_frames(struct peer *p, const struct bytes *frames, int n);
 /* The next message within 5 s; fails the test if none comes. Borrowed until the next call. */

@@ -8,7 +8,7 @@ import tempfile
 import unittest
 
 BIN = os.environ["TEST_BIN"]
-PATIENCE = 120  # seconds, for what must come: a test that waits this long has failed
+PATIENCE = 300  # seconds, for what must come: a test that waits this long has failed
 
 
 class Fake:

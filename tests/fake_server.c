@@ -1,4 +1,5 @@
-/* See fake_server.h. Everything below fake_start runs on the server's thread; the counts are read under a lock. */
+/* See fake_server.h. Everything below fake_start runs on the server's thread; the counts are
+ * read under a lock. */
 #include "tests/fake_server.h"
 
 #include <pthread.h>
@@ -32,7 +33,8 @@ struct running {
     int session;
     uint64_t request_id;
     uint32_t choice, n_choices;
-    struct wire_choice *done; /* [n_choices], shared by the request's choices; the last one frees it */
+    struct wire_choice
+        *done; /* [n_choices], shared by the request's choices; the last one frees it */
     int32_t *ids;
     int n_ids, n_sent;
     uint32_t seq, n_prompt, top_logprobs;
@@ -58,21 +60,21 @@ struct fake {
     bool failed_once, mute, dead;
 };
 
-#define COUNT(f, member, n) \
-    do { \
-        pthread_mutex_lock(&(f)->lock); \
-        (f)->counts.member += (n); \
-        pthread_mutex_unlock(&(f)->lock); \
+#define COUNT(f, member, n)                                                                        \
+    do {                                                                                           \
+        pthread_mutex_lock(&(f)->lock);                                                            \
+        (f)->counts.member += (n);                                                                 \
+        pthread_mutex_unlock(&(f)->lock);                                                          \
     } while (0)
 
-#define COUNT_MAX(f, member, n) \
-    do { \
-        pthread_mutex_lock(&(f)->lock); \
-        if ((f)->counts.member < (n)) (f)->counts.member = (n); \
-        pthread_mutex_unlock(&(f)->lock); \
+#define COUNT_MAX(f, member, n)                                                                    \
+    do {                                                                                           \
+        pthread_mutex_lock(&(f)->lock);                                                            \
+        if ((f)->counts.member < (n)) (f)->counts.member = (n);                                    \
+        pthread_mutex_unlock(&(f)->lock);                                                          \
     } while (0)
 
-/* ---- UTF-8 ------------------------------------------------------------------------------------------ */
+/* ---- UTF-8 ----------------------------------------------------------------------------------- */
 
 static size_t put_char(int32_t id, char *dst) {
     uint32_t c = (uint32_t)id;
@@ -101,12 +103,14 @@ static int get_chars(const char *s, size_t n, int32_t *ids, int cap) {
     return count;
 }
 
-/* ---- sending ------------------------------------------------------------------------------------------ */
+/* ---- sending --------------------------------------------------------------------------------- */
 
-static void send_parts(struct fake *f, int session, const uint8_t *header, const void *body, size_t n) {
+static void send_parts(struct fake *f, int session, const uint8_t *header, const void *body,
+                       size_t n) {
     struct session *s = &f->sessions[session];
     if (f->mute) return;
-    bool one = f->o.fault == FAKE_ONE_PART && header[6] == WIRE_TOKEN_CHUNK && f->n_chunks == f->o.at;
+    bool one =
+        f->o.fault == FAKE_ONE_PART && header[6] == WIRE_TOKEN_CHUNK && f->n_chunks == f->o.at;
     bool three =
         f->o.fault == FAKE_THREE_PARTS && header[6] == WIRE_TOKEN_CHUNK && f->n_chunks == f->o.at;
     if (zmq_send(f->sock, s->id, s->n_id, ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0) return; /* it left */
@@ -155,7 +159,7 @@ static void send_goodbye(struct fake *f, int session, enum status code, const ch
     send_msg(f, session, &msg);
 }
 
-/* ---- answers ------------------------------------------------------------------------------------------ */
+/* ---- answers --------------------------------------------------------------------------------- */
 
 static size_t add_bytes(char *dst, size_t cap, size_t n, const char *key, struct bytes b) {
     n += (size_t)snprintf(dst + n, cap - n, " %s=%.*s", key, (int)b.n, (const char *)b.p);
@@ -167,12 +171,14 @@ static size_t render_submit(const struct wire_submit *s, char *dst, size_t cap) 
     size_t n = (size_t)snprintf(
         dst, cap,
         "temperature=%g top_k=%u top_p=%g min_p=%g repetition=%g presence=%g frequency=%g "
-        "logprobs=%d top_logprobs=%u max_tokens=%u min_tokens=%u ignore_eos=%d priority=%u ttl_ms=%u "
+        "logprobs=%d top_logprobs=%u max_tokens=%u min_tokens=%u ignore_eos=%d priority=%u "
+        "ttl_ms=%u "
         "n=%u parse_special=%d",
         p->temperature, p->top_k, p->top_p, p->min_p, p->repetition_penalty, p->presence_penalty,
         p->frequency_penalty, p->logprobs, p->top_logprobs, s->has_max_tokens ? s->max_tokens : 0,
         s->min_tokens, s->ignore_eos, s->priority, s->ttl_ms, s->n, s->parse_special);
-    if (p->has_seed) n += (size_t)snprintf(dst + n, cap - n, " seed=%llu", (unsigned long long)p->seed);
+    if (p->has_seed)
+        n += (size_t)snprintf(dst + n, cap - n, " seed=%llu", (unsigned long long)p->seed);
     for (size_t i = 0; i < p->n_bias; i++)
         n += (size_t)snprintf(dst + n, cap - n, " bias=%d:%g", p->bias[i].token, p->bias[i].bias);
     for (size_t i = 0; i < s->n_stop; i++) n = add_bytes(dst, cap, n, "stop", s->stop[i]);
@@ -202,7 +208,8 @@ static int answer(struct fake *f, const struct wire_submit *s, uint32_t choice, 
     if (s->n_prompt_ids > 0) {
         n = answer_ids_prompt(f, s, ids);
     } else {
-        struct bytes p = s->n_messages > 0 ? s->messages[s->n_messages - 1].content : s->prompt_text;
+        struct bytes p =
+            s->n_messages > 0 ? s->messages[s->n_messages - 1].content : s->prompt_text;
         size_t len;
         if (p.n >= 7 && memcmp(p.p, "!submit", 7) == 0)
             len = render_submit(s, text, sizeof text);
@@ -237,20 +244,22 @@ static void start_choice(struct fake *f, int session, uint64_t id, const struct 
                           .logprobs = s->sampling.logprobs || s->sampling.top_logprobs > 0,
                           .top_logprobs = s->sampling.top_logprobs,
                           .at_length = at_length,
-                          .n_prompt = (uint32_t)(s->n_prompt_ids + s->prompt_text.n + s->n_messages)};
+                          .n_prompt =
+                              (uint32_t)(s->n_prompt_ids + s->prompt_text.n + s->n_messages)};
     r->ids = malloc(((size_t)n + 1) * sizeof *r->ids);
     CHECK(r->ids);
     memcpy(r->ids, ids, (size_t)n * sizeof *r->ids);
     for (int i = 0; i < n; i++) r->hash = wire_hash_id(r->hash, ids[i]);
 }
 
-/* ---- running requests ----------------------------------------------------------------------------------- */
+/* ---- running requests ------------------------------------------------------------------------ */
 
 static void remove_running(struct fake *f, int i) {
     struct running *r = &f->running[i];
     free(r->ids);
     if (r->choice + 1 == r->n_choices) free(r->done);
-    memmove(&f->running[i], &f->running[i + 1], (size_t)(f->n_running - i - 1) * sizeof f->running[0]);
+    memmove(&f->running[i], &f->running[i + 1],
+            (size_t)(f->n_running - i - 1) * sizeof f->running[0]);
     f->n_running--;
 }
 
@@ -282,10 +291,12 @@ static void finish_choice(struct fake *f, const struct running *r, enum wire_rea
     COUNT(f, finished, 1);
 }
 
-static void fail_request(struct fake *f, const struct running *r, enum status code, bool retryable) {
-    struct wire_msg msg = {.type = WIRE_FAILED,
-                           .request_id = r->request_id,
-                           .failed = {.code = code, .text = str("made to fail"), .retryable = retryable}};
+static void fail_request(struct fake *f, const struct running *r, enum status code,
+                         bool retryable) {
+    struct wire_msg msg = {
+        .type = WIRE_FAILED,
+        .request_id = r->request_id,
+        .failed = {.code = code, .text = str("made to fail"), .retryable = retryable}};
     send_msg(f, r->session, &msg);
     f->sessions[r->session].n_running--;
 }
@@ -301,8 +312,9 @@ static void send_chunk(struct fake *f, struct running *r) {
     for (uint32_t i = 0; i < r->top_logprobs; i++)
         top[i] = (struct wire_top_logprob){.token = 'A' + (int32_t)i, .logprob = -1.0f - (float)i};
     for (int i = 0; i < n; i++)
-        logprobs[i] = (struct wire_token_logprob){
-            .logprob = -0.125f * (float)((r->n_sent + i) % 8), .top = top, .n_top = r->top_logprobs};
+        logprobs[i] = (struct wire_token_logprob){.logprob = -0.125f * (float)((r->n_sent + i) % 8),
+                                                  .top = top,
+                                                  .n_top = r->top_logprobs};
     struct session *s = &f->sessions[r->session];
     struct wire_msg msg = {.type = WIRE_TOKEN_CHUNK,
                            .request_id = r->request_id,
@@ -347,29 +359,35 @@ static bool advance(struct fake *f) {
     for (int i = 0; i < f->n_running && !f->dead && !f->mute;) {
         struct running *r = &f->running[i];
         struct session *s = &f->sessions[r->session];
-        bool open = s->sent_seq - s->credit_seq < f->o.credit_window || f->o.fault == FAKE_NO_WINDOW;
+        bool open =
+            s->sent_seq - s->credit_seq < f->o.credit_window || f->o.fault == FAKE_NO_WINDOW;
         if (r->n_sent == r->n_ids) {
             finish_choice(f, r, r->at_length ? REASON_LENGTH : REASON_STOP);
             remove_running(f, i);
             any = true;
             continue;
         }
-        /* Choices of one request are answered one after the other: the first of them holds the rest up. */
+        /* Choices of one request are answered one after the other: the first of them holds the
+         * rest up. */
         bool first = i == 0 || f->running[i - 1].request_id != r->request_id ||
                      f->running[i - 1].session != r->session;
         bool gone = false;
         if (open && first) {
-            if (fault_before_chunk(f, r, &gone)) any = true;
-            else send_chunk(f, r);
+            if (fault_before_chunk(f, r, &gone))
+                any = true;
+            else
+                send_chunk(f, r);
             any = true;
         }
-        if (gone) remove_running(f, i);
-        else i++;
+        if (gone)
+            remove_running(f, i);
+        else
+            i++;
     }
     return any;
 }
 
-/* ---- receiving --------------------------------------------------------------------------------------------- */
+/* ---- receiving ------------------------------------------------------------------------------- */
 
 static void on_hello(struct fake *f, int session) {
     switch (f->o.fault) {
@@ -381,9 +399,9 @@ static void on_hello(struct fake *f, int session) {
     }
     COUNT(f, sessions, 1);
     struct wire_msg msg = {.type = WIRE_WELCOME,
-                           .welcome = {.major = WIRE_MAJOR,
+                           .welcome = {.major = f->o.fault == FAKE_NEW_WELCOME ? 2 : WIRE_MAJOR,
                                        .minor = WIRE_MINOR,
-                                       .limits = {.max_frame_bytes = WIRE_MAX_BODY_BYTES,
+                                       .limits = {.max_frame_bytes = f->o.max_frame_bytes,
                                                   .max_inflight = f->o.max_inflight,
                                                   .credit_window = f->o.credit_window,
                                                   .max_context_tokens = MAX_ANSWER,
@@ -431,8 +449,8 @@ static void on_submit(struct fake *f, int session, const struct wire_msg *m) {
                           .accepted = {.prompt_tokens = (uint32_t)(s->n_prompt_ids + p.n)}};
     send_msg(f, session, &ok);
     if (p.n >= 5 && memcmp(p.p, "!fail", 5) == 0) {
-        fail_request(f, &(struct running){.session = session, .request_id = m->request_id}, ST_NUMERIC,
-                     false);
+        fail_request(f, &(struct running){.session = session, .request_id = m->request_id},
+                     ST_NUMERIC, false);
         return;
     }
     struct wire_choice *done = calloc(s->n, sizeof *done);
@@ -460,8 +478,10 @@ static void on_cancel(struct fake *f, int session, uint64_t id) {
 
 static void drop_session(struct fake *f, int session) {
     for (int i = 0; i < f->n_running;) {
-        if (f->running[i].session == session) remove_running(f, i);
-        else i++;
+        if (f->running[i].session == session)
+            remove_running(f, i);
+        else
+            i++;
     }
     f->sessions[session].n_running = 0;
 }
@@ -520,6 +540,9 @@ static void on_message(struct fake *f, int session, const struct wire_msg *m) {
     case WIRE_HELLO: on_hello(f, session); break;
     case WIRE_PING:
         COUNT(f, pings, 1);
+        if (f->o.fault == FAKE_STRAY_PONG)
+            send_msg(f, session,
+                     &(struct wire_msg){.type = WIRE_PONG, .ping = {.nonce = m->ping.nonce + 1}});
         send_msg(f, session, &(struct wire_msg){.type = WIRE_PONG, .ping = m->ping});
         break;
     case WIRE_BYE:
@@ -585,13 +608,15 @@ static void *serve(void *arg) {
             }
         }
         zmq_pollitem_t item = {.socket = f->sock, .events = ZMQ_POLLIN};
-        if (!any && f->sock && !f->mute) zmq_poll(&item, 1, 20);
-        else if (!any) usleep(5000);
+        if (!any && f->sock && !f->mute)
+            zmq_poll(&item, 1, 20);
+        else if (!any)
+            usleep(5000);
     }
     return NULL;
 }
 
-/* ---- from another thread -------------------------------------------------------------------------------------- */
+/* ---- from another thread --------------------------------------------------------------------- */
 
 struct fake *fake_start(const struct fake_options *o) {
     static atomic_int n_started;
@@ -600,6 +625,7 @@ struct fake *fake_start(const struct fake_options *o) {
     f->o = *o;
     if (f->o.max_inflight == 0) f->o.max_inflight = 8;
     if (f->o.credit_window == 0) f->o.credit_window = 16;
+    if (f->o.max_frame_bytes == 0) f->o.max_frame_bytes = WIRE_MAX_BODY_BYTES;
     if (f->o.heartbeat_ms == 0) f->o.heartbeat_ms = 1000;
     if (f->o.tokens_per_chunk == 0) f->o.tokens_per_chunk = 4;
     if (o->endpoint)

@@ -110,3 +110,16 @@ void gguf_build_save(const struct gguf_build *b, const char *path) {
     if (!f || fwrite(p, 1, n, f) != n || fclose(f) != 0) fail_msg("cannot write %s", path);
     free(p);
 }
+
+void gguf_expect_open(const char *path, bool metadata_only, enum status want, const char *words) {
+    struct error e = {0};
+    struct gguf *g = (struct gguf *)&e;
+    enum status st = gguf_open(path, metadata_only, &e, &g);
+    if (st != want || !strstr(e.text, words))
+        fail_msg("%s \"%s\", not %s \"%s\"", status_name(st), e.text, status_name(want), words);
+    if (st != ST_OK) {
+        assert_int_equal(e.code, want);
+        assert_null(g);
+    }
+    gguf_close(g);
+}

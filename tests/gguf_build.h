@@ -49,4 +49,7 @@ uint8_t *gguf_build_bytes(const struct gguf_build *b, size_t *n);
 /* Write it to path. */
 void gguf_build_save(const struct gguf_build *b, const char *path);
 
+/* Open path and expect a status, and `words` in the sentence that comes with it. */
+void gguf_expect_open(const char *path, bool metadata_only, enum status want, const char *words);
+
 #endif

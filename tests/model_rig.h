@@ -19,15 +19,14 @@ struct model_rig {
     int32_t n_rows;
 };
 
-static inline struct model_rig rig_open_isa(const char *device, const char *cpu_isa, int n_threads,
-                                            const struct moe_limits *limits) {
+static inline struct model_rig rig_open(const char *device, int n_threads,
+                                        const struct moe_limits *limits) {
     struct model_rig r = {0};
     struct error e = {0};
     struct moe_options o = {.model_path = TINY_MODEL,
                             .device = device,
                             .limits = *limits,
                             .n_threads = n_threads,
-                            .cpu_isa = cpu_isa,
                             .gpu_memory_utilization = 0.5};
     assert_ok(moe_open(&o, NULL, NULL, &e, &r.m), &e);
     r.info = moe_info(r.m);
@@ -35,11 +34,6 @@ static inline struct model_rig rig_open_isa(const char *device, const char *cpu_
     r.blocks_per_seq = (l->max_seq_tokens + l->block_tokens - 1) / l->block_tokens;
     r.rows = calloc((size_t)l->max_rows, sizeof *r.rows);
     return r;
-}
-
-static inline struct model_rig rig_open(const char *device, int n_threads,
-                                        const struct moe_limits *limits) {
-    return rig_open_isa(device, NULL, n_threads, limits);
 }
 
 static inline void rig_close(struct model_rig *r) {

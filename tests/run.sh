@@ -36,13 +36,14 @@ stage_lint() {
 
 stage_asan() {
   build asan
-  ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 run_ctest asan
+  # Not detect_stack_use_after_return: GCC 12 then misaligns 64-byte locals (GCC bug 110027), and AVX-512 code faults.
+  UBSAN_OPTIONS=print_stacktrace=1 run_ctest asan
 }
 
 # The tests in which threads meet.
 stage_tsan() {
   build tsan
-  TSAN_OPTIONS=halt_on_error=1 run_ctest tsan -R 'pool|ring|daemon|e2e|client|text'
+  TSAN_OPTIONS="halt_on_error=1:suppressions=$PWD/tests/tsan.supp" run_ctest tsan -R 'pool|ring|daemon|e2e|client|text'
 }
 
 stage_release() {

@@ -3,7 +3,8 @@
  * arg-max agree, and what is the Kullback-Leibler divergence of the next-token distribution?
  *
  * The gate: at least 98 % and at most 5e-3 on average. For scale: an engine with coarser activations agrees at 97.0 %
- * (tests/data/tiny-moe-card.md), because a changed activation changes which experts are chosen. */
+ * (tests/data/tiny-moe-card.md), because a changed activation changes which experts are chosen.
+ * `test_accuracy cuda:0` gates another device. */
 #include "tests/model_rig.h"
 
 #include <math.h>
@@ -61,12 +62,15 @@ static void compare(struct model_rig *reference, struct model_rig *fast, const i
     free(q);
 }
 
-static void check(const char *cpu_isa) {
+static const char *device = "cpu";
+
+static void test_device(void **state) {
+    (void)state;
     struct golden *golden = golden_load();
     struct moe_limits limits = {
         .max_batch_tokens = CHUNK, .max_seqs = 1, .max_rows = CHUNK, .max_seq_tokens = SEQ_TOKENS};
     struct model_rig reference = rig_open("reference", 1, &limits);
-    struct model_rig fast = rig_open_isa("cpu", cpu_isa, 2, &limits);
+    struct model_rig fast = rig_open(device, 2, &limits);
     struct score s = {0};
     for (int i = 0; i < golden->n_prompts; i++) {
         const struct golden_prompt *p = &golden->prompts[i];
@@ -87,12 +91,8 @@ static void check(const char *cpu_isa) {
     golden_free(golden);
 }
 
-static void test_cpu(void **state) {
-    (void)state;
-    check("auto");
-}
-
-int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_cpu)};
+int main(int argc, char **argv) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_device)};
+    if (argc > 1) device = argv[1];
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -72,7 +72,7 @@ struct key_spec {
 struct tensor_spec {
     const char *name; /* NULL: left out */
     enum tensor_type type;
-    int64_t ne[3];
+    int64_t ne[4];
 };
 
 enum { MAX_KEYS = 24, MAX_TENSORS = 32 };
@@ -83,6 +83,7 @@ struct model_spec {
     int n_keys, n_tensors;
     int n_tokens; /* entries of tokenizer.ggml.tokens; -1: no such key */
     int n_token_types; /* likewise */
+    bool no_data; /* tensor infos alone, opened as metadata */
 };
 
 #define LAYER(l)                                                                                   \
@@ -149,14 +150,18 @@ static struct gguf *open_model(const struct model_spec *m) {
     for (int i = 0; i < m->n_token_types; i++) gguf_put_u32(&b.keys, 1);
     for (int i = 0; i < m->n_tensors; i++) {
         const struct tensor_spec *t = &m->tensors[i];
-        if (t->name) gguf_build_tensor(&b, t->name, t->type, t->ne[0], t->ne[1], t->ne[2]);
+        if (t->name && t->ne[3] == 0)
+            gguf_build_tensor(&b, t->name, t->type, t->ne[0], t->ne[1], t->ne[2]);
+        if (t->name && t->ne[3] != 0)
+            gguf_build_info(&b, t->name, 4, (const uint64_t *)t->ne, t->type, (uint64_t)1 << 20);
     }
+    if (m->no_data) b.data_bytes = 0;
     size_t n;
     uint8_t *file = gguf_build_bytes(&b, &n);
     char *path = test_write_temp(file, n);
     struct error e = {0};
     struct gguf *g;
-    assert_ok(gguf_open(path, false, &e, &g), &e);
+    assert_ok(gguf_open(path, m->no_data, &e, &g), &e);
     unlink(path);
     free(path);
     free(file);
@@ -358,6 +363,12 @@ static void test_vocabulary(void **state) {
     m.n_tokens = 11;
     expect(&m, ST_CORRUPT, "key tokenizer.ggml.tokens has 11 tokens, token_embd.weight has 10");
     m = small;
+    m.no_data = true;
+    m.n_tokens = m.n_token_types = -1;
+    tensor(&m, "token_embd.weight")->ne[1] = (1 << 24) + 1;
+    expect(&m, ST_CORRUPT,
+           "tensor token_embd.weight has 16777217 rows; 1 to 16777216 are possible");
+    m = small;
     m.n_token_types = 9;
     expect(&m, ST_CORRUPT, "key tokenizer.ggml.token_type has 9 entries for 10 tokens");
     static const char *const special[] = {
@@ -397,6 +408,10 @@ static void test_tensors(void **state) {
     *tensor(&m, "blk.0.attn_q.bias") = (struct tensor_spec){"blk.0.attn_q.bias", TENSOR_F32, {64}};
     expect(&m, ST_UNSUPPORTED,
            "tensor blk.0.attn_q.bias has no place in a qwen3moe model of 2 layers");
+    m = small;
+    m.no_data = true;
+    tensor(&m, "blk.1.ffn_down_exps.weight")->ne[3] = 2;
+    expect(&m, ST_CORRUPT, "tensor blk.1.ffn_down_exps.weight is 96 x 32 x 6 x 2, but");
     static const char *const exact[] = {"output_norm.weight",       "blk.0.attn_norm.weight",
                                         "blk.0.attn_q_norm.weight", "blk.1.attn_k_norm.weight",
                                         "blk.1.ffn_norm.weight",    "blk.1.ffn_gate_inp.weight"};

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pty
+import select
 import resource
 import signal
 import sys
@@ -153,6 +154,8 @@ class Chat(Case):
     def expect(self, text):
         """Read until text has come; returns what came up to it."""
         while text.encode() not in self.seen:
+            ready, _, _ = select.select([self.fd], [], [], 120)
+            self.assertTrue(ready, f"no {text!r} after {self.seen[-200:]!r}")
             self.seen += os.read(self.fd, 4096)
         end = self.seen.index(text.encode()) + len(text.encode())
         out, self.seen = self.seen[:end], self.seen[end:]
@@ -165,7 +168,8 @@ class Chat(Case):
 
     def test_terminal(self):
         """Ctrl-C stops an answer and not the program; what was said stays in the conversation."""
-        fake = self.serve(tokens_per_chunk=1, chunk_us=2000)
+        # Left alone, the answer would take a minute: Ctrl-C is what ends it.
+        fake = self.serve(tokens_per_chunk=1, chunk_us=60000)
         self.on_terminal("chat")
         self.expect("> ")
         os.write(self.fd, b"z" * 1000 + b"\n")

@@ -1,4 +1,5 @@
-/* What the client programs share: answers held to the protocol's promises, JSON bodies, percentiles, options. */
+/* What the client programs share: answers held to the protocol's promises, JSON bodies,
+ * percentiles, options. */
 #include "tests/support.h"
 
 #include <stdio.h>
@@ -13,17 +14,14 @@
 
 static struct bytes str(const char *s) { return bytes_of(s); }
 
-/* ---- answer ---------------------------------------------------------------------------------------------------------- */
+/* ---- answer ---------------------------------------------------------------------------------- */
 
 static const int32_t ids[] = {5, 6, 7, 8};
 
 static struct wire_msg chunk(uint32_t choice, uint32_t seq, int first, size_t n, const char *text) {
-    return (struct wire_msg){.type = WIRE_TOKEN_CHUNK,
-                             .chunk = {.choice = choice,
-                                       .seq = seq,
-                                       .ids = ids + first,
-                                       .n_ids = n,
-                                       .text = str(text)}};
+    return (struct wire_msg){
+        .type = WIRE_TOKEN_CHUNK,
+        .chunk = {.choice = choice, .seq = seq, .ids = ids + first, .n_ids = n, .text = str(text)}};
 }
 
 static struct wire_choice ended(uint32_t index, size_t n_ids, uint32_t n_chunks) {
@@ -165,7 +163,7 @@ static void test_answer_logprobs(void **state) {
     refuse(&a, chunk(0, 2, 0, 1, "x"), "some have none");
 }
 
-/* ---- body ------------------------------------------------------------------------------------------------------------- */
+/* ---- body ------------------------------------------------------------------------------------ */
 
 static enum status read_body(const char *text, bool chat, struct error *e, struct body *b) {
     json_error_t je;
@@ -180,15 +178,20 @@ static void test_body_chat(void **state) {
     (void)state;
     struct body b;
     struct error e;
-    enum status st = read_body(
-        "{\"model\":\"m\",\"messages\":[{\"role\":\"system\",\"content\":\"s\"},"
-        "{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"one \"},{\"type\":\"text\",\"text\":\"two\"}]}],"
-        "\"max_tokens\":7,\"temperature\":0.5,\"top_p\":0.25,\"top_k\":3,\"min_p\":0.125,\"seed\":42,\"n\":2,"
-        "\"stop\":[\"x\",\"yy\"],\"stop_token_ids\":[4,5],\"presence_penalty\":1,\"frequency_penalty\":-1,"
-        "\"repetition_penalty\":1.5,\"logit_bias\":{\"17\":-100},\"logprobs\":true,\"top_logprobs\":2,"
-        "\"min_tokens\":3,\"ignore_eos\":true,\"stream\":false,\"user\":\"u\",\"metadata\":{\"a\":1},"
-        "\"response_format\":{\"type\":\"text\"},\"tools\":null}",
-        true, &e, &b);
+    enum status st =
+        read_body("{\"model\":\"m\",\"messages\":[{\"role\":\"system\",\"content\":\"s\"},"
+                  "{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"one "
+                  "\"},{\"type\":\"text\",\"text\":\"two\"}]}],"
+                  "\"max_tokens\":7,\"temperature\":0.5,\"top_p\":0.25,\"top_k\":3,\"min_p\":0.125,"
+                  "\"seed\":42,\"n\":2,"
+                  "\"stop\":[\"x\",\"yy\"],\"stop_token_ids\":[4,5],\"presence_penalty\":1,"
+                  "\"frequency_penalty\":-1,"
+                  "\"repetition_penalty\":1.5,\"logit_bias\":{\"17\":-100},\"logprobs\":true,\"top_"
+                  "logprobs\":2,"
+                  "\"min_tokens\":3,\"ignore_eos\":true,\"stream\":false,\"user\":\"u\","
+                  "\"metadata\":{\"a\":1},"
+                  "\"response_format\":{\"type\":\"text\"},\"tools\":null}",
+                  true, &e, &b);
     if (st != ST_OK) fail_msg("%s", e.text);
     const struct wire_submit *s = &b.submit;
     assert_int_equal(s->n_messages, 2);
@@ -213,7 +216,8 @@ static void test_body_completion(void **state) {
     (void)state;
     struct body b;
     struct error e;
-    assert_int_equal(read_body("{\"prompt\":\"hi\",\"stop\":\"z\",\"logprobs\":0}", false, &e, &b), ST_OK);
+    assert_int_equal(read_body("{\"prompt\":\"hi\",\"stop\":\"z\",\"logprobs\":0}", false, &e, &b),
+                     ST_OK);
     assert_memory_equal(b.submit.prompt_text.p, "hi", 2);
     assert_true(b.submit.n_stop == 1 && b.logprobs && b.submit.sampling.top_logprobs == 0);
     assert_true(b.submit.sampling.temperature == 1.0f); /* OpenAI's default */
@@ -245,13 +249,15 @@ static void test_body_refuses(void **state) {
         {"{\"prompt\":\"\"}", false, ST_INVALID, "non-empty"},
         {"{\"messages\":[{\"role\":\"user\"}]}", true, ST_INVALID, "messages[0].content"},
         {"{\"messages\":[{\"content\":\"x\"}]}", true, ST_INVALID, "messages[0].role"},
-        {"{\"messages\":[{\"role\":\"user\",\"content\":\"x\",\"name\":\"n\"}]}", true, ST_UNSUPPORTED, "name"},
-        {"{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", true, ST_UNSUPPORTED,
-         "only text"},
+        {"{\"messages\":[{\"role\":\"user\",\"content\":\"x\",\"name\":\"n\"}]}", true,
+         ST_UNSUPPORTED, "name"},
+        {"{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", true,
+         ST_UNSUPPORTED, "only text"},
         {"{" M ",\"tools\":[]}", true, ST_UNSUPPORTED, "tools"},
         {"{" M ",\"best_of\":2}", true, ST_UNSUPPORTED, "best_of"},
         {"{" M ",\"stream\":true}", true, ST_UNSUPPORTED, "stream"},
-        {"{" M ",\"response_format\":{\"type\":\"json_object\"}}", true, ST_UNSUPPORTED, "response_format"},
+        {"{" M ",\"response_format\":{\"type\":\"json_object\"}}", true, ST_UNSUPPORTED,
+         "response_format"},
         {"{" M ",\"temperature\":-1}", true, ST_INVALID, "temperature"},
         {"{" M ",\"temperature\":\"1\"}", true, ST_INVALID, "temperature"},
         {"{" M ",\"top_p\":0}", true, ST_INVALID, "top_p"},
@@ -275,7 +281,7 @@ static void test_body_refuses(void **state) {
     }
 }
 
-/* ---- samples ------------------------------------------------------------------------------------------------------------ */
+/* ---- samples --------------------------------------------------------------------------------- */
 
 static void test_percentiles(void **state) {
     (void)state;
@@ -287,6 +293,7 @@ static void test_percentiles(void **state) {
     assert_true(samples_percentile(&s, 0.99) == 99);
     assert_true(samples_percentile(&s, 1.0) == 100);
     assert_true(samples_percentile(&s, 0.001) == 1);
+    assert_true(samples_percentile(&s, 0.07) == 7);
     assert_true(samples_mean(&s) == 50.5);
     assert_true(samples_add(&s, 1000, 100)); /* half of all values now */
     assert_true(samples_percentile(&s, 0.50) == 100);
@@ -295,13 +302,17 @@ static void test_percentiles(void **state) {
     assert_true(samples_add(&s, 7, 1));
     assert_true(samples_percentile(&s, 0.5) == 7 && samples_percentile(&s, 0.99) == 7);
     samples_free(&s);
+    for (int i = 1; i <= 7; i++) samples_add(&s, i, 1);
+    assert_true(samples_percentile(&s, 0.5) == 4); /* of seven, the rank is rounded up */
+    assert_true(samples_percentile(&s, 0.9) == 7);
+    samples_free(&s);
     for (int i = 0; i < 5000; i++) samples_add(&s, i % 10, 1);
     assert_int_equal(s.n, 5000);
     assert_true(samples_percentile(&s, 0.9) == 8);
     samples_free(&s);
 }
 
-/* ---- args ---------------------------------------------------------------------------------------------------------------- */
+/* ---- args ------------------------------------------------------------------------------------ */
 
 struct parsed {
     bool flag;
@@ -335,8 +346,8 @@ static struct parsed parse(int argc, char **argv) {
 
 static void test_args(void **state) {
     (void)state;
-    struct parsed p =
-        parse(10, (char *[]){"test", "-f", "one", "--text=a=b", "-c3", "--item", "x", "-i", "y", "two"});
+    struct parsed p = parse(
+        10, (char *[]){"test", "-f", "one", "--text=a=b", "-c3", "--item", "x", "-i", "y", "two"});
     assert_true(p.go_on && p.flag && p.count == 3 && p.real == 0.5);
     assert_string_equal(p.text, "a=b");
     assert_int_equal(p.list.n, 2);
@@ -362,27 +373,22 @@ static void test_http_status(void **state) {
     static const struct {
         enum status st;
         int http;
-    } cases[] = {{ST_INVALID, 400},  {ST_TOO_LONG, 400},    {ST_UNSUPPORTED, 400}, {ST_DENIED, 403},
-                 {ST_NOT_FOUND, 404}, {ST_CONFLICT, 409},   {ST_TOO_LARGE, 413},   {ST_QUOTA, 429},
-                 {ST_NUMERIC, 500},  {ST_INTERNAL, 500},    {ST_UNIMPLEMENTED, 501},
-                 {ST_OVERLOADED, 503}, {ST_DRAINING, 503},  {ST_LOADING, 503},     {ST_ENGINE_LOST, 503},
-                 {ST_TIMEOUT, 504}};
+    } cases[] = {
+        {ST_INVALID, 400},   {ST_TOO_LONG, 400}, {ST_UNSUPPORTED, 400},   {ST_DENIED, 403},
+        {ST_NOT_FOUND, 404}, {ST_CONFLICT, 409}, {ST_TOO_LARGE, 413},     {ST_QUOTA, 429},
+        {ST_NUMERIC, 500},   {ST_INTERNAL, 500}, {ST_UNIMPLEMENTED, 501}, {ST_OVERLOADED, 503},
+        {ST_DRAINING, 503},  {ST_LOADING, 503},  {ST_ENGINE_LOST, 503},   {ST_TIMEOUT, 504}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         assert_int_equal(http_status(cases[i].st), cases[i].http);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_answer),
-        cmocka_unit_test(test_answer_refuses),
-        cmocka_unit_test(test_answer_errors),
-        cmocka_unit_test(test_answer_logprobs),
-        cmocka_unit_test(test_body_chat),
-        cmocka_unit_test(test_body_completion),
-        cmocka_unit_test(test_body_refuses),
-        cmocka_unit_test(test_percentiles),
-        cmocka_unit_test(test_args),
-        cmocka_unit_test(test_http_status),
+        cmocka_unit_test(test_answer),        cmocka_unit_test(test_answer_refuses),
+        cmocka_unit_test(test_answer_errors), cmocka_unit_test(test_answer_logprobs),
+        cmocka_unit_test(test_body_chat),     cmocka_unit_test(test_body_completion),
+        cmocka_unit_test(test_body_refuses),  cmocka_unit_test(test_percentiles),
+        cmocka_unit_test(test_args),          cmocka_unit_test(test_http_status),
     };
     return cmocka_run_group_tests_name("client_common", tests, NULL, NULL);
 }

@@ -1,5 +1,6 @@
-/* The client library against a server that misbehaves: what each function returns, in which order messages
- * come, and that nothing of the protocol's upkeep (credit, Ping, boot_id) is left to the caller. */
+/* The client library against a server that misbehaves: what each function returns, in which
+ * order messages come, and that nothing of the protocol's upkeep (credit, Ping, boot_id) is left
+ * to the caller. */
 #include "tests/support.h"
 
 #include <poll.h>
@@ -27,11 +28,10 @@ static struct client *open_client(const char *endpoint) {
 }
 
 static struct wire_submit text_submit(const char *prompt) {
-    return (struct wire_submit){
-        .prompt_text = str(prompt),
-        .sampling = {.temperature = 0, .top_p = 1, .repetition_penalty = 1},
-        .priority = 1,
-        .n = 1};
+    return (struct wire_submit){.prompt_text = str(prompt),
+                                .sampling = {.temperature = 0, .top_p = 1, .repetition_penalty = 1},
+                                .priority = 1,
+                                .n = 1};
 }
 
 static uint64_t submit(struct client *c, const char *prompt) {
@@ -83,7 +83,7 @@ static enum status read_to_end(struct client *c, struct error *e, int *n_chunks)
     return st;
 }
 
-/* ---- opening ------------------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 static void test_welcome(void **state) {
     (void)state;
@@ -122,6 +122,7 @@ static void test_refused(void **state) {
     } cases[] = {
         {FAKE_OTHER_MAJOR, ST_UNSUPPORTED, "2, 3"},
         {FAKE_OTHER_HEADER, ST_UNSUPPORTED, "another protocol version"},
+        {FAKE_NEW_WELCOME, ST_UNSUPPORTED, "speaks protocol version 2 "},
         {FAKE_DENY, ST_IO, "not you"},
         {FAKE_NOT_WELCOME, ST_CORRUPT, "answered Hello"},
     };
@@ -179,7 +180,7 @@ static void test_default_endpoint(void **state) {
     assert_string_equal(client_default_endpoint(text, sizeof text), want);
 }
 
-/* ---- requests ------------------------------------------------------------------------------------------- */
+/* ---- requests -------------------------------------------------------------------------------- */
 
 static void test_answer(void **state) {
     (void)state;
@@ -287,11 +288,12 @@ static void test_cancel(void **state) {
     assert_int_equal(fake_stop(f).cancelled, 2);
 }
 
+/* The server's limit counts, and a request over it harms nothing. */
 static void test_too_large(void **state) {
     (void)state;
-    struct fake *f = fake_start(&(struct fake_options){0});
+    struct fake *f = fake_start(&(struct fake_options){.max_frame_bytes = 1000});
     struct client *c = open_client(fake_endpoint(f));
-    size_t n = WIRE_MAX_BODY_BYTES + 1;
+    size_t n = 1000;
     char *big = malloc(n);
     memset(big, 'a', n);
     struct wire_submit s = text_submit("");
@@ -308,7 +310,7 @@ static void test_too_large(void **state) {
     fake_stop(f);
 }
 
-/* ---- questions -------------------------------------------------------------------------------------------- */
+/* ---- questions ------------------------------------------------------------------------------- */
 
 static void test_questions(void **state) {
     (void)state;
@@ -339,6 +341,20 @@ static void test_questions(void **state) {
     fake_stop(f);
 }
 
+/* A Pong for another Ping is no answer to this one. */
+static void test_stray_pong(void **state) {
+    (void)state;
+    struct fake *f = fake_start(&(struct fake_options){.fault = FAKE_STRAY_PONG});
+    struct client *c = open_client(fake_endpoint(f));
+    struct error e;
+    struct wire_msg reply, ping = {.type = WIRE_PING, .ping = {.nonce = 100}};
+    must(client_call(c, &ping, PATIENCE_MS, &e, &reply), &e);
+    assert_int_equal(reply.type, WIRE_PONG);
+    assert_int_equal(reply.ping.nonce, 100);
+    client_close(c);
+    fake_stop(f);
+}
+
 /* A refused question is its status and its text. */
 static void test_question_refused(void **state) {
     (void)state;
@@ -352,7 +368,8 @@ static void test_question_refused(void **state) {
     fake_stop(f);
 }
 
-/* Questions in the middle of streams: every message about requests comes afterwards, once, in order. */
+/* Questions in the middle of streams: every message about requests comes afterwards, once, in
+ * order. */
 static void test_call_amid_streams(void **state) {
     (void)state;
     struct fake *f = fake_start(&(struct fake_options){
@@ -363,7 +380,8 @@ static void test_call_amid_streams(void **state) {
     int ended = 0, calls = 0, accepted = 0;
     while (ended < 2) {
         struct error e;
-        struct wire_msg reply, ask = {.type = WIRE_DETOKENIZE, .ids = {(int32_t[]){'A' + calls % 26}, 1}};
+        struct wire_msg reply,
+            ask = {.type = WIRE_DETOKENIZE, .ids = {(int32_t[]){'A' + calls % 26}, 1}};
         must(client_call(c, &ask, PATIENCE_MS, &e, &reply), &e);
         assert_int_equal(reply.text.text.p[0], 'A' + calls++ % 26);
         struct wire_msg m = next(c);
@@ -393,7 +411,7 @@ static void test_call_timeout(void **state) {
     fake_stop(f);
 }
 
-/* ---- faults ------------------------------------------------------------------------------------------------- */
+/* ---- faults ---------------------------------------------------------------------------------- */
 
 /* The session's end as seen by every function, and for good. */
 static void assert_lost(struct client *c, enum status want) {
@@ -450,8 +468,11 @@ static void test_server_restarts(void **state) {
 
 static void test_server_hangs(void **state) {
     (void)state;
-    struct fake *f = fake_start(&(struct fake_options){
-        .fault = FAKE_HANG, .at = 3, .tokens_per_chunk = 1, .answer_tokens = 50, .heartbeat_ms = 20});
+    struct fake *f = fake_start(&(struct fake_options){.fault = FAKE_HANG,
+                                                       .at = 3,
+                                                       .tokens_per_chunk = 1,
+                                                       .answer_tokens = 50,
+                                                       .heartbeat_ms = 20});
     struct client *c = open_client(fake_endpoint(f));
     submit(c, "x");
     struct error e;
@@ -494,8 +515,8 @@ static void test_absent_program(void **state) {
 
 static void test_goodbye(void **state) {
     (void)state;
-    struct fake *f = fake_start(
-        &(struct fake_options){.fault = FAKE_GOODBYE, .at = 2, .tokens_per_chunk = 1, .answer_tokens = 9});
+    struct fake *f = fake_start(&(struct fake_options){
+        .fault = FAKE_GOODBYE, .at = 2, .tokens_per_chunk = 1, .answer_tokens = 9});
     struct client *c = open_client(fake_endpoint(f));
     submit(c, "x");
     struct error e;
@@ -522,7 +543,8 @@ static void test_garbage(void **state) {
         int n_chunks;
         enum status st = read_to_end(c, &e, &n_chunks);
         if (st != ST_CORRUPT || n_chunks != 2)
-            fail_msg("fault %d: %s after %d chunks: %s", faults[i], status_name(st), n_chunks, e.text);
+            fail_msg("fault %d: %s after %d chunks: %s", faults[i], status_name(st), n_chunks,
+                     e.text);
         assert_lost(c, ST_CORRUPT);
         client_close(c);
         fake_stop(f);
@@ -542,20 +564,24 @@ static void test_flood(void **state) {
     struct error e;
     struct wire_msg reply, ping = {.type = WIRE_PING, .ping = {.nonce = 3}};
     enum status st = ST_OK;
-    for (int i = 0; i < 100000 && st == ST_OK; i++) st = client_call(c, &ping, PATIENCE_MS, &e, &reply);
+    for (int i = 0; i < 100000 && st == ST_OK; i++)
+        st = client_call(c, &ping, PATIENCE_MS, &e, &reply);
     assert_int_equal(st, ST_CORRUPT);
     assert_non_null(strstr(e.text, "credit window"));
     client_close(c);
     fake_stop(f);
 }
 
-/* ---- poll(2) --------------------------------------------------------------------------------------------------- */
+/* ---- poll(2) --------------------------------------------------------------------------------- */
 
 /* The loop that client.h describes sees every message, and the end. */
 static void test_fd(void **state) {
     (void)state;
-    struct fake *f = fake_start(&(struct fake_options){
-        .credit_window = 4, .tokens_per_chunk = 1, .answer_tokens = 300, .fault = FAKE_DIE, .at = 250});
+    struct fake *f = fake_start(&(struct fake_options){.credit_window = 4,
+                                                       .tokens_per_chunk = 1,
+                                                       .answer_tokens = 300,
+                                                       .fault = FAKE_DIE,
+                                                       .at = 250});
     struct client *c = open_client(fake_endpoint(f));
     submit(c, "x");
     int n_chunks = 0;
@@ -610,6 +636,7 @@ int main(void) {
         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_too_large),
         cmocka_unit_test(test_questions),
+        cmocka_unit_test(test_stray_pong),
         cmocka_unit_test(test_question_refused),
         cmocka_unit_test(test_call_amid_streams),
         cmocka_unit_test(test_call_timeout),

@@ -69,11 +69,16 @@ static void test_ranges(void **state) {
     static const struct {
         const char *flag, *low, *high;
     } numbers[] = {
-        {"--threads", "1", "1024"},          {"--max-batch-tokens", "1", "65536"},
-        {"--max-seqs", "1", "16384"},        {"--max-seq-tokens", "2", "16777216"},
-        {"--kv-blocks", "1", "268435456"},   {"--block-tokens", "1", "256"},
-        {"--prefill-chunk", "1", "65536"},   {"--max-queue", "1", "65536"},
-        {"--max-queued-tokens", "1", "1073741824"}, {"--drain-seconds", "0", "86400"},
+        {"--threads", "1", "1024"},
+        {"--max-batch-tokens", "1", "65536"},
+        {"--max-seqs", "1", "16384"},
+        {"--max-seq-tokens", "2", "16777216"},
+        {"--kv-blocks", "1", "268435456"},
+        {"--block-tokens", "1", "256"},
+        {"--prefill-chunk", "1", "65536"},
+        {"--max-queue", "1", "65536"},
+        {"--max-queued-tokens", "1", "1073741824"},
+        {"--drain-seconds", "0", "86400"},
     };
     struct config c;
     struct error e;
@@ -128,11 +133,26 @@ static void test_actions(void **state) {
     assert_int_equal(parse(&c, &e, "--model=m", "--log-level", "warn"), ST_OK);
     assert_int_equal(c.log_level, LOG_WARN);
     /* Every flag is in the help. */
-    static const char *const flags[] = {
-        "--model", "--listen", "--device", "--threads", "--cpu-isa", "--chat-template", "--max-seqs",
-        "--max-seq-tokens", "--max-batch-tokens", "--prefill-chunk", "--kv-blocks", "--block-tokens",
-        "--gpu-memory-utilization", "--max-queue", "--max-queued-tokens", "--drain-seconds",
-        "--log-level", "--check", "--version", "--help"};
+    static const char *const flags[] = {"--model",
+                                        "--listen",
+                                        "--device",
+                                        "--threads",
+                                        "--cpu-isa",
+                                        "--chat-template",
+                                        "--max-seqs",
+                                        "--max-seq-tokens",
+                                        "--max-batch-tokens",
+                                        "--prefill-chunk",
+                                        "--kv-blocks",
+                                        "--block-tokens",
+                                        "--gpu-memory-utilization",
+                                        "--max-queue",
+                                        "--max-queued-tokens",
+                                        "--drain-seconds",
+                                        "--log-level",
+                                        "--check",
+                                        "--version",
+                                        "--help"};
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
         if (!strstr(config_help, flags[i])) fail_msg("%s is not in the help", flags[i]);
 }

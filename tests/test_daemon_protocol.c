@@ -377,10 +377,10 @@ static void test_bad_headers(void **state) {
         int at, value;
         enum status code;
     } spoil[] = {
-        {0, 'm', ST_INVALID},  /* magic */
+        {0, 'm', ST_INVALID}, /* magic */
         {4, 9, ST_UNSUPPORTED}, /* major */
-        {8, 1, ST_INVALID},    /* flags */
-        {24, 1, ST_INVALID},   /* reserved */
+        {8, 1, ST_INVALID}, /* flags */
+        {24, 1, ST_INVALID}, /* reserved */
         {15, 1, ST_TOO_LARGE}, /* body_bytes of 16 MiB */
     };
     for (size_t i = 0; i < sizeof spoil / sizeof *spoil; i++) {
@@ -410,7 +410,8 @@ static void test_session_survives(void **state) {
     peer_open(&p, &r);
     peer_hello(&p);
     uint8_t header[WIRE_HEADER_BYTES];
-    static const uint8_t junk[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
+    static const uint8_t junk[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+                                   0xff, 0xff, 0xff, 0xff, 0xff};
     struct wire_header h = {.major = WIRE_MAJOR, .type = 999, .request_id = 5};
     struct bytes frames[] = {{header, sizeof header}, {NULL, 0}};
     wire_header_encode(&h, header);
@@ -464,7 +465,8 @@ static void test_random_bytes(void **state) {
                                 .body_bytes = (uint32_t)n,
                                 .request_id = test_random(&rng) % 4};
         wire_header_encode(&h, header);
-        if (test_random(&rng) % 4 == 0) header[test_random(&rng) % 32] ^= (uint8_t)test_random(&rng);
+        if (test_random(&rng) % 4 == 0)
+            header[test_random(&rng) % 32] ^= (uint8_t)test_random(&rng);
         struct bytes frames[] = {{header, sizeof header}, {body, n}, {body, n / 2}};
         peer_send_frames(&bad, frames, 1 + (int)(test_random(&rng) % 8 == 0 ? 2 : 1));
         if (i % 16 == 0) { /* keep it within a session, mostly */

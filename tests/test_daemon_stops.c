@@ -62,8 +62,8 @@ static void run(const struct stop_set *set, const char *text, size_t n, uint64_t
 static void test_all_splits(void **state) {
     (void)state;
     static const char *const sets[][4] = {
-        {"stop", NULL},   {"aab", NULL},         {"abc", "b", NULL}, {"\n\n", "END", NULL},
-        {"aaaa", "aab", NULL}, {"x", NULL}, {"cde", "abcdef", "f", NULL},
+        {"stop", NULL},        {"aab", NULL}, {"abc", "b", NULL},           {"\n\n", "END", NULL},
+        {"aaaa", "aab", NULL}, {"x", NULL},   {"cde", "abcdef", "f", NULL},
     };
     static const char *const texts[] = {"a stop here", "aaaaab", "abcabc",      "one\n\ntwo END",
                                         "aaabaab",     "sto",    "abcdefgh",    "nothing",
@@ -75,7 +75,8 @@ static void test_all_splits(void **state) {
         set_of(&set, sets[i], n);
         for (size_t k = 0; k < sizeof texts / sizeof *texts; k++) {
             size_t len = strlen(texts[k]);
-            for (uint64_t cuts = 0; cuts < UINT64_C(1) << len; cuts++) run(&set, texts[k], len, cuts);
+            for (uint64_t cuts = 0; cuts < UINT64_C(1) << len; cuts++)
+                run(&set, texts[k], len, cuts);
         }
     }
 }

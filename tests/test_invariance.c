@@ -1,12 +1,13 @@
 /* invariance: what a request computes, bit for bit, does not depend on its neighbours, its slot, the batch, how its
- * prompt was cut, where its keys lie, what lay there before, or whether it was preempted. Run for every CPU device.
+ * prompt was cut, where its keys lie, what lay there before, or whether it was preempted. Run for every CPU device;
+ * `test_invariance cuda:0` runs it for the devices named.
  *
- * Of the bugs that shipped in other servers (numbers as in ARCHITECTURE.md's list), these tests see:
- *  5. frozen slots in batched decode: 64 slots at once give what one alone gives, and it is not one token repeated.
- *  6. batched prefill that corrupts KV beyond some batch size: 250 tokens at once against chunks.
- *  9. sampling parameters dropped when batched: eleven different sets together and alone.
- * 10. stale NaN in recycled blocks: a poisoned cache changes nothing.
- * 11. stale KV lengths: cached decoding against recomputing the prefix for every token. */
+ * Of the bugs that shipped in other servers, these tests see:
+ *  - frozen slots in batched decode: 64 slots at once give what one alone gives, and it is not one token repeated.
+ *  - batched prefill that corrupts KV beyond some batch size: 250 tokens at once against chunks.
+ *  - sampling parameters dropped when batched: eleven different sets together and alone.
+ *  - stale NaN in recycled blocks: a poisoned cache changes nothing.
+ *  - stale KV lengths: cached decoding against recomputing the prefix for every token. */
 #include "tests/model_rig.h"
 
 #include <stdio.h>
@@ -485,7 +486,7 @@ static void test_expert_reads(void **state) {
     }
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_long_prefill),
@@ -499,9 +500,10 @@ int main(void) {
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_expert_reads),
     };
-    static const char *const devices[] = {"reference", "cpu"};
-    int n_failed = 0;
-    for (size_t i = 0; i < sizeof devices / sizeof *devices; i++) {
+    static char *cpu_devices[] = {"reference", "cpu"};
+    char **devices = argc > 1 ? argv + 1 : cpu_devices;
+    int n_devices = argc > 1 ? argc - 1 : 2, n_failed = 0;
+    for (int i = 0; i < n_devices; i++) {
         device = devices[i];
         print_message("device %s\n", device);
         n_failed += cmocka_run_group_tests_name(device, tests, setup, teardown);

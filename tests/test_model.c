@@ -1,10 +1,10 @@
 /* model: what moe_open accepts, refuses and reports; what a step may not be; and a weight that is NaN.
  *
- * Of the bugs that shipped in other servers (numbers as in ARCHITECTURE.md's list), these tests see:
- *  2. rope base or head width defaulted: a file without the keys is refused, by name.
- *  3. a file reaching a path that was not made for it: an unknown architecture is refused, by name.
- *  8. a context length ignored: limits in force are the model's, and a step beyond them aborts.
- * 10. NaN in one request: its rows alone fail, and the next owner of its blocks is not touched. */
+ * Of the bugs that shipped in other servers, these tests see:
+ *  - rope base or head width defaulted: a file without the keys is refused, by name.
+ *  - a file reaching a path that was not made for it: an unknown architecture is refused, by name.
+ *  - a context length ignored: limits in force are the model's, and a step beyond them aborts.
+ *  - NaN in one request: its rows alone fail, and the next owner of its blocks is not touched. */
 #include "tests/model_rig.h"
 
 #include <signal.h>
@@ -68,6 +68,27 @@ static void test_info(void **state) {
     rig_close(&r);
 }
 
+/* The byte table of the fast backend names what moe_info reckons with. */
+static void test_memory_cpu(void **state) {
+    (void)state;
+    struct model_rig r = rig_open("cpu", 1, &small);
+    struct moe_memory_line lines[16];
+    int n = moe_memory(r.m, lines, 16), n_found = 0;
+    for (int j = 0; j < n; j++) {
+        if (strcmp(lines[j].what, "weights") == 0) {
+            n_found++;
+            assert_true(lines[j].n_bytes >= r.info->weight_bytes * 9 / 10);
+        } else if (strcmp(lines[j].what, "kv") == 0) {
+            n_found++;
+            assert_int_equal(lines[j].n_bytes,
+                             r.info->kv_bytes_per_token * (uint64_t)r.info->limits.n_blocks * 16);
+        }
+    }
+    assert_int_equal(n_found, 2);
+    assert_in_range(r.info->kv_bytes_per_token, 6 * 2 * 128, 6 * 2 * 128 * sizeof(float));
+    rig_close(&r);
+}
+
 static void test_limits_in_force(void **state) {
     (void)state;
     struct moe_limits l = {.max_batch_tokens = 8, .max_seqs = 8};
@@ -78,8 +99,13 @@ static void test_limits_in_force(void **state) {
     assert_int_equal(f->max_rows, 8);
     assert_int_equal(f->n_blocks, 8 * 1024 / 16);
     rig_close(&r);
-    l.max_seq_tokens = 100000;
-    l.max_seqs = 2; /* the pool holds one sequence of full length */
+    l.max_seqs = 2; /* a length that nobody chose shrinks to the pool ... */
+    r = rig_open("reference", 1, &l);
+    f = &r.info->limits;
+    assert_int_equal(f->max_seq_tokens, 2048);
+    assert_int_equal(f->n_blocks, 2048 / 16);
+    rig_close(&r);
+    l.max_seq_tokens = 100000; /* ... for a chosen one, clipped to the model's, the pool grows */
     l.block_tokens = 64;
     r = rig_open("reference", 1, &l);
     f = &r.info->limits;
@@ -252,6 +278,7 @@ static void test_bad_steps(void **state) {
         {"negative token", {{0, 0, 1, 1, MOE_ROWS_NONE}}, 1, 1, -2, 0},
         {"nothing sampled yet", {{0, 0, 1, 1, MOE_ROWS_NONE}}, 1, 1, MOE_LAST_TOKEN, 0},
         {"slot not started", {{2, 0, 1, 1, MOE_ROWS_SAMPLE}}, 1, 1, 5, 0},
+        {"history of another length", {{0, 1, 1, 1, MOE_ROWS_SAMPLE}}, 1, 1, 5, 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (!aborts(&r, &cases[i])) fail_msg("accepted: %s", cases[i].what);
@@ -347,10 +374,15 @@ static void test_nan_fails_one_request(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_info),          cmocka_unit_test(test_limits_in_force),
-        cmocka_unit_test(test_bad_limits),    cmocka_unit_test(test_bad_device),
-        cmocka_unit_test(test_refused_files), cmocka_unit_test(test_progress),
-        cmocka_unit_test(test_bad_steps),     cmocka_unit_test(test_nan_fails_one_request),
+        cmocka_unit_test(test_info),
+        cmocka_unit_test(test_memory_cpu),
+        cmocka_unit_test(test_limits_in_force),
+        cmocka_unit_test(test_bad_limits),
+        cmocka_unit_test(test_bad_device),
+        cmocka_unit_test(test_refused_files),
+        cmocka_unit_test(test_progress),
+        cmocka_unit_test(test_bad_steps),
+        cmocka_unit_test(test_nan_fails_one_request),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -38,7 +38,7 @@ static void test_limits(void **state) {
         assert_int_equal(paging_create(&bad[i], &p), ST_INVALID);
         assert_null(p);
     }
-    struct paging_limits huge = {1, 16, INT32_MAX, INT32_MAX};
+    struct paging_limits huge = {1, 16, 1 << 20, INT32_MAX};
     assert_int_equal(paging_create(&huge, &p), ST_NO_MEMORY);
     assert_null(p);
     p = create(1, 1, 1, 1);

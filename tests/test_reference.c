@@ -1,11 +1,11 @@
 /* reference: the reference backend under the one forward pass agrees with Hugging Face transformers on the
  * bundled model: logits, hidden states, routing, likelihoods and greedy continuations.
  *
- * Of the bugs that shipped in other servers (numbers as in ARCHITECTURE.md's list), these tests see:
- *  1. QK norm missing or after RoPE; NEOX pairs: logits and hidden states (every layer).
- *  2. rope base or head width assumed: long-1000's likelihood, logits (head_dim 128 is not 256 / 4).
- *  4. comparing with a coarser oracle: routed ids and weights, not only outputs.
- * 3 and 8 are in test_model.c; 5, 6, 9, 10 and 11 in test_invariance.c. */
+ * Of the bugs that shipped in other servers, these tests see:
+ *  - QK norm missing or after RoPE; NEOX pairs: logits and hidden states (every layer).
+ *  - rope base or head width assumed: long-1000's likelihood, logits (head_dim 128 is not 256 / 4).
+ *  - comparing with a coarser oracle: routed ids and weights, not only outputs.
+ * Others are in test_model.c and test_invariance.c. */
 #include "tests/model_rig.h"
 
 #include <math.h>

@@ -2,7 +2,9 @@
  * have the deviation that was promised, files depend on the seed and on nothing else, failures say why and
  * leave nothing behind. */
 #include "moe/arch.h"
+#include "moe/moe.h"
 #include "moe/quant.h"
+#include "moe/text.h"
 #include "tests/support.h"
 
 #include <math.h>
@@ -115,10 +117,10 @@ static void test_q4_k_m(void **state) {
         check_deviation(g, l->attn_q, 1 / sqrt(256));
         check_deviation(g, l->attn_k, 1 / sqrt(256));
         check_deviation(g, l->attn_v, 1 / sqrt(256));
-        check_deviation(g, l->attn_output, 1 / sqrt(512));
+        check_deviation(g, l->attn_output, 1 / sqrt(512 * 2 * 8));
         check_deviation(g, l->router, 1 / sqrt(256));
         check_deviation(g, l->gate_exps, 1 / sqrt(256));
-        check_deviation(g, l->down_exps, 1 / sqrt(256));
+        check_deviation(g, l->down_exps, 1 / sqrt(256 * 2 * 8));
         check_ones(g, l->attn_norm);
         check_ones(g, l->attn_q_norm);
         check_ones(g, l->ffn_norm);
@@ -138,7 +140,7 @@ static void test_q8_0(void **state) {
     assert_int_equal(m.layers[0].attn_v->type, TENSOR_Q8_0);
     assert_int_equal(m.layers[0].router->type, TENSOR_F32);
     check_deviation(g, m.layers[0].up_exps, 1 / sqrt(256));
-    check_deviation(g, m.layers[0].attn_output, 1 / sqrt(512));
+    check_deviation(g, m.layers[0].attn_output, 1 / sqrt(512 * 2 * 1));
     arch_free(&m);
     gguf_close(g);
 }
@@ -212,6 +214,79 @@ static void test_synthetic_vocabulary(void **state) {
     assert_int_equal(n_merges, 702);
     free(sorted);
     gguf_close(g);
+
+    struct text *t;
+    int32_t ids[32];
+    char text[64];
+    static const char sample[] = "Two words, th\xc3\xa9 rest";
+    assert_ok(text_open(in_scratch("v.gguf"), NULL, &e, &t), &e);
+    assert_int_equal(text_encode(t, sample, strlen(sample), false, ids, 32, &n), ST_OK);
+    assert_true(n < strlen(sample)); /* merges were used */
+    size_t n_text;
+    assert_int_equal(text_decode(t, ids, n, false, false, text, sizeof text, &n_text), ST_OK);
+    assert_int_equal(n_text, strlen(sample));
+    assert_memory_equal(text, sample, n_text);
+    text_close(t);
+}
+
+/* What the probe of a run at depth collects. */
+enum { DEPTH = 40, N_TOKENS = 16 };
+
+static void count_experts(void *ctx, int layer, int32_t n_tokens, const float *hidden,
+                          const int32_t *ids, const float *weights_of) {
+    (void)hidden, (void)weights_of;
+    if (layer < 0) return;
+    assert_int_equal(n_tokens, N_TOKENS);
+    bool seen[32] = {false};
+    for (int i = 0; i < n_tokens * 4; i++) seen[ids[i]] = true;
+    for (int i = 0; i < 32; i++) ((int *)ctx)[layer] += seen[i];
+}
+
+/* Forty layers deep, logits are of unit size and tokens are still routed apart: 16 tokens that drew 4 of
+ * 32 experts at random would meet 28.2 of them in a layer. */
+static void test_depth(void **state) {
+    (void)state;
+    struct error e = {0};
+    struct moe *m;
+    int distinct[DEPTH] = {0};
+    run_ok("--shape tiny --layers 40 -o deep.gguf");
+    const struct moe_options o = {.model_path = in_scratch("deep.gguf"),
+                                  .device = "cpu",
+                                  .n_threads = 2,
+                                  .limits = {.max_batch_tokens = N_TOKENS,
+                                             .max_seqs = 1,
+                                             .max_rows = N_TOKENS,
+                                             .max_seq_tokens = 64,
+                                             .block_tokens = 16,
+                                             .n_blocks = 4}};
+    assert_ok(moe_open(&o, NULL, NULL, &e, &m), &e);
+    moe_set_probe(m, count_experts, distinct);
+    int32_t ids[N_TOKENS], block = 1;
+    for (int i = 0; i < N_TOKENS; i++) ids[i] = 300 + 97 * i;
+    const struct moe_slot_start start = {.sampling = {.top_p = 1, .repetition_penalty = 1},
+                                         .ids = ids,
+                                         .n_ids = N_TOKENS,
+                                         .n_prompt = N_TOKENS};
+    const struct moe_step_seq seq = {.n_tokens = N_TOKENS, .n_blocks = 1, .rows = MOE_ROWS_ALL};
+    const struct moe_step step = {1, N_TOKENS, &seq, ids, &block};
+    struct moe_row rows[N_TOKENS];
+    struct moe_result result = {.rows = rows};
+    assert_int_equal(moe_slot_start(m, &start), ST_OK);
+    assert_int_equal(moe_submit(m, &step), ST_OK);
+    assert_int_equal(moe_collect(m, &result), ST_OK);
+    assert_int_equal(result.n_rows, N_TOKENS);
+    float *logits = malloc(8192 * sizeof *logits);
+    for (int r = 0; r < N_TOKENS; r++) {
+        double squares = 0;
+        assert_int_equal(moe_logits(m, r, logits), ST_OK);
+        for (int i = 0; i < 8192; i++) squares += (double)logits[i] * (double)logits[i];
+        assert_true(squares > 8192 * 0.8 && squares < 8192 * 1.25);
+    }
+    free(logits);
+    moe_close(m);
+    int sum = 0;
+    for (int i = 0; i < DEPTH; i++) sum += distinct[i];
+    if (sum < DEPTH * 25) fail_msg("%g distinct experts in a layer", (double)sum / DEPTH);
 }
 
 static void test_copied_vocabulary(void **state) {
@@ -280,8 +355,8 @@ static int make_scratch(void **state) {
 
 static int remove_scratch(void **state) {
     (void)state;
-    static const char *const names[] = {"q4.gguf", "q8.gguf", "a.gguf",   "b.gguf",
-                                        "c.gguf",  "v.gguf",  "copy.gguf"};
+    static const char *const names[] = {"q4.gguf", "q8.gguf", "a.gguf",    "b.gguf",
+                                        "c.gguf",  "v.gguf",  "copy.gguf", "deep.gguf"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) unlink(in_scratch(names[i]));
     return rmdir(scratch);
 }
@@ -293,6 +368,7 @@ int main(void) {
         cmocka_unit_test(test_determinism),
         cmocka_unit_test(test_synthetic_vocabulary),
         cmocka_unit_test(test_copied_vocabulary),
+        cmocka_unit_test(test_depth),
         cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests_name("synth", tests, make_scratch, remove_scratch);

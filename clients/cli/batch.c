@@ -10,7 +10,7 @@
 #include "clients/common/progress.h"
 
 enum {
-    SLICE_MS = 100,   /* how often an interrupt is looked for */
+    SLICE_MS = 100, /* how often an interrupt is looked for */
     SLICE_MSGS = 512, /* and after how many messages */
     FIRST_RETRY_MS = 100,
     LAST_RETRY_MS = 10000
@@ -43,7 +43,7 @@ struct batch {
     struct progress_now now; /* of this run */
 };
 
-/* ---- ends of a job -------------------------------------------------------------------------------------------------- */
+/* ---- ends of a job --------------------------------------------------------------------------- */
 
 static bool finish_job(struct batch *b, struct job *j, json_t *result, bool failed) {
     bool good = result && batch_output_write(&b->out, result);
@@ -62,8 +62,8 @@ static bool fail_job(struct batch *b, struct job *j, const struct error *e) {
     return finish_job(b, j, batch_error(j->request.custom_id, e), true);
 }
 
-/* Wait before the next attempt: what the server says, else doubling; 20 % to and fro, so that many clients that
- * were turned away together do not come back together. */
+/* Wait before the next attempt: what the server says, else doubling; 20 % to and fro, so that
+ * many clients that were turned away together do not come back together. */
 static void put_off(struct job *j, uint32_t retry_after_ms) {
     uint64_t ms = retry_after_ms;
     if (ms == 0) ms = (uint64_t)FIRST_RETRY_MS << (j->attempts < 8 ? j->attempts : 8);
@@ -87,7 +87,7 @@ static bool end_job(struct batch *b, struct job *j) {
     return true;
 }
 
-/* ---- running --------------------------------------------------------------------------------------------------------- */
+/* ---- running --------------------------------------------------------------------------------- */
 
 /* Put the next line that is to be done into a free job. False: the files are unusable. */
 static bool fill_job(struct batch *b, struct job *j) {
@@ -156,8 +156,8 @@ static int until_ms(uint64_t wake_ns) {
     return ms < SLICE_MS ? (int)ms : SLICE_MS;
 }
 
-/* ST_OK: all done. ST_CANCELLED: interrupted. ST_INTERNAL: a complaint about the files was printed. Else what the
- * session said. */
+/* ST_OK: all done. ST_CANCELLED: interrupted. ST_INTERNAL: a complaint about the files was
+ * printed. Else what the session said. */
 static enum status work(struct batch *b, struct error *e) {
     while (b->now.done < b->n_todo) {
         uint64_t wake_ns;
@@ -185,8 +185,8 @@ static int report(struct batch *b, enum status st, const struct error *e) {
     double seconds = progress_update(&b->progress, &b->now);
     progress_clear(&b->progress);
     if (st != ST_OK && st != ST_INTERNAL) fprintf(stderr, "%s: %s\n", name, e->text);
-    fprintf(stderr, "%s: %zu of %zu requests done, %zu of them with an error; %llu tokens in %s\n", name,
-            b->out.n_done, b->in.n_lines, b->out.n_failed, (unsigned long long)b->now.tokens,
+    fprintf(stderr, "%s: %zu of %zu requests done, %zu of them with an error; %llu tokens in %s\n",
+            name, b->out.n_done, b->in.n_lines, b->out.n_failed, (unsigned long long)b->now.tokens,
             format_seconds(seconds, t, sizeof t));
     if (st != ST_OK) {
         fprintf(stderr, "%s: the same command goes on where this stopped\n", name);
@@ -208,7 +208,8 @@ static int run_files(struct batch *b) {
     struct error e = {0};
     b->n_todo = b->in.n_lines - b->out.n_done;
     if (b->out.n_done > 0)
-        fprintf(stderr, "moed-cli batch: %zu of %zu are done already\n", b->out.n_done, b->in.n_lines);
+        fprintf(stderr, "moed-cli batch: %zu of %zu are done already\n", b->out.n_done,
+                b->in.n_lines);
     if (b->n_todo > 0) {
         b->client = connect_or_complain("moed-cli batch", &b->endpoint);
         if (!b->client) return EXIT_CONNECT;
@@ -231,6 +232,29 @@ static int run_files(struct batch *b) {
     return code;
 }
 
+static const char batch_summary[] =
+    "Answer a file of requests in OpenAI's batch format: each line has custom_id, method POST,\n"
+    "url (/v1/chat/completions or /v1/completions) and body. The whole input is checked before\n"
+    "anything is sent: a line that is not JSON or has no custom_id of its own stops the run; a\n"
+    "request that cannot be served gets a result that says why.";
+
+static const char batch_details[] =
+    "Results come in the order in which they are done: id, custom_id, response {status_code,\n"
+    "request_id, body} and error. Each custom_id comes to stand in the output once: started\n"
+    "again after an interruption or a crash, the same command cuts off a torn last line and\n"
+    "goes on.\n"
+    "\n"
+    "Body fields: model (not looked at), messages or prompt, max_tokens, max_completion_tokens,\n"
+    "temperature (1), top_p, n, seed, stop, logprobs, top_logprobs, presence_penalty,\n"
+    "frequency_penalty, logit_bias; also top_k, min_p, repetition_penalty, min_tokens,\n"
+    "stop_token_ids, ignore_eos. Any other field that would change the answer is refused by\n"
+    "name.\n"
+    "\n"
+    "Exit status: 0 all done, 1 a result tells of an error or the run was interrupted, 2 usage\n"
+    "or unusable files, 3 no connection or it was lost.\n"
+    "\n"
+    "  moed-cli batch -i requests.jsonl -o results.jsonl";
+
 int command_batch(int argc, char **argv) {
     struct batch b = {.endpoint = ENDPOINT_DEFAULTS, .retries = 50, .priority = 2};
     const struct arg args[] = {
@@ -246,25 +270,11 @@ int command_batch(int argc, char **argv) {
         {ARG_INT, "priority", 0, "N", &b.priority, 0, 2, "0 high, 1 normal, 2 batch (2)"},
         ENDPOINT_ARGS(&b.endpoint),
     };
-    const struct command cmd = {
-        .name = "moed-cli batch",
-        .summary = "Answer a file of requests in OpenAI's batch format: each line has custom_id, method POST, url\n"
-                   "(/v1/chat/completions or /v1/completions) and body. The whole input is checked before anything is\n"
-                   "sent: a line that is not JSON or has no custom_id of its own stops the run; a request that cannot\n"
-                   "be served gets a result that says why.",
-        .details = "Results come in the order in which they are done: id, custom_id, response {status_code,\n"
-                   "request_id, body} and error. Each custom_id comes to stand in the output once: started again after\n"
-                   "an interruption or a crash, the same command cuts off a torn last line and goes on.\n"
-                   "\n"
-                   "Body fields: model (not looked at), messages or prompt, max_tokens, max_completion_tokens,\n"
-                   "temperature (1), top_p, n, seed, stop, logprobs, top_logprobs, presence_penalty,\n"
-                   "frequency_penalty, logit_bias; also top_k, min_p, repetition_penalty, min_tokens,\n"
-                   "stop_token_ids, ignore_eos. Any other field that would change the answer is refused by name.\n"
-                   "\n"
-                   "Exit status: 0 all done, 1 a result tells of an error or the run was interrupted, 2 usage or\n"
-                   "unusable files, 3 no connection or it was lost.",
-        .args = args,
-        .n_args = sizeof args / sizeof *args};
+    const struct command cmd = {.name = "moed-cli batch",
+                                .summary = batch_summary,
+                                .details = batch_details,
+                                .args = args,
+                                .n_args = sizeof args / sizeof *args};
     int code;
     if (!args_parse(&cmd, argc, argv, &code)) return code;
     if (!b.in_path || !b.out_path) return usage_error(&cmd, "--input and --output are wanted");

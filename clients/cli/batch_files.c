@@ -17,7 +17,7 @@ enum {
     SYNC_MS = 500
 };
 
-/* ---- one line -------------------------------------------------------------------------------------------------------- */
+/* ---- one line -------------------------------------------------------------------------------- */
 
 static enum status read_request(json_t *root, struct error *e, struct body *body) {
     const char *key;
@@ -43,7 +43,8 @@ static enum status read_request(json_t *root, struct error *e, struct body *body
 static const char *parse_line(const char *s, size_t n, char *dst, size_t cap,
                               struct batch_request *out) {
     json_error_t je;
-    *out = (struct batch_request){.root = json_loadb(s, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &je)};
+    *out = (struct batch_request){
+        .root = json_loadb(s, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &je)};
     if (!out->root) {
         snprintf(dst, cap, "not JSON: %s (column %d)", je.text, je.column);
         return dst;
@@ -65,7 +66,7 @@ void batch_request_free(struct batch_request *r) {
     *r = (struct batch_request){0};
 }
 
-/* ---- input ------------------------------------------------------------------------------------------------------------- */
+/* ---- input ----------------------------------------------------------------------------------- */
 
 static const char *add_line(struct batch_input *in, const char *s, size_t n, uint64_t offset,
                             char *dst, size_t cap) {
@@ -78,8 +79,12 @@ static const char *add_line(struct batch_input *in, const char *s, size_t n, uin
     } else if (in->n_lines == in->cap_lines) {
         size_t want = in->cap_lines ? in->cap_lines * 2 : 1024;
         struct batch_line *lines = realloc(in->lines, want * sizeof *lines);
-        if (lines) in->lines = lines, in->cap_lines = want;
-        else problem = "no memory";
+        if (lines) {
+            in->lines = lines;
+            in->cap_lines = want;
+        } else {
+            problem = "no memory";
+        }
     }
     if (!problem) {
         json_object_set_new(in->index, r.custom_id, json_integer((json_int_t)in->n_lines));
@@ -174,10 +179,10 @@ bool batch_input_read(const struct batch_input *in, size_t i, struct batch_reque
     return false;
 }
 
-/* ---- output ------------------------------------------------------------------------------------------------------------ */
+/* ---- output ---------------------------------------------------------------------------------- */
 
-/* What an output line says of itself: its custom_id's position in the input; -1: it is no result; -2: it is one of
- * another batch. */
+/* What an output line says of itself: its custom_id's position in the input; -1: it is no
+ * result; -2: it is one of another batch. */
 static json_int_t recognise(const struct batch_input *in, const char *s, size_t n, bool *failed) {
     json_t *root = json_loadb(s, n, JSON_ALLOW_NUL, NULL);
     const json_t *id = json_object_get(root, "custom_id");
@@ -190,8 +195,8 @@ static json_int_t recognise(const struct batch_input *in, const char *s, size_t 
     return i;
 }
 
-/* What a crash can leave of a line of ours: a beginning of it, or, when the machine went down, a hole. Anything else
- * at the end is somebody's file, which we do not cut. */
+/* What a crash can leave of a line of ours: a beginning of it, or, when the machine went down, a
+ * hole. Anything else at the end is somebody's file, which we do not cut. */
 static bool is_torn(const char *s, size_t n) {
     static const char begin[] = "{\"id\":\"batch_req_";
     size_t len = n < sizeof begin - 1 ? n : sizeof begin - 1;
@@ -202,14 +207,16 @@ static bool is_torn(const char *s, size_t n) {
 }
 
 static bool complain_line(const struct batch_output *out, size_t number, const char *problem) {
-    fprintf(stderr,
-            "moed-cli batch: %s:%zu %s: name another output, or move this one away. Nothing was sent\n",
-            out->path, number, problem);
+    fprintf(
+        stderr,
+        "moed-cli batch: %s:%zu %s: name another output, or move this one away. Nothing was sent\n",
+        out->path, number, problem);
     return false;
 }
 
 /* Mark what is done. *keep: the length up to the last whole result. */
-static bool read_results(struct batch_output *out, struct batch_input *in, FILE *f, uint64_t *keep) {
+static bool read_results(struct batch_output *out, struct batch_input *in, FILE *f,
+                         uint64_t *keep) {
     char *line = NULL;
     size_t cap = 0, number = 0, bad = 0;
     bool good = true;
@@ -223,8 +230,8 @@ static bool read_results(struct batch_output *out, struct batch_input *in, FILE 
         if (!good) continue;
         json_int_t i = whole ? recognise(in, line, (size_t)got, &failed) : -1;
         if (i == -2 || (i == -1 && !is_torn(line, (size_t)got))) {
-            good = complain_line(out, number,
-                                 i == -2 ? "is a result of another batch" : "is not a batch result");
+            good = complain_line(
+                out, number, i == -2 ? "is a result of another batch" : "is not a batch result");
             continue;
         }
         if (i < 0) {
@@ -250,13 +257,15 @@ static bool complain_errno(const struct batch_output *out) {
 }
 
 bool batch_output_open(const char *path, struct batch_input *in, struct batch_output *out) {
-    *out = (struct batch_output){.path = path, .fd = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666)};
+    *out = (struct batch_output){.path = path,
+                                 .fd = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666)};
     if (out->fd < 0) return complain_errno(out);
     struct stat a, b;
     bool good = fstat(out->fd, &a) == 0 && fstat(in->fd, &b) == 0;
     if (!good) complain_errno(out);
     if (good && !S_ISREG(a.st_mode)) {
-        fprintf(stderr, "moed-cli batch: %s is not a file: what was done could not be read back\n", path);
+        fprintf(stderr, "moed-cli batch: %s is not a file: what was done could not be read back\n",
+                path);
         good = false;
     }
     if (good && a.st_dev == b.st_dev && a.st_ino == b.st_ino) {
@@ -273,7 +282,8 @@ bool batch_output_open(const char *path, struct batch_input *in, struct batch_ou
     good = good && f && read_results(out, in, f, &keep);
     if (f) fclose(f);
     if (good && keep < (uint64_t)a.st_size) {
-        fprintf(stderr, "moed-cli batch: %s ends in a torn line: cut off, to be answered again\n", path);
+        fprintf(stderr, "moed-cli batch: %s ends in a torn line: cut off, to be answered again\n",
+                path);
         good = ftruncate(out->fd, (off_t)keep) == 0 || complain_errno(out);
     }
     if (!good) batch_output_close(out);
@@ -289,8 +299,10 @@ bool batch_output_write(struct batch_output *out, const json_t *result) {
     while (good && done < n) {
         ssize_t w = write(out->fd, s + done, n - done);
         if (w < 0 && errno == EINTR) continue;
-        if (w < 0) good = false;
-        else done += (size_t)w;
+        if (w < 0)
+            good = false;
+        else
+            done += (size_t)w;
     }
     if (!good) complain_errno(out);
     free(s);
@@ -303,7 +315,8 @@ bool batch_output_write(struct batch_output *out, const json_t *result) {
 
 bool batch_output_sync(struct batch_output *out, bool now) {
     uint64_t t = clock_now_ns();
-    if (out->unsynced == 0 || (!now && t - out->synced_ns < (uint64_t)SYNC_MS * 1000000u)) return true;
+    if (out->unsynced == 0 || (!now && t - out->synced_ns < (uint64_t)SYNC_MS * 1000000u))
+        return true;
     out->unsynced = 0;
     out->synced_ns = t;
     return fdatasync(out->fd) == 0 || complain_errno(out);

@@ -23,7 +23,7 @@ static json_t *random_id(const char *prefix) {
     return json_string(text);
 }
 
-/* ---- log-probabilities ---------------------------------------------------------------------------------------------- */
+/* ---- log-probabilities ----------------------------------------------------------------------- */
 
 void token_names_free(struct token_names *t) {
     for (size_t i = 0; i < t->n; i++) free(t->names[i]);
@@ -58,9 +58,9 @@ static json_t *chat_logprobs(struct client *c, struct token_names *names,
                                                  token_name(c, names, p->token), "logprob",
                                                  (double)p->logprob, "bytes"));
         }
-        json_array_append_new(content, json_pack("{s:o, s:f, s:n, s:o}", "token",
-                                                 token_name(c, names, a->ids[i]), "logprob",
-                                                 (double)a->logprobs[i], "bytes", "top_logprobs", top));
+        json_array_append_new(
+            content, json_pack("{s:o, s:f, s:n, s:o}", "token", token_name(c, names, a->ids[i]),
+                               "logprob", (double)a->logprobs[i], "bytes", "top_logprobs", top));
     }
     return json_pack("{s:o}", "content", content);
 }
@@ -89,16 +89,18 @@ static json_t *completion_logprobs(struct client *c, struct token_names *names,
                      "top_logprobs", tops, "text_offset", offsets);
 }
 
-/* ---- results ---------------------------------------------------------------------------------------------------------- */
+/* ---- results --------------------------------------------------------------------------------- */
 
 static json_t *choice_json(struct client *c, struct token_names *names, const struct body *b,
                            const struct answer_choice *a, uint32_t idx) {
     json_t *text = text_json(a->text, a->n_text), *logprobs = json_null();
-    if (b->logprobs) logprobs = b->chat ? chat_logprobs(c, names, a) : completion_logprobs(c, names, a);
+    if (b->logprobs)
+        logprobs = b->chat ? chat_logprobs(c, names, a) : completion_logprobs(c, names, a);
     const char *reason = wire_reason_name(a->reason);
     if (b->chat)
         return json_pack("{s:i, s:{s:s, s:o}, s:o, s:s}", "index", (int)idx, "message", "role",
-                         "assistant", "content", text, "logprobs", logprobs, "finish_reason", reason);
+                         "assistant", "content", text, "logprobs", logprobs, "finish_reason",
+                         reason);
     return json_pack("{s:i, s:o, s:o, s:s}", "index", (int)idx, "text", text, "logprobs", logprobs,
                      "finish_reason", reason);
 }
@@ -109,20 +111,19 @@ json_t *batch_result(struct client *c, struct token_names *names, const struct b
     json_t *choices = json_array();
     for (uint32_t i = 0; i < a->n_choices; i++)
         json_array_append_new(choices, choice_json(c, names, &r->body, &a->choices[i], i));
-    json_t *usage = json_pack("{s:I, s:I, s:I, s:{s:I}}", "prompt_tokens",
-                              (json_int_t)a->prompt_tokens, "completion_tokens",
-                              (json_int_t)a->completion_tokens, "total_tokens",
-                              (json_int_t)a->prompt_tokens + (json_int_t)a->completion_tokens,
-                              "prompt_tokens_details", "cached_tokens", (json_int_t)a->cached_tokens);
-    json_t *body = json_pack("{s:o, s:s, s:I, s:o, s:o, s:o}", "id",
-                             random_id(r->body.chat ? "chatcmpl-" : "cmpl-"), "object",
-                             r->body.chat ? "chat.completion" : "text_completion", "created",
-                             (json_int_t)time(NULL), "model",
-                             text_json((const char *)w->model.p, w->model.n), "choices", choices,
-                             "usage", usage);
-    return json_pack("{s:o, s:s, s:{s:i, s:o, s:o}, s:n}", "id", random_id("batch_req_"), "custom_id",
-                     r->custom_id, "response", "status_code", 200, "request_id", random_id("req_"),
-                     "body", body, "error");
+    json_t *usage =
+        json_pack("{s:I, s:I, s:I, s:{s:I}}", "prompt_tokens", (json_int_t)a->prompt_tokens,
+                  "completion_tokens", (json_int_t)a->completion_tokens, "total_tokens",
+                  (json_int_t)a->prompt_tokens + (json_int_t)a->completion_tokens,
+                  "prompt_tokens_details", "cached_tokens", (json_int_t)a->cached_tokens);
+    json_t *body = json_pack(
+        "{s:o, s:s, s:I, s:o, s:o, s:o}", "id", random_id(r->body.chat ? "chatcmpl-" : "cmpl-"),
+        "object", r->body.chat ? "chat.completion" : "text_completion", "created",
+        (json_int_t)time(NULL), "model", text_json((const char *)w->model.p, w->model.n), "choices",
+        choices, "usage", usage);
+    return json_pack("{s:o, s:s, s:{s:i, s:o, s:o}, s:n}", "id", random_id("batch_req_"),
+                     "custom_id", r->custom_id, "response", "status_code", 200, "request_id",
+                     random_id("req_"), "body", body, "error");
 }
 
 json_t *batch_error(const char *custom_id, const struct error *e) {

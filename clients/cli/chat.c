@@ -1,5 +1,5 @@
-/* moed-cli chat: a conversation, or one question. The conversation is kept here and sent whole each turn; the
- * daemon's prefix cache makes that cheap. See cli.h. */
+/* moed-cli chat: a conversation, or one question. The conversation is kept here and sent whole
+ * each turn. See cli.h. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,7 +10,7 @@
 
 struct conversation {
     struct wire_chat messages[WIRE_MAX_MESSAGES]; /* contents malloc'd, roles static */
-    size_t n, n_fixed;                            /* the system message stays on /reset */
+    size_t n, n_fixed; /* the system message stays on /reset */
 };
 
 struct chat {
@@ -35,7 +35,8 @@ static void drop_messages(struct conversation *t, size_t keep) {
     while (t->n > keep) free((char *)t->messages[--t->n].content.p);
 }
 
-/* One turn: the user's text is the last message. A turn that failed leaves the conversation as it was before. */
+/* One turn: the user's text is the last message. A turn that failed leaves the conversation as
+ * it was before. */
 static int answer_turn(const char *program, struct chat *h) {
     struct answer a;
     size_t before = h->talk.n - 1;
@@ -45,8 +46,7 @@ static int answer_turn(const char *program, struct chat *h) {
     bool has_text = a.error.code == ST_OK && a.choices[0].n_text > 0;
     if (code == EXIT_DONE && h->verbose) print_usage_line(&a);
     /* What was said before Ctrl-C was said: the model will be asked to go on from there. */
-    if (!has_text ||
-        !add_message(&h->talk, "assistant", a.choices[0].text, a.choices[0].n_text))
+    if (!has_text || !add_message(&h->talk, "assistant", a.choices[0].text, a.choices[0].n_text))
         drop_messages(&h->talk, before);
     if (a.error.code == ST_TOO_LONG && h->talk.n > h->talk.n_fixed)
         fprintf(stderr, "%s: the conversation is full: /reset begins a new one\n", program);
@@ -54,7 +54,8 @@ static int answer_turn(const char *program, struct chat *h) {
     return code;
 }
 
-/* A daemon that was restarted while we sat at the prompt knows nothing of us: connect again, once. */
+/* A daemon that was restarted while we sat at the prompt knows nothing of us: connect again,
+ * once. */
 static int turn(const char *program, struct chat *h, const char *line, size_t n) {
     if (!add_message(&h->talk, "user", line, n)) {
         fprintf(stderr, "%s: the conversation is full: /reset begins a new one\n", program);
@@ -118,7 +119,8 @@ static int converse(const char *program, struct chat *h) {
             continue;
         }
         int turn_code = turn(program, h, line, n);
-        /* At a terminal a failed turn was seen and talk goes on; in a script it decides the exit status. */
+        /* At a terminal a failed turn was seen and talk goes on; in a script it decides the exit
+         * status. */
         if (!tty && turn_code != EXIT_DONE) code = turn_code;
         if (turn_code == EXIT_CONNECT && !tty) break;
     }
@@ -139,12 +141,28 @@ static int run(const struct command *cmd, struct chat *h) {
     if (h->system) add_message(&h->talk, "system", h->system, strlen(h->system));
     h->talk.n_fixed = h->talk.n;
     catch_interrupt();
-    if (h->prompt) code = turn(cmd->name, h, h->prompt, strlen(h->prompt));
-    else code = converse(cmd->name, h);
+    if (h->prompt)
+        code = turn(cmd->name, h, h->prompt, strlen(h->prompt));
+    else
+        code = converse(cmd->name, h);
     drop_messages(&h->talk, 0);
     client_close(h->client);
     return code;
 }
+
+static const char chat_summary[] =
+    "Talk with the model, in its chat format. Each line is a message; the whole conversation\n"
+    "goes with it. Ctrl-C stops the answer that is being given and keeps what was said of it.";
+
+static const char chat_details[] =
+    "Lines that begin with a slash are commands: /reset begins a new conversation, /exit (or\n"
+    "Ctrl-D) leaves. When standard input is not a terminal, each line is answered in turn, and\n"
+    "the exit status tells of the last turn that failed.\n"
+    "Exit status: 0 done, 1 rejected, failed or cancelled, 2 usage, 3 no connection.\n"
+    "\n"
+    "  moed-cli chat\n"
+    "  moed-cli chat -p 'What is a mutex?'\n"
+    "  moed-cli chat --system 'Answer in one sentence.' -t 0.7";
 
 int command_chat(int argc, char **argv) {
     static struct chat h = {.endpoint = ENDPOINT_DEFAULTS, .sampling = SAMPLING_DEFAULTS};
@@ -153,22 +171,15 @@ int command_chat(int argc, char **argv) {
         {ARG_STRING, "prompt", 'p', "TEXT", &h.prompt, 0, 0, "ask this one question and exit"},
         {ARG_STRING, "system", 0, "TEXT", &h.system, 0, 0, "begin with this system message"},
         SAMPLING_ARGS(&h.sampling),
-        {ARG_FLAG, "verbose", 'v', NULL, &h.verbose, 0, 0, "counts and times on stderr after each answer"},
+        {ARG_FLAG, "verbose", 'v', NULL, &h.verbose, 0, 0,
+         "counts and times on stderr after each answer"},
         ENDPOINT_ARGS(&h.endpoint),
     };
-    const struct command cmd = {
-        .name = "moed-cli chat",
-        .summary = "Talk with the model, in its chat format. Each line is a message; the whole conversation goes with\n"
-                   "it. Ctrl-C stops the answer that is being given and keeps what was said of it.",
-        .details = "Lines that begin with a slash are commands: /reset begins a new conversation, /exit (or Ctrl-D)\n"
-                   "leaves. When standard input is not a terminal, each line is answered in turn, and the exit status\n"
-                   "tells of the last turn that failed: 1 rejected, failed or cancelled, 3 no connection; 2 is usage.\n"
-                   "\n"
-                   "  moed-cli chat\n"
-                   "  moed-cli chat -p 'What is a mutex?'\n"
-                   "  moed-cli chat --system 'Answer in one sentence.' -t 0.7",
-        .args = args,
-        .n_args = sizeof args / sizeof *args};
+    const struct command cmd = {.name = "moed-cli chat",
+                                .summary = chat_summary,
+                                .details = chat_details,
+                                .args = args,
+                                .n_args = sizeof args / sizeof *args};
     int code;
     return args_parse(&cmd, argc, argv, &code) ? run(&cmd, &h) : code;
 }

@@ -46,6 +46,19 @@ static int run(const struct command *cmd, struct generate *g) {
     return c ? code : EXIT_CONNECT;
 }
 
+static const char generate_summary[] =
+    "Continue a prompt and print the continuation as it is made. The prompt is taken as it is:\n"
+    "no chat template is applied (see moed-cli chat). Without --prompt and --file it is read\n"
+    "from standard input; one newline at its end is left out. --max-tokens defaults to 256.";
+
+static const char generate_details[] =
+    "Ctrl-C cancels.\n"
+    "Exit status: 0 done, 1 rejected, failed or cancelled, 2 usage, 3 no connection.\n"
+    "\n"
+    "  moed-cli generate -p 'A mutex is'\n"
+    "  moed-cli generate -f story.txt -t 0.8 --top-p 0.95 --seed 7 --max-tokens 400\n"
+    "  moed-cli generate -p 'The capital of France is' --logprobs 3 --max-tokens 2";
+
 int command_generate(int argc, char **argv) {
     struct generate g = {.endpoint = ENDPOINT_DEFAULTS, .sampling = SAMPLING_DEFAULTS};
     g.sampling.max_tokens = 256;
@@ -64,18 +77,11 @@ int command_generate(int argc, char **argv) {
         {ARG_FLAG, "verbose", 'v', NULL, &g.verbose, 0, 0, "counts and times on stderr at the end"},
         ENDPOINT_ARGS(&g.endpoint),
     };
-    const struct command cmd = {
-        .name = "moed-cli generate",
-        .summary = "Continue a prompt and print the continuation as it is made. The prompt is taken as it is: no\n"
-                   "chat template is applied (see moed-cli chat). Without --prompt and --file it is read from\n"
-                   "standard input; one newline at its end is left out. --max-tokens defaults to 256.",
-        .details = "Ctrl-C cancels. Exit status: 0 done, 1 rejected, failed or cancelled, 2 usage, 3 no connection.\n"
-                   "\n"
-                   "  moed-cli generate -p 'A mutex is'\n"
-                   "  moed-cli generate -f story.txt -t 0.8 --top-p 0.95 --seed 7 --max-tokens 400\n"
-                   "  moed-cli generate -p 'The capital of France is' --logprobs 3 --max-tokens 2",
-        .args = args,
-        .n_args = sizeof args / sizeof *args};
+    const struct command cmd = {.name = "moed-cli generate",
+                                .summary = generate_summary,
+                                .details = generate_details,
+                                .args = args,
+                                .n_args = sizeof args / sizeof *args};
     int code;
     return args_parse(&cmd, argc, argv, &code) ? run(&cmd, &g) : code;
 }

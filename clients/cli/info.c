@@ -10,7 +10,8 @@
 #define EXIT_TEXT "Exit status: 0 done, 1 the daemon refused, 2 usage, 3 no connection."
 
 /* Connect, ask, hand the reply to show. */
-static int ask(const char *program, const struct endpoint_options *o, const struct wire_msg *question,
+static int ask(const char *program, const struct endpoint_options *o,
+               const struct wire_msg *question,
                int (*show)(struct client *c, const struct wire_msg *reply, const void *arg),
                const void *arg) {
     struct client *c = connect_or_complain(program, o);
@@ -22,7 +23,7 @@ static int ask(const char *program, const struct endpoint_options *o, const stru
     return code;
 }
 
-/* ---- tokenize ---------------------------------------------------------------------------------------------------- */
+/* ---- tokenize -------------------------------------------------------------------------------- */
 
 static int show_ids(struct client *c, const struct wire_msg *reply, const void *arg) {
     (void)c;
@@ -32,28 +33,31 @@ static int show_ids(struct client *c, const struct wire_msg *reply, const void *
     return EXIT_DONE;
 }
 
+static const char tokenize_summary[] =
+    "Print the token ids of a text on one line. Without TEXT and --file it is read from\n"
+    "standard input; every byte of it counts, a newline at its end too.";
+
 int command_tokenize(int argc, char **argv) {
     struct endpoint_options endpoint = ENDPOINT_DEFAULTS;
     struct operands rest;
     const char *file = NULL, *system = NULL;
     bool chat = false, raw_special = false;
     const struct arg args[] = {
-        {ARG_STRING, "file", 'f', "FILE", &file, 0, 0, "read the text from FILE; - is standard input"},
+        {ARG_STRING, "file", 'f', "FILE", &file, 0, 0,
+         "read the text from FILE; - is standard input"},
         {ARG_FLAG, "chat", 0, NULL, &chat, 0, 0, "as a user's message in the model's chat format"},
         {ARG_STRING, "system", 0, "TEXT", &system, 0, 0, "with --chat: after this system message"},
         {ARG_FLAG, "raw-special", 0, NULL, &raw_special, 0, 0,
          "names of special tokens are ordinary text"},
         ENDPOINT_ARGS(&endpoint),
     };
-    const struct command cmd = {
-        .name = "moed-cli tokenize",
-        .operands = "[TEXT]",
-        .summary = "Print the token ids of a text on one line. Without TEXT and --file it is read from standard\n"
-                   "input; every byte of it counts, a newline at its end too.",
-        .details = EXIT_TEXT,
-        .args = args,
-        .n_args = sizeof args / sizeof *args,
-        .rest = &rest};
+    const struct command cmd = {.name = "moed-cli tokenize",
+                                .operands = "[TEXT]",
+                                .summary = tokenize_summary,
+                                .details = EXIT_TEXT,
+                                .args = args,
+                                .n_args = sizeof args / sizeof *args,
+                                .rest = &rest};
     int code;
     if (!args_parse(&cmd, argc, argv, &code)) return code;
     if (rest.n > 1 || (rest.n == 1 && file)) return usage_error(&cmd, "one TEXT, or --file");
@@ -77,7 +81,7 @@ int command_tokenize(int argc, char **argv) {
     return code;
 }
 
-/* ---- detokenize -------------------------------------------------------------------------------------------------- */
+/* ---- detokenize ------------------------------------------------------------------------------ */
 
 static int show_text(struct client *c, const struct wire_msg *reply, const void *arg) {
     (void)c;
@@ -89,7 +93,8 @@ static int show_text(struct client *c, const struct wire_msg *reply, const void 
 
 /* Ids separated by blanks, commas or newlines, appended to *ids. EXIT_DONE or EXIT_USAGE. */
 static int add_ids(const struct command *cmd, char *text, int32_t **ids, size_t *n) {
-    for (char *save, *w = strtok_r(text, " ,\t\r\n", &save); w; w = strtok_r(NULL, " ,\t\r\n", &save)) {
+    for (char *save, *w = strtok_r(text, " ,\t\r\n", &save); w;
+         w = strtok_r(NULL, " ,\t\r\n", &save)) {
         int64_t id;
         if (!args_int(w, 0, INT32_MAX, &id)) return usage_error(cmd, "'%s' is not a token id", w);
         /* Powers of two: the array is full exactly when its length is one. */
@@ -103,23 +108,26 @@ static int add_ids(const struct command *cmd, char *text, int32_t **ids, size_t 
     return EXIT_DONE;
 }
 
+static const char detokenize_summary[] =
+    "Print the text of token ids, which may be separated by blanks or commas. Bytes that are no\n"
+    "character are shown as U+FFFD.";
+
 int command_detokenize(int argc, char **argv) {
     struct endpoint_options endpoint = ENDPOINT_DEFAULTS;
     struct operands rest;
     const char *file = NULL;
     const struct arg args[] = {
-        {ARG_STRING, "file", 'f', "FILE", &file, 0, 0, "read the ids from FILE; - is standard input"},
+        {ARG_STRING, "file", 'f', "FILE", &file, 0, 0,
+         "read the ids from FILE; - is standard input"},
         ENDPOINT_ARGS(&endpoint),
     };
-    const struct command cmd = {
-        .name = "moed-cli detokenize",
-        .operands = "ID…",
-        .summary = "Print the text of token ids, which may be separated by blanks or commas. Bytes that are no\n"
-                   "character are shown as U+FFFD.",
-        .details = EXIT_TEXT,
-        .args = args,
-        .n_args = sizeof args / sizeof *args,
-        .rest = &rest};
+    const struct command cmd = {.name = "moed-cli detokenize",
+                                .operands = "ID…",
+                                .summary = detokenize_summary,
+                                .details = EXIT_TEXT,
+                                .args = args,
+                                .n_args = sizeof args / sizeof *args,
+                                .rest = &rest};
     int code;
     if (!args_parse(&cmd, argc, argv, &code)) return code;
     if ((rest.n > 0) == (file != NULL)) return usage_error(&cmd, "give ids, or --file");
@@ -139,7 +147,7 @@ int command_detokenize(int argc, char **argv) {
     return code;
 }
 
-/* ---- info -------------------------------------------------------------------------------------------------------- */
+/* ---- info ------------------------------------------------------------------------------------ */
 
 static int show_info(struct client *c, const struct wire_msg *reply, const void *arg) {
     (void)arg;
@@ -166,17 +174,18 @@ static int show_info(struct client *c, const struct wire_msg *reply, const void 
 int command_info(int argc, char **argv) {
     struct endpoint_options endpoint = ENDPOINT_DEFAULTS;
     const struct arg args[] = {ENDPOINT_ARGS(&endpoint)};
-    const struct command cmd = {.name = "moed-cli info",
-                                .summary = "Print what the daemon serves: the model, the backend and the limits.",
-                                .details = EXIT_TEXT,
-                                .args = args,
-                                .n_args = sizeof args / sizeof *args};
+    const struct command cmd = {
+        .name = "moed-cli info",
+        .summary = "Print what the daemon serves: the model, the backend and the limits.",
+        .details = EXIT_TEXT,
+        .args = args,
+        .n_args = sizeof args / sizeof *args};
     int code;
     if (!args_parse(&cmd, argc, argv, &code)) return code;
     return ask(cmd.name, &endpoint, &(struct wire_msg){.type = WIRE_MODEL_INFO}, show_info, NULL);
 }
 
-/* ---- health ------------------------------------------------------------------------------------------------------ */
+/* ---- health ---------------------------------------------------------------------------------- */
 
 static int show_health(struct client *c, const struct wire_msg *reply, const void *arg) {
     (void)c;
@@ -191,18 +200,19 @@ static int show_health(struct client *c, const struct wire_msg *reply, const voi
 int command_health(int argc, char **argv) {
     struct endpoint_options endpoint = ENDPOINT_DEFAULTS;
     const struct arg args[] = {ENDPOINT_ARGS(&endpoint)};
-    const struct command cmd = {.name = "moed-cli health",
-                                .summary = "Print whether the daemon takes requests, on one line.",
-                                .details = "Exit status: 0 ready, 1 not ready (loading, draining, device lost), 2 usage,\n"
-                                           "3 no connection.",
-                                .args = args,
-                                .n_args = sizeof args / sizeof *args};
+    const struct command cmd = {
+        .name = "moed-cli health",
+        .summary = "Print whether the daemon takes requests, on one line.",
+        .details = "Exit status: 0 ready, 1 not ready (loading, draining, device lost), 2 usage,\n"
+                   "3 no connection.",
+        .args = args,
+        .n_args = sizeof args / sizeof *args};
     int code;
     if (!args_parse(&cmd, argc, argv, &code)) return code;
     return ask(cmd.name, &endpoint, &(struct wire_msg){.type = WIRE_HEALTH}, show_health, NULL);
 }
 
-/* ---- stats ------------------------------------------------------------------------------------------------------- */
+/* ---- stats ----------------------------------------------------------------------------------- */
 
 static json_t *number(double v) {
     return v == floor(v) && fabs(v) < 9e15 ? json_integer((json_int_t)v) : json_real(v);
@@ -243,7 +253,8 @@ int command_stats(int argc, char **argv) {
         ENDPOINT_ARGS(&endpoint),
     };
     const struct command cmd = {.name = "moed-cli stats",
-                                .summary = "Print the daemon's counters since its start, one per line.",
+                                .summary =
+                                    "Print the daemon's counters since its start, one per line.",
                                 .details = EXIT_TEXT,
                                 .args = args,
                                 .n_args = sizeof args / sizeof *args};

@@ -22,11 +22,14 @@ enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
 static void print_help(FILE *f) {
     fprintf(f, "usage: moed-cli COMMAND [options]\n\nTalk to a moed daemon.\n\n");
-    for (int i = 0; i < N_COMMANDS; i++) fprintf(f, "  %-12s%s\n", commands[i].name, commands[i].summary);
-    fprintf(f, "\n'moed-cli COMMAND --help' describes each. All of them take --endpoint URI; without it the\n"
-               "daemon is looked for at $MOED_ENDPOINT, else ipc://$XDG_RUNTIME_DIR/moed.sock, else\n"
-               "ipc:///tmp/moed-<uid>.sock, which is where a daemon of the same user listens.\n\n"
-               "Exit status: 0 done, 1 the request failed, 2 usage, 3 no connection to the daemon.\n");
+    for (int i = 0; i < N_COMMANDS; i++)
+        fprintf(f, "  %-12s%s\n", commands[i].name, commands[i].summary);
+    fprintf(f,
+            "\n'moed-cli COMMAND --help' describes each. All of them take --endpoint URI; without "
+            "it the\n"
+            "daemon is looked for at $MOED_ENDPOINT, else ipc://$XDG_RUNTIME_DIR/moed.sock, else\n"
+            "ipc:///tmp/moed-<uid>.sock, which is where a daemon of the same user listens.\n\n"
+            "Exit status: 0 done, 1 the request failed, 2 usage, 3 no connection to the daemon.\n");
 }
 
 int main(int argc, char **argv) {
@@ -34,7 +37,8 @@ int main(int argc, char **argv) {
         print_help(stderr);
         return EXIT_USAGE;
     }
-    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 ||
+        strcmp(argv[1], "help") == 0) {
         print_help(stdout);
         return EXIT_DONE;
     }

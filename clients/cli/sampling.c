@@ -42,19 +42,20 @@ int sampling_apply(const struct command *cmd, struct sampling_options *o, struct
         int code = read_bias(cmd, o, i);
         if (code != EXIT_DONE) return code;
     }
-    s->sampling = (struct wire_sampling){.temperature = (float)o->temperature,
-                                         .top_k = (uint32_t)o->top_k,
-                                         .top_p = (float)o->top_p,
-                                         .min_p = (float)o->min_p,
-                                         .repetition_penalty = (float)o->repetition,
-                                         .presence_penalty = (float)o->presence,
-                                         .frequency_penalty = (float)o->frequency,
-                                         .bias = o->biases,
-                                         .n_bias = o->bias.n,
-                                         .has_seed = o->seed >= 0,
-                                         .seed = o->seed >= 0 ? (uint64_t)o->seed : 0,
-                                         .logprobs = o->logprobs >= 0,
-                                         .top_logprobs = o->logprobs > 0 ? (uint32_t)o->logprobs : 0};
+    s->sampling =
+        (struct wire_sampling){.temperature = (float)o->temperature,
+                               .top_k = (uint32_t)o->top_k,
+                               .top_p = (float)o->top_p,
+                               .min_p = (float)o->min_p,
+                               .repetition_penalty = (float)o->repetition,
+                               .presence_penalty = (float)o->presence,
+                               .frequency_penalty = (float)o->frequency,
+                               .bias = o->biases,
+                               .n_bias = o->bias.n,
+                               .has_seed = o->seed >= 0,
+                               .seed = o->seed >= 0 ? (uint64_t)o->seed : 0,
+                               .logprobs = o->logprobs >= 0,
+                               .top_logprobs = o->logprobs > 0 ? (uint32_t)o->logprobs : 0};
     s->has_max_tokens = o->max_tokens > 0;
     s->max_tokens = (uint32_t)o->max_tokens;
     s->min_tokens = (uint32_t)o->min_tokens;

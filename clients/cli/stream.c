@@ -37,7 +37,8 @@ static void put_token_name(struct client *c, int32_t id) {
     free(text);
 }
 
-/* Tokens [from, n_ids) of choice 0. The chunk is already copied: asking the daemon would overwrite it. */
+/* Tokens [from, n_ids) of choice 0. The chunk is already copied: asking the daemon would
+ * overwrite it. */
 static bool show_logprobs(struct client *c, const struct answer_choice *a, size_t from) {
     for (size_t i = from; i < a->n_ids && a->logprobs; i++) {
         printf("%8d  %9.4f  ", a->ids[i], (double)a->logprobs[i]);
@@ -65,7 +66,8 @@ static bool show_message(struct client *c, enum show show, const struct answer *
 static void show_others(struct client *c, enum show show, const struct answer *a) {
     for (uint32_t i = 1; i < a->n_choices; i++) {
         printf("--- choice %u ---\n", i);
-        if (show == SHOW_LOGPROBS) show_logprobs(c, &a->choices[i], 0);
+        if (show == SHOW_LOGPROBS)
+            show_logprobs(c, &a->choices[i], 0);
         else {
             put_text(a->choices[i].text ? a->choices[i].text : "", a->choices[i].n_text);
             putchar('\n');
@@ -76,8 +78,8 @@ static void show_others(struct client *c, enum show show, const struct answer *a
 static int judge(const char *program, const struct answer *a) {
     char line[300];
     if (a->error.code != ST_OK) {
-        fprintf(stderr, "%s: the request %s: %s\n", program, a->rejected ? "was rejected" : "failed",
-                error_line(&a->error, line, sizeof line));
+        fprintf(stderr, "%s: the request %s: %s\n", program,
+                a->rejected ? "was rejected" : "failed", error_line(&a->error, line, sizeof line));
         return EXIT_FAILED;
     }
     for (uint32_t i = 0; i < a->n_choices; i++) {
@@ -129,8 +131,9 @@ int stream_request(const char *program, struct client *c, const struct wire_subm
 
 void print_usage_line(const struct answer *a) {
     double rate = a->decode_ms > 0 ? 1000.0 * (double)a->completion_tokens / a->decode_ms : 0;
-    fprintf(stderr,
-            "[%u prompt tokens (%u cached), %u new, first after %.0f ms, %.1f tokens/s, ended by %s]\n",
-            a->prompt_tokens, a->cached_tokens, a->completion_tokens, a->queue_ms + a->prefill_ms,
-            rate, wire_reason_name(a->choices[0].reason));
+    fprintf(
+        stderr,
+        "[%u prompt tokens (%u cached), %u new, first after %.0f ms, %.1f tokens/s, ended by %s]\n",
+        a->prompt_tokens, a->cached_tokens, a->completion_tokens, a->queue_ms + a->prefill_ms, rate,
+        wire_reason_name(a->choices[0].reason));
 }

@@ -42,7 +42,8 @@ static bool add_logprobs(struct answer_choice *c, const struct wire_token_chunk 
     for (size_t i = 0; i < k->n_ids; i++) {
         const struct wire_token_logprob *p = &k->logprobs[i];
         c->logprobs[c->n_ids + i] = p->logprob;
-        /* The server sends as many alternatives as were asked for; what differs is cut or left at token -1. */
+        /* The server sends as many alternatives as were asked for; what differs is cut or left
+         * at token -1. */
         for (size_t t = 0; t < c->n_top; t++)
             c->top[(c->n_ids + i) * c->n_top + t] =
                 t < p->n_top ? p->top[t] : (struct wire_top_logprob){.token = -1};
@@ -56,8 +57,8 @@ static enum status add_chunk(struct answer *a, const struct wire_token_chunk *k,
                          a->n_choices);
     struct answer_choice *c = &a->choices[k->choice];
     if (k->seq != c->n_chunks)
-        return error_set(e, ST_CORRUPT, "a chunk is missing: number %u came where %u was next", k->seq,
-                         c->n_chunks);
+        return error_set(e, ST_CORRUPT, "a chunk is missing: number %u came where %u was next",
+                         k->seq, c->n_chunks);
     c->n_chunks++;
     if (k->n_ids > 0 && c->n_ids > 0 && (c->logprobs != NULL) != (k->n_logprobs > 0))
         return error_set(e, ST_CORRUPT, "some chunks have log-probabilities and some have none");
@@ -82,13 +83,14 @@ static enum status check_choice(const struct answer *a, const struct wire_choice
     const struct answer_choice *c = &a->choices[w->index];
     if (c->reason != 0) return error_set(e, ST_CORRUPT, "Finished names choice %u twice", w->index);
     if (w->last_seq != c->n_chunks)
-        return error_set(e, ST_CORRUPT, "%u chunks came of choice %u, and %u were sent", c->n_chunks,
-                         w->index, w->last_seq);
+        return error_set(e, ST_CORRUPT, "%u chunks came of choice %u, and %u were sent",
+                         c->n_chunks, w->index, w->last_seq);
     if (w->completion_tokens != c->n_ids)
         return error_set(e, ST_CORRUPT, "%zu tokens came of choice %u, and %u were made", c->n_ids,
                          w->index, w->completion_tokens);
     if (w->hash != c->hash)
-        return error_set(e, ST_CORRUPT, "the hash of choice %u differs: a token was altered", w->index);
+        return error_set(e, ST_CORRUPT, "the hash of choice %u differs: a token was altered",
+                         w->index);
     return ST_OK;
 }
 
@@ -120,7 +122,8 @@ static void set_error(struct answer *a, uint32_t code, struct bytes text, bool r
 enum status answer_add(struct answer *a, const struct wire_msg *m, struct error *e) {
     enum status st = ST_OK;
     if (a->ended)
-        return error_set(e, ST_CORRUPT, "a %s came after the request's end", wire_type_name(m->type));
+        return error_set(e, ST_CORRUPT, "a %s came after the request's end",
+                         wire_type_name(m->type));
     switch (m->type) {
     case WIRE_ACCEPTED:
         if (a->accepted) return error_set(e, ST_CORRUPT, "the request was accepted twice");

@@ -1,5 +1,6 @@
-/* answer: put one request's messages together, and hold them to what the protocol promises: chunks numbered
- * without gaps, a hash that matches the ids, one final message. Owns copies of text, ids and log-probabilities.
+/* answer: put one request's messages together, and hold them to what the protocol promises: chunks
+ * numbered without gaps, a hash that matches the ids, one final message. Owns copies of text, ids
+ * and log-probabilities.
  *
  * One thread per answer. */
 #ifndef MOED_CLIENTS_COMMON_ANSWER_H
@@ -38,8 +39,8 @@ struct answer {
 void answer_start(struct answer *a, uint32_t n);
 void answer_free(struct answer *a);
 
-/* Take the request's next message (Accepted, Rejected, TokenChunk, Finished, Failed). ST_CORRUPT: it breaks
- * a promise, and *e says which; ST_NO_MEMORY. */
+/* Take the request's next message (Accepted, Rejected, TokenChunk, Finished, Failed).
+ * ST_CORRUPT: it breaks a promise, and *e says which; ST_NO_MEMORY. */
 enum status answer_add(struct answer *a, const struct wire_msg *m, struct error *e);
 
 #endif

@@ -34,7 +34,7 @@ bool args_real(const char *s, double lo, double hi, double *out) {
     return true;
 }
 
-/* ---- --help --------------------------------------------------------------------------------------------- */
+/* ---- --help ---------------------------------------------------------------------------------- */
 
 enum { HELP_COLUMN = 28 };
 
@@ -55,8 +55,10 @@ static void print_option(const struct arg *a) {
     if (a->letter) snprintf(letter, sizeof letter, "-%c, ", a->letter);
     int n = snprintf(head, sizeof head, "  %s--%s%s%s", letter, a->name, a->value ? " " : "",
                      a->value ? a->value : "");
-    if (n < HELP_COLUMN - 1) printf("%-*s", HELP_COLUMN, head);
-    else printf("%s\n%*s", head, HELP_COLUMN, "");
+    if (n < HELP_COLUMN - 1)
+        printf("%-*s", HELP_COLUMN, head);
+    else
+        printf("%s\n%*s", head, HELP_COLUMN, "");
     print_help_text(a->help, HELP_COLUMN);
 }
 
@@ -65,16 +67,19 @@ static void print_help(const struct command *c) {
            c->operands ? c->operands : "", c->summary);
     if (c->n_args > 0 && c->args[0].kind != ARG_SECTION) printf("\nOptions\n");
     for (size_t i = 0; i < c->n_args; i++) {
-        if (c->args[i].kind == ARG_SECTION) printf("\n%s\n", c->args[i].help);
-        else print_option(&c->args[i]);
+        if (c->args[i].kind == ARG_SECTION)
+            printf("\n%s\n", c->args[i].help);
+        else
+            print_option(&c->args[i]);
     }
     printf("      --help                print this and exit\n");
     if (c->details) printf("\n%s\n", c->details);
 }
 
-/* ---- parsing ---------------------------------------------------------------------------------------------- */
+/* ---- parsing --------------------------------------------------------------------------------- */
 
-static const struct arg *find_arg(const struct command *c, const char *name, size_t n, char letter) {
+static const struct arg *find_arg(const struct command *c, const char *name, size_t n,
+                                  char letter) {
     for (size_t i = 0; i < c->n_args; i++) {
         const struct arg *a = &c->args[i];
         if (a->kind == ARG_SECTION) continue;
@@ -91,8 +96,8 @@ static int set_value(const struct command *c, const struct arg *a, const char *v
     case ARG_STRING: *(const char **)a->dest = value; return EXIT_DONE;
     case ARG_INT:
         if (args_int(value, a->lo, a->hi, a->dest)) return EXIT_DONE;
-        return usage_error(c, "--%s wants a whole number from %.0f to %.0f, not '%s'", a->name, a->lo,
-                           a->hi, value);
+        return usage_error(c, "--%s wants a whole number from %.0f to %.0f, not '%s'", a->name,
+                           a->lo, a->hi, value);
     case ARG_REAL:
         if (args_real(value, a->lo, a->hi, a->dest)) return EXIT_DONE;
         return usage_error(c, "--%s wants a number from %g to %g, not '%s'", a->name, a->lo, a->hi,
@@ -121,7 +126,9 @@ static int parse_option(const struct command *c, int argc, char **argv, int *i) 
     }
     size_t n = is_long && value ? (size_t)(value - name) : strlen(name);
     const struct arg *a = find_arg(c, name, n, is_long ? 0 : name[0]);
-    if (!a) return usage_error(c, "there is no option %.*s", (int)(value && is_long ? n + 2 : strlen(word)), word);
+    if (!a)
+        return usage_error(c, "there is no option %.*s",
+                           (int)(value && is_long ? n + 2 : strlen(word)), word);
     if (is_long && value) value++;
     if (a->kind == ARG_FLAG) {
         if (value) return usage_error(c, "--%s takes no value", a->name);

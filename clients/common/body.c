@@ -1,6 +1,6 @@
-/* See body.h. The fields are OpenAI's (platform.openai.com/docs/api-reference) and, where OpenAI has none, those
- * that other servers use for the same thing: top_k, min_p, repetition_penalty, min_tokens, ignore_eos,
- * stop_token_ids. */
+/* See body.h. The fields are OpenAI's (platform.openai.com/docs/api-reference) and, where OpenAI
+ * has none, those that other servers use for the same thing: top_k, min_p, repetition_penalty,
+ * min_tokens, ignore_eos, stop_token_ids. */
 #include "clients/common/body.h"
 
 #include <math.h>
@@ -11,7 +11,7 @@ static struct bytes json_bytes(const json_t *s) {
     return (struct bytes){(const uint8_t *)json_string_value(s), json_string_length(s)};
 }
 
-/* ---- prompts -------------------------------------------------------------------------------------------------- */
+/* ---- prompts --------------------------------------------------------------------------------- */
 
 /* Content as a list of {"type":"text","text":…}: one string of the parts. */
 static enum status join_parts(const json_t *parts, size_t idx, struct error *e, struct body *b,
@@ -22,8 +22,8 @@ static enum status join_parts(const json_t *parts, size_t idx, struct error *e, 
         const char *type = json_string_value(json_object_get(part, "type"));
         const json_t *text = json_object_get(part, "text");
         if (!type || strcmp(type, "text") != 0 || !json_is_string(text))
-            return error_set(e, ST_UNSUPPORTED, "messages[%zu].content[%zu]: only text parts are served",
-                             idx, i);
+            return error_set(e, ST_UNSUPPORTED,
+                             "messages[%zu].content[%zu]: only text parts are served", idx, i);
         n += json_string_length(text);
     }
     char *joined = malloc(n + 1);
@@ -63,7 +63,8 @@ static enum status read_messages(const json_t *list, struct error *e, struct bod
     if (!json_is_array(list) || n == 0)
         return error_set(e, ST_INVALID, "messages must be a list of at least one message");
     if (n > WIRE_MAX_MESSAGES)
-        return error_set(e, ST_TOO_LONG, "messages has %zu entries: at most %d", n, WIRE_MAX_MESSAGES);
+        return error_set(e, ST_TOO_LONG, "messages has %zu entries: at most %d", n,
+                         WIRE_MAX_MESSAGES);
     b->messages = calloc(n, sizeof *b->messages);
     b->joined = calloc(n, sizeof *b->joined);
     if (!b->messages || !b->joined) return error_set(e, ST_NO_MEMORY, "no memory");
@@ -93,7 +94,8 @@ static enum status read_prompt(const json_t *v, struct error *e, struct body *b)
     if (n == 0)
         return error_set(e, ST_INVALID, "prompt must be a non-empty string or list of token ids");
     if (!json_is_integer(json_array_get(v, 0)))
-        return error_set(e, ST_UNSUPPORTED, "prompt: several prompts in one request are not served");
+        return error_set(e, ST_UNSUPPORTED,
+                         "prompt: several prompts in one request are not served");
     b->prompt_ids = calloc(n, sizeof *b->prompt_ids);
     if (!b->prompt_ids) return error_set(e, ST_NO_MEMORY, "no memory");
     b->submit.prompt_ids = b->prompt_ids;
@@ -105,7 +107,7 @@ static enum status read_prompt(const json_t *v, struct error *e, struct body *b)
     return ST_OK;
 }
 
-/* ---- fields --------------------------------------------------------------------------------------------------- */
+/* ---- fields ---------------------------------------------------------------------------------- */
 
 static enum status read_real(const json_t *v, const char *name, double lo, double hi,
                              struct error *e, float *out) {
@@ -134,7 +136,8 @@ static enum status read_bool(const json_t *v, const char *name, struct error *e,
 static enum status add_stop(const json_t *v, struct error *e, struct wire_submit *s) {
     size_t n = json_string_length(v);
     if (!json_is_string(v) || n == 0 || n > WIRE_MAX_STOP_BYTES)
-        return error_set(e, ST_INVALID, "stop must hold strings of 1 to %d bytes", WIRE_MAX_STOP_BYTES);
+        return error_set(e, ST_INVALID, "stop must hold strings of 1 to %d bytes",
+                         WIRE_MAX_STOP_BYTES);
     if (s->n_stop == WIRE_MAX_STOPS)
         return error_set(e, ST_INVALID, "stop holds more than %d strings", WIRE_MAX_STOPS);
     s->stop[s->n_stop++] = json_bytes(v);
@@ -153,7 +156,8 @@ static enum status read_stop(const json_t *v, struct error *e, struct wire_submi
 static enum status read_stop_ids(const json_t *v, struct error *e, struct wire_submit *s) {
     size_t n = json_array_size(v);
     if (!json_is_array(v) || n > WIRE_MAX_STOPS)
-        return error_set(e, ST_INVALID, "stop_token_ids must be a list of at most %d ids", WIRE_MAX_STOPS);
+        return error_set(e, ST_INVALID, "stop_token_ids must be a list of at most %d ids",
+                         WIRE_MAX_STOPS);
     for (; s->n_stop_ids < n; s->n_stop_ids++) {
         enum status st = read_id(json_array_get(v, s->n_stop_ids), "stop_token_ids", e,
                                  &s->stop_ids[s->n_stop_ids]);
@@ -202,9 +206,24 @@ static enum status read_seed(const json_t *v, struct error *e, struct wire_sampl
 
 enum field {
     F_IGNORED, /* changes nothing in the answer */
-    F_PROMPT, F_TEMPERATURE, F_TOP_P, F_MIN_P, F_TOP_K, F_REPETITION, F_PRESENCE, F_FREQUENCY,
-    F_MAX_TOKENS, F_MIN_TOKENS, F_N, F_SEED, F_STOP, F_STOP_IDS, F_BIAS, F_LOGPROBS,
-    F_TOP_LOGPROBS, F_IGNORE_EOS,
+    F_PROMPT,
+    F_TEMPERATURE,
+    F_TOP_P,
+    F_MIN_P,
+    F_TOP_K,
+    F_REPETITION,
+    F_PRESENCE,
+    F_FREQUENCY,
+    F_MAX_TOKENS,
+    F_MIN_TOKENS,
+    F_N,
+    F_SEED,
+    F_STOP,
+    F_STOP_IDS,
+    F_BIAS,
+    F_LOGPROBS,
+    F_TOP_LOGPROBS,
+    F_IGNORE_EOS,
     F_MUST_BE_FALSE, /* served in its default form only */
     F_RESPONSE_FORMAT
 };
@@ -213,16 +232,35 @@ static const struct {
     const char *name;
     enum field field;
 } fields[] = {
-    {"model", F_IGNORED}, {"user", F_IGNORED}, {"metadata", F_IGNORED}, {"store", F_IGNORED},
-    {"service_tier", F_IGNORED}, {"safety_identifier", F_IGNORED}, {"prompt_cache_key", F_IGNORED},
-    {"messages", F_PROMPT}, {"prompt", F_PROMPT}, {"temperature", F_TEMPERATURE},
-    {"top_p", F_TOP_P}, {"min_p", F_MIN_P}, {"top_k", F_TOP_K},
-    {"repetition_penalty", F_REPETITION}, {"presence_penalty", F_PRESENCE},
-    {"frequency_penalty", F_FREQUENCY}, {"max_tokens", F_MAX_TOKENS},
-    {"max_completion_tokens", F_MAX_TOKENS}, {"min_tokens", F_MIN_TOKENS}, {"n", F_N},
-    {"seed", F_SEED}, {"stop", F_STOP}, {"stop_token_ids", F_STOP_IDS}, {"logit_bias", F_BIAS},
-    {"logprobs", F_LOGPROBS}, {"top_logprobs", F_TOP_LOGPROBS}, {"ignore_eos", F_IGNORE_EOS},
-    {"stream", F_MUST_BE_FALSE}, {"echo", F_MUST_BE_FALSE},
+    {"model", F_IGNORED},
+    {"user", F_IGNORED},
+    {"metadata", F_IGNORED},
+    {"store", F_IGNORED},
+    {"service_tier", F_IGNORED},
+    {"safety_identifier", F_IGNORED},
+    {"prompt_cache_key", F_IGNORED},
+    {"messages", F_PROMPT},
+    {"prompt", F_PROMPT},
+    {"temperature", F_TEMPERATURE},
+    {"top_p", F_TOP_P},
+    {"min_p", F_MIN_P},
+    {"top_k", F_TOP_K},
+    {"repetition_penalty", F_REPETITION},
+    {"presence_penalty", F_PRESENCE},
+    {"frequency_penalty", F_FREQUENCY},
+    {"max_tokens", F_MAX_TOKENS},
+    {"max_completion_tokens", F_MAX_TOKENS},
+    {"min_tokens", F_MIN_TOKENS},
+    {"n", F_N},
+    {"seed", F_SEED},
+    {"stop", F_STOP},
+    {"stop_token_ids", F_STOP_IDS},
+    {"logit_bias", F_BIAS},
+    {"logprobs", F_LOGPROBS},
+    {"top_logprobs", F_TOP_LOGPROBS},
+    {"ignore_eos", F_IGNORE_EOS},
+    {"stream", F_MUST_BE_FALSE},
+    {"echo", F_MUST_BE_FALSE},
     {"response_format", F_RESPONSE_FORMAT},
 };
 
@@ -291,12 +329,13 @@ static enum status check_whole(const struct body *b, struct error *e) {
 
 enum status body_read(json_t *root, bool chat, struct error *e, struct body *out) {
     if (!json_is_object(root)) return error_set(e, ST_INVALID, "body must be an object");
-    *out = (struct body){.chat = chat,
-                         .root = json_incref(root),
-                         .submit = {.sampling = {.temperature = 1, .top_p = 1, .repetition_penalty = 1},
-                                    .priority = 1,
-                                    .n = 1,
-                                    .parse_special = true}};
+    *out = (struct body){
+        .chat = chat,
+        .root = json_incref(root),
+        .submit = {.sampling = {.temperature = 1, .top_p = 1, .repetition_penalty = 1},
+                   .priority = 1,
+                   .n = 1,
+                   .parse_special = true}};
     const char *key;
     json_t *value;
     enum status st = ST_OK;

@@ -15,8 +15,10 @@ void progress_start(struct progress *p, uint64_t total) {
 
 const char *format_seconds(double s, char *dst, size_t cap) {
     unsigned long t = s > 0 ? (unsigned long)(s + 0.5) : 0;
-    if (t >= 3600) snprintf(dst, cap, "%lu:%02lu:%02lu", t / 3600, t / 60 % 60, t % 60);
-    else snprintf(dst, cap, "%lu:%02lu", t / 60, t % 60);
+    if (t >= 3600)
+        snprintf(dst, cap, "%lu:%02lu:%02lu", t / 3600, t / 60 % 60, t % 60);
+    else
+        snprintf(dst, cap, "%lu:%02lu", t / 60, t % 60);
     return dst;
 }
 

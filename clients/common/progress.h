@@ -1,5 +1,5 @@
-/* progress: how far a run is, on stderr. On a terminal one line that is redrawn, else a plain line now and then.
- * Single thread. */
+/* progress: how far a run is, on stderr. On a terminal one line that is redrawn, else a plain
+ * line now and then. Single thread. */
 #ifndef MOED_CLIENTS_COMMON_PROGRESS_H
 #define MOED_CLIENTS_COMMON_PROGRESS_H
 

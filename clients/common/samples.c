@@ -32,7 +32,7 @@ double samples_percentile(struct samples *s, double p) {
     if (s->n == 0) return 0;
     if (!s->sorted) qsort(s->values, s->n, sizeof *s->values, compare);
     s->sorted = true;
-    double rank = ceil(p * (double)s->n);
+    double rank = ceil(p * (double)s->n - 1e-9); /* 0.07 * 100 is a little more than 7 */
     size_t i = rank < 1 ? 0 : (size_t)rank - 1;
     return s->values[i < s->n ? i : s->n - 1];
 }

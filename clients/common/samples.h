@@ -13,8 +13,9 @@ struct samples {
 /* False: no memory; the value is lost. */
 bool samples_add(struct samples *s, double value, size_t times);
 void samples_free(struct samples *s);
-/* The smallest value that at least the share p (0 < p <= 1) of all values does not exceed (nearest rank; no
- * interpolation, so that it is a value that was measured). 0 when there are none. Sorts. */
+/* The smallest value that at least the share p (0 < p <= 1) of all values does not exceed
+ * (nearest rank; no interpolation, so that it is a value that was measured). 0 when there are
+ * none. Sorts. */
 double samples_percentile(struct samples *s, double p);
 double samples_mean(const struct samples *s);
 

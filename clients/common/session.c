@@ -42,12 +42,15 @@ char *read_text_file(const char *program, const char *path, size_t max_bytes, si
     while (!problem) {
         size_t got = fread(text + *n, 1, cap - *n, f);
         *n += got;
-        if (ferror(f)) problem = strerror(errno);
-        else if (*n > max_bytes) problem = "too large for one request";
+        if (ferror(f))
+            problem = strerror(errno);
+        else if (*n > max_bytes)
+            problem = "too large for one request";
         if (problem || (got == 0 && feof(f))) break;
         if (*n < cap) continue;
         char *more = realloc(text, cap * 2 + 1);
-        if (!more) problem = "no memory";
+        if (!more)
+            problem = "no memory";
         else {
             text = more;
             cap *= 2;
@@ -72,7 +75,7 @@ static void on_interrupt(int sig) {
 }
 
 void catch_interrupt(void) {
-    struct sigaction sa = {.sa_handler = on_interrupt}; /* no SA_RESTART: a read at the prompt ends */
+    struct sigaction sa = {.sa_handler = on_interrupt}; /* no SA_RESTART: reads end */
     sigaction(SIGINT, &sa, NULL);
     sigaction(SIGTERM, &sa, NULL);
     signal(SIGPIPE, SIG_IGN);

@@ -1,9 +1,10 @@
-/* client: one session with a daemon; see client.h. Handshake, request ids, credit, liveness, and the order
- * in which messages are handed out. Framing and sockets are link's.
+/* client: one session with a daemon; see client.h. Handshake, request ids, credit, liveness, and
+ * the order in which messages are handed out. Framing and sockets are link's.
  *
- * Invariants: a session that is lost stays lost, with the status and text it was lost with; a message
- * is handed out once, in the order of arrival; credit is returned for chunks that were handed out and never
- * for others; at most a window of chunks and three messages per possible request are ever kept. */
+ * Invariants: a session that is lost stays lost, with the status and text it was lost with; a
+ * message is handed out once, in the order of arrival; credit is returned for chunks that were
+ * handed out and never for others; at most a window of chunks and three messages per possible
+ * request are ever kept. */
 #include "clients/lib/client.h"
 
 #include <stdio.h>
@@ -27,7 +28,7 @@ struct kept {
 
 struct client {
     struct link link;
-    struct arena arena;   /* the message last handed out */
+    struct arena arena; /* the message last handed out */
     struct arena scratch; /* encoding */
     struct wire_welcome welcome;
     char *welcome_bytes; /* what welcome points to */
@@ -56,7 +57,7 @@ const char *client_default_endpoint(char *dst, size_t cap) {
     return dst;
 }
 
-/* ---- the end of a session ------------------------------------------------------------------------ */
+/* ---- the end of a session -------------------------------------------------------------------- */
 
 static enum status lose(struct client *c, enum status st, const char *text) {
     if (c->lost == ST_OK) {
@@ -70,15 +71,17 @@ static enum status report_lost(const struct client *c, struct error *e) {
     return error_set(e, c->lost, "%s", c->lost_error.text);
 }
 
-/* What a Goodbye says, as a sentence. Its text is the server's and may hold anything but is only shown. */
+/* What a Goodbye says, as a sentence. Its text is the server's and may hold anything but is only
+ * shown. */
 static void goodbye_text(const struct wire_goodbye *g, char *dst, size_t cap) {
-    int n = snprintf(dst, cap, "the server ended the session: %s", status_name((enum status)g->code));
+    int n =
+        snprintf(dst, cap, "the server ended the session: %s", status_name((enum status)g->code));
     if (g->text.n > 0 && n > 0 && (size_t)n < cap)
         snprintf(dst + n, cap - (size_t)n, ", %.*s", (int)(g->text.n < 160 ? g->text.n : 160),
                  (const char *)g->text.p);
 }
 
-/* ---- sending ------------------------------------------------------------------------------------- */
+/* ---- sending --------------------------------------------------------------------------------- */
 
 static enum status send_msg(struct client *c, const struct wire_msg *msg, int timeout_ms,
                             struct error *e) {
@@ -115,17 +118,18 @@ static void return_credit(struct client *c) {
     if (send_if_room(c, &msg)) c->credit_seq = c->read_seq;
 }
 
-/* ---- liveness ------------------------------------------------------------------------------------ */
+/* ---- liveness -------------------------------------------------------------------------------- */
 
-/* To be called when nothing is there to read. Time in which the program did not look counts as one heartbeat
- * at most: our pause is not the server's silence. */
+/* To be called when nothing is there to read. Time in which the program did not look counts as
+ * one heartbeat at most: our pause is not the server's silence. */
 static enum status check_silence(struct client *c) {
     uint64_t now = clock_now_ns();
     uint64_t passed = now - c->checked_ns;
     c->checked_ns = now;
     c->silent_ns += passed < c->heartbeat_ns ? passed : c->heartbeat_ns;
     if (c->silent_ns >= SILENT_HEARTBEATS * c->heartbeat_ns)
-        return lose(c, ST_IO, "the server is connected but does not answer: it hangs or is overloaded");
+        return lose(c, ST_IO,
+                    "the server is connected but does not answer: it hangs or is overloaded");
     if (c->silent_ns >= c->heartbeat_ns && now - c->pinged_ns >= c->heartbeat_ns) {
         struct wire_msg ping = {.type = WIRE_PING, .ping = {.nonce = c->nonce++}};
         if (send_if_room(c, &ping)) c->pinged_ns = now;
@@ -141,18 +145,19 @@ static int wait_ms(const struct client *c, uint64_t now_ns, uint64_t end_ns) {
     return (int)(ns / 1000000u) + 1;
 }
 
-/* ---- receiving ----------------------------------------------------------------------------------- */
+/* ---- receiving ------------------------------------------------------------------------------- */
 
 static enum status decode(struct client *c, struct frame *f, struct error *e,
                           struct wire_msg *out) {
     arena_reset(&c->arena);
-    enum status st = wire_decode(&f->header, zmq_msg_data(&f->body), f->header.body_bytes, &c->arena,
-                                 e, out);
+    enum status st =
+        wire_decode(&f->header, zmq_msg_data(&f->body), f->header.body_bytes, &c->arena, e, out);
     zmq_msg_close(&f->body);
     return st;
 }
 
-/* The next frame within the time given (end_ns 0 = only look, UINT64_MAX = for ever). ST_TIMEOUT: none. */
+/* The next frame within the time given (end_ns 0 = only look, UINT64_MAX = for ever).
+ * ST_TIMEOUT: none. */
 static enum status next_frame(struct client *c, uint64_t end_ns, struct frame *out) {
     for (;;) {
         struct error err;
@@ -216,8 +221,9 @@ static enum status sort_frame(struct client *c, struct frame *f, bool *deliver) 
     }
     zmq_msg_close(&f->body);
     if (is_ignored(type)) return ST_OK;
-    snprintf(text, sizeof text, "the server sent a message of type %u (%s) about request %llu: not %s",
-             type, wire_type_name((enum wire_type)type), (unsigned long long)f->header.request_id,
+    snprintf(text, sizeof text,
+             "the server sent a message of type %u (%s) about request %llu: not %s", type,
+             wire_type_name((enum wire_type)type), (unsigned long long)f->header.request_id,
              is_about_request(type) ? "one of ours" : "a message for clients");
     return lose(c, ST_CORRUPT, text);
 }
@@ -268,7 +274,7 @@ enum status client_next(struct client *c, int timeout_ms, struct error *e, struc
 
 int client_fd(const struct client *c) { return c->link.epoll_fd; }
 
-/* ---- questions ------------------------------------------------------------------------------------ */
+/* ---- questions ------------------------------------------------------------------------------- */
 
 static enum status keep(struct client *c, struct frame *f) {
     struct kept *k = c->n_kept < c->max_kept ? malloc(sizeof *k) : NULL;
@@ -336,7 +342,7 @@ enum status client_call(struct client *c, const struct wire_msg *request, int ti
     }
 }
 
-/* ---- requests ------------------------------------------------------------------------------------- */
+/* ---- requests -------------------------------------------------------------------------------- */
 
 enum status client_submit(struct client *c, const struct wire_submit *submit, struct error *e,
                           uint64_t *request_id) {
@@ -355,7 +361,7 @@ enum status client_cancel(struct client *c, uint64_t request_id) {
     return send_msg(c, &msg, c->timeout_ms, NULL);
 }
 
-/* ---- opening and closing --------------------------------------------------------------------------- */
+/* ---- opening and closing --------------------------------------------------------------------- */
 
 /* The welcome outlives the frame it came in. */
 static enum status keep_welcome(struct client *c, const struct wire_welcome *w, struct error *e) {
@@ -380,9 +386,10 @@ static enum status unsupported(const struct wire_goodbye *g, struct error *e) {
     size_t n = 0;
     for (size_t i = 0; i < g->n_majors && n + 16 < sizeof list; i++)
         n += (size_t)snprintf(list + n, sizeof list - n, "%s%u", i ? ", " : "", g->majors[i]);
-    return error_set(e, ST_UNSUPPORTED,
-                     "the server speaks protocol version %s and this client version %d: update the older",
-                     n ? list : "?", WIRE_MAJOR);
+    return error_set(
+        e, ST_UNSUPPORTED,
+        "the server speaks protocol version %s and this client version %d: update the older",
+        n ? list : "?", WIRE_MAJOR);
 }
 
 /* What came in answer to Hello. */
@@ -391,7 +398,8 @@ static enum status read_welcome(struct client *c, struct frame *f, struct error 
     unsigned type = f->header.type;
     if (type != WIRE_WELCOME && type != WIRE_GOODBYE) {
         zmq_msg_close(&f->body);
-        return error_set(e, ST_CORRUPT, "the server answered Hello with a message of type %u", type);
+        return error_set(e, ST_CORRUPT, "the server answered Hello with a message of type %u",
+                         type);
     }
     if (decode(c, f, e, &msg) != ST_OK)
         return error_set(e, ST_CORRUPT, "the server's answer to Hello cannot be read");
@@ -406,14 +414,15 @@ static enum status read_welcome(struct client *c, struct frame *f, struct error 
     return keep_welcome(c, &msg.welcome, e);
 }
 
-static enum status shake_hands(struct client *c, const struct client_options *o, const char *endpoint,
-                               struct error *e) {
+static enum status shake_hands(struct client *c, const struct client_options *o,
+                               const char *endpoint, struct error *e) {
     uint64_t end_ns = clock_now_ns() + (uint64_t)c->timeout_ms * 1000000u;
     static const uint32_t majors[] = {WIRE_MAJOR};
     const char *name = o->name ? o->name : "client";
-    struct wire_msg hello = {
-        .type = WIRE_HELLO,
-        .hello = {.majors = majors, .n_majors = 1, .client = {(const uint8_t *)name, strlen(name)}}};
+    struct wire_msg hello = {.type = WIRE_HELLO,
+                             .hello = {.majors = majors,
+                                       .n_majors = 1,
+                                       .client = {(const uint8_t *)name, strlen(name)}}};
     enum status st = send_msg(c, &hello, c->timeout_ms, e);
     if (st != ST_OK) return st;
     for (;;) {
@@ -421,15 +430,17 @@ static enum status shake_hands(struct client *c, const struct client_options *o,
         st = link_recv(&c->link, e, &f);
         if (st == ST_OK) return read_welcome(c, &f, e);
         if (st == ST_UNSUPPORTED)
-            return error_set(e, st, "the server speaks another protocol version than %d", WIRE_MAJOR);
+            return error_set(e, st, "the server speaks another protocol version than %d",
+                             WIRE_MAJOR);
         if (st != ST_TIMEOUT) return st;
         uint64_t now = clock_now_ns();
         if (now >= end_ns) break;
         link_wait(&c->link, (int)((end_ns - now) / 1000000u) + 1);
     }
-    return error_set(e, ST_TIMEOUT, c->link.connected
-                                        ? "%s took the connection but did not answer within %d ms"
-                                        : "nobody answers at %s within %d ms: is the daemon running?",
+    return error_set(e, ST_TIMEOUT,
+                     c->link.connected
+                         ? "%s took the connection but did not answer within %d ms"
+                         : "nobody answers at %s within %d ms: is the daemon running?",
                      endpoint, c->timeout_ms);
 }
 

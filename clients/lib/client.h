@@ -23,7 +23,7 @@ struct client_options {
 const char *client_default_endpoint(char *dst, size_t cap);
 
 /* Connect and shake hands. ST_TIMEOUT: nobody answered (is the daemon running?); ST_UNSUPPORTED: no
- * common protocol version; ST_INVALID: endpoint; ST_IO. */
+ * common protocol version; ST_INVALID: endpoint; ST_IO; ST_CORRUPT: not the protocol. */
 enum status client_open(const struct client_options *o, struct error *e, struct client **out);
 /* Says Bye, so that the server cancels what is in flight. NULL is fine. */
 void client_close(struct client *c);
@@ -41,7 +41,8 @@ enum status client_cancel(struct client *c, uint64_t request_id);
 /* The next message about a request: Accepted, Rejected, TokenChunk, Finished, Failed. *out points into
  * the client's memory and is valid until the next call on c. ST_TIMEOUT: none within timeout_ms (0 =
  * only look, -1 = wait for ever). ST_IO: the server is gone (Goodbye, disconnect, or no Pong): every open
- * request is lost, and no later call succeeds. ST_CORRUPT: it sent what is not the protocol. */
+ * request is lost, and no later call succeeds. ST_CORRUPT: it sent what is not the protocol, and
+ * the session is over too. */
 enum status client_next(struct client *c, int timeout_ms, struct error *e, struct wire_msg *out);
 
 /* A file descriptor that becomes readable when client_next may have something: for poll(2) loops. Always

@@ -1,5 +1,5 @@
-/* link: see link.h. Never blocks but in link_send (DONTWAIT and poll, up to its timeout), link_wait and,
- * up to linger_ms, link_close. */
+/* link: see link.h. Never blocks but in link_send (DONTWAIT and poll, up to its timeout),
+ * link_wait and, up to linger_ms, link_close. */
 #include "clients/lib/link.h"
 
 #include <errno.h>
@@ -10,8 +10,9 @@
 #include <unistd.h>
 
 enum {
-    LINK_HWM = 1000,          /* messages each way; the server's credit window is far below */
-    LINK_HEARTBEAT_MS = 2000, /* ZMTP heartbeats see a dead host; the session's Ping sees a hung server */
+    LINK_HWM = 1000, /* messages each way; the server's credit window is far below */
+    /* ZMTP heartbeats see a dead host; the session's Ping sees a hung server. */
+    LINK_HEARTBEAT_MS = 2000,
     LINK_HEARTBEAT_TIMEOUT_MS = 6000,
     LINK_RECONNECT_MS = 50 /* while the server is not up yet */
 };
@@ -112,8 +113,8 @@ static void read_monitor(struct link *l) {
         uint16_t event;
         memcpy(&event, part, sizeof event);
         if (event == ZMQ_EVENT_HANDSHAKE_SUCCEEDED) l->connected = true;
-        /* A server that is not up yet refuses connections; only a loss counts. From now on the fd stays
-         * readable, so that a poll loop comes to see it. */
+        /* A server that is not up yet refuses connections; only a loss counts. From now on the
+         * fd stays readable, so that a poll loop comes to see it. */
         if (event == ZMQ_EVENT_DISCONNECTED) {
             l->disconnected = true;
             arm_timer(l, 1);
@@ -164,7 +165,8 @@ static void skip_parts(struct link *l) {
 
 static enum status recv_body(struct link *l, zmq_msg_t *header, struct error *e,
                              struct frame *out) {
-    enum status st = wire_header_decode(zmq_msg_data(header), zmq_msg_size(header), e, &out->header);
+    enum status st =
+        wire_header_decode(zmq_msg_data(header), zmq_msg_size(header), e, &out->header);
     if (st != ST_OK) return st == ST_INVALID ? ST_CORRUPT : st;
     if (!zmq_msg_more(header)) return error_set(e, ST_CORRUPT, "the server sent a header alone");
     zmq_msg_init(&out->body);
@@ -174,7 +176,8 @@ static enum status recv_body(struct link *l, zmq_msg_t *header, struct error *e,
     }
     if (zmq_msg_more(&out->body) || zmq_msg_size(&out->body) != out->header.body_bytes) {
         zmq_msg_close(&out->body);
-        return error_set(e, ST_CORRUPT, "the server sent a message that its header does not describe");
+        return error_set(e, ST_CORRUPT,
+                         "the server sent a message that its header does not describe");
     }
     return ST_OK;
 }
@@ -205,7 +208,8 @@ enum status link_recv(struct link *l, struct error *e, struct frame *out) {
 void link_wait(struct link *l, int timeout_ms) {
     zmq_pollitem_t items[] = {{.socket = l->sock, .events = ZMQ_POLLIN},
                               {.socket = l->monitor, .events = ZMQ_POLLIN}};
-    /* Once disconnected the monitor has nothing more to say, and the socket may never be readable. */
+    /* Once disconnected the monitor has nothing more to say, and the socket may never be
+     * readable. */
     if (!l->disconnected) zmq_poll(items, 2, timeout_ms);
 }
 

@@ -1,9 +1,10 @@
-/* load: moed-load's parts: what is asked (prompts.c), the run (run.c), and what came of it (report.c). Single
- * thread; all time is clock_now_ns. */
+/* load: moed-load's parts: what is asked (prompts.c), the run (run.c), and what came of it
+ * (report.c). Single thread; all time is clock_now_ns. */
 #ifndef MOED_CLIENTS_LOAD_LOAD_H
 #define MOED_CLIENTS_LOAD_LOAD_H
 
 #include <jansson.h>
+#include <poll.h>
 
 #include "clients/common/answer.h"
 #include "clients/common/body.h"
@@ -14,9 +15,9 @@
 struct load_options {
     struct endpoint_options endpoint;
     int64_t concurrency; /* closed loop: requests at once; open loop: the most at once */
-    int64_t requests;    /* 0 = until the duration is over */
-    double rate;         /* arrivals per second; 0 = closed loop */
-    double duration_s;   /* 0 = until the requests are sent */
+    int64_t requests; /* 0 = until the duration is over */
+    double rate; /* arrivals per second; 0 = closed loop */
+    double duration_s; /* 0 = until the requests are sent */
     int64_t prompt_tokens, max_tokens, seed;
     double temperature;
     const char *prompts_path; /* NULL = random ids */
@@ -25,36 +26,40 @@ struct load_options {
     const char *json_path, *csv_path, *label;
 };
 
-/* ---- prompts.c ----------------------------------------------------------------------------------------------------- */
+/* ---- prompts.c ------------------------------------------------------------------------------- */
 
-/* What request number i asks. Random prompts are a pure function of (seed, i), so that a run can be repeated and any
- * request of it asked again. */
+/* A line of a prompts file. */
+struct prompt_line {
+    const char *text; /* of a plain line, and for show_answers */
+    bool is_json;
+    struct body body;
+    struct wire_chat message; /* a plain line as a chat */
+};
+
+/* What request number i asks. Random prompts are a pure function of (seed, i), so that a run can
+ * be repeated and any request of it asked again. */
 struct prompts {
     const struct load_options *o;
     uint32_t n_vocab;
-    int32_t eos_id;
-    char *text;           /* the file, its lines cut apart by NULs */
-    struct prompt_line {
-        const char *text; /* of a plain line, and for show_answers */
-        bool is_json;
-        struct body body;
-        struct wire_chat message; /* a plain line as a chat */
-    } *lines;
+    char *text; /* the file, its lines cut apart by NULs */
+    struct prompt_line *lines;
     size_t n_lines;
 };
 
 /* False after a complaint: the file cannot be used. */
-bool prompts_open(const struct load_options *o, const struct wire_model_info *m, struct prompts *out);
+bool prompts_open(const struct load_options *o, const struct wire_model_info *m,
+                  struct prompts *out);
 void prompts_close(struct prompts *p);
 /* ids: room for o->prompt_tokens; *submit points into it and into p. */
-void prompts_get(const struct prompts *p, uint64_t number, int32_t *ids, struct wire_submit *submit);
+void prompts_get(const struct prompts *p, uint64_t number, int32_t *ids,
+                 struct wire_submit *submit);
 /* The question in words, "" for random prompts. */
 const char *prompts_text(const struct prompts *p, uint64_t number);
 
 /* Uniform in [0, 1) from a stream that (seed, a, b) names; the same everywhere. */
 double hash_uniform(uint64_t seed, uint64_t a, uint64_t b);
 
-/* ---- run.c ------------------------------------------------------------------------------------------------------------ */
+/* ---- run.c ----------------------------------------------------------------------------------- */
 
 /* A finished request that is asked again at the end. */
 struct kept_answer {
@@ -77,7 +82,8 @@ struct load {
     struct load_options o;
     struct prompts prompts;
     struct client **clients; /* NULL: that session was lost */
-    size_t *in_flight;       /* per session */
+    size_t *in_flight; /* per session */
+    struct pollfd *fds; /* [n_clients], scratch */
     size_t n_clients, per_session;
     struct flight *flights;
     size_t n_flights, n_running;
@@ -97,7 +103,7 @@ void load_run(struct load *l);
 /* Ask the kept requests again, one at a time, and compare. */
 void load_verify(struct load *l);
 
-/* ---- report.c ---------------------------------------------------------------------------------------------------------- */
+/* ---- report.c -------------------------------------------------------------------------------- */
 
 /* The daemon's counters that the report looks at: -1 = it has no such counter. */
 struct load_counters {

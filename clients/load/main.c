@@ -1,5 +1,5 @@
-/* moed-load: put a daemon under load and measure what its clients see. Options and the order of a run; see
- * load.h. */
+/* moed-load: put a daemon under load and measure what its clients see. Options and the order of
+ * a run; see load.h. */
 #include <stdio.h>
 #include <string.h>
 
@@ -14,7 +14,8 @@ static int check_options(const struct command *cmd, struct load_options *o) {
     if (o->verify > 0 && o->temperature > 0)
         return usage_error(cmd, "--verify compares greedy answers: it wants --temperature 0");
     if (o->show_answers && !o->prompts_path)
-        return usage_error(cmd, "--show-answers wants --prompts: random tokens have none worth showing");
+        return usage_error(cmd,
+                           "--show-answers wants --prompts: random tokens have none worth showing");
     if (!o->prompts_path && o->prompt_tokens == 0)
         return usage_error(cmd, "--prompt-tokens must be at least 1");
     if (!utf8_valid(o->label, strlen(o->label))) return usage_error(cmd, "--label is not UTF-8");
@@ -71,6 +72,20 @@ static int run(const struct command *cmd, const struct load_options *o) {
     return code;
 }
 
+static const char load_summary[] =
+    "Put a moed daemon under load and measure what its clients see: time to the first token,\n"
+    "time between tokens, time of whole requests, and rates. Percentiles are exact, from all\n"
+    "samples. Every stream is checked: chunks without gaps, a hash over the tokens, one final\n"
+    "message.";
+
+static const char load_details[] =
+    "Exit status: 0 every request was answered (and every --verify agreed), 1 not so, 2 usage,\n"
+    "3 no connection.\n"
+    "\n"
+    "  moed-load -c 32 -r 500 --prompt-tokens 256 --max-tokens 128\n"
+    "  moed-load --rate 20 --duration 60 --prompts questions.txt --csv runs.csv\n"
+    "  moed-load -c 64 -r 256 --verify 16";
+
 int main(int argc, char **argv) {
     struct load_options o = {.endpoint = ENDPOINT_DEFAULTS,
                              .prompt_tokens = 128,
@@ -82,8 +97,10 @@ int main(int argc, char **argv) {
         {ARG_INT, "concurrency", 'c', "N", &o.concurrency, 1, 16384,
          "requests at once (8); with --rate the most at once (256).\n"
          "As many sessions are opened as the daemon's limit asks for"},
-        {ARG_INT, "requests", 'r', "M", &o.requests, 1, 1e15, "send M in all (100, without --duration)"},
-        {ARG_REAL, "duration", 0, "S", &o.duration_s, 0.001, 1e9, "send for S seconds, then let them end"},
+        {ARG_INT, "requests", 'r', "M", &o.requests, 1, 1e15,
+         "send M in all (100, without --duration)"},
+        {ARG_REAL, "duration", 0, "S", &o.duration_s, 0.001, 1e9,
+         "send for S seconds, then let them end"},
         {ARG_REAL, "rate", 0, "R", &o.rate, 0.001, 1e6,
          "open loop: R arrivals per second (Poisson), each timed from\n"
          "when it was due, whether or not it could be sent then"},
@@ -94,7 +111,8 @@ int main(int argc, char **argv) {
         {ARG_STRING, "prompts", 'f', "FILE", &o.prompts_path, 0, 0,
          "prompts from FILE instead, in turn: one per line, or JSON objects\n"
          "with messages or prompt (or batch lines) and their own parameters"},
-        {ARG_FLAG, "raw", 0, NULL, &o.raw, 0, 0, "plain lines as prompts; without it each is a user's message"},
+        {ARG_FLAG, "raw", 0, NULL, &o.raw, 0, 0,
+         "plain lines as prompts; without it each is a user's message"},
         {ARG_INT, "max-tokens", 0, "M", &o.max_tokens, 1, 1 << 20, "at most M new tokens (64)"},
         {ARG_FLAG, "ignore-eos", 0, NULL, &o.ignore_eos, 0, 0, "go on after end-of-turn tokens"},
         {ARG_REAL, "temperature", 't', "X", &o.temperature, 0, 100, "0 = greedy (0)"},
@@ -110,19 +128,11 @@ int main(int argc, char **argv) {
         {ARG_STRING, "label", 0, "TEXT", &o.label, 0, 0, "name of the run, for both"},
         ENDPOINT_ARGS(&o.endpoint),
     };
-    const struct command cmd = {
-        .name = "moed-load",
-        .summary = "Put a moed daemon under load and measure what its clients see: time to the first token, time\n"
-                   "between tokens, time of whole requests, and rates. Percentiles are exact, from all samples. Every\n"
-                   "stream is checked: chunks without gaps, a hash over the tokens, one final message.",
-        .details = "Exit status: 0 every request was answered (and every --verify agreed), 1 not so, 2 usage,\n"
-                   "3 no connection.\n"
-                   "\n"
-                   "  moed-load -c 32 -r 500 --prompt-tokens 256 --max-tokens 128\n"
-                   "  moed-load --rate 20 --duration 60 --prompts questions.txt --csv runs.csv --label first\n"
-                   "  moed-load -c 64 -r 256 --verify 16",
-        .args = args,
-        .n_args = sizeof args / sizeof *args};
+    const struct command cmd = {.name = "moed-load",
+                                .summary = load_summary,
+                                .details = load_details,
+                                .args = args,
+                                .n_args = sizeof args / sizeof *args};
     int code;
     return args_parse(&cmd, argc, argv, &code) ? run(&cmd, &o) : code;
 }

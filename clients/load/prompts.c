@@ -40,8 +40,8 @@ static bool read_json_line(struct prompt_line *line, size_t number, const char *
     const struct wire_submit *s = &line->body.submit;
     const json_t *last = json_array_get(json_object_get(line->body.root, "messages"),
                                         s->n_messages > 0 ? s->n_messages - 1 : 0);
-    const char *text = json_string_value(
-        last ? json_object_get(last, "content") : json_object_get(line->body.root, "prompt"));
+    const char *text = json_string_value(last ? json_object_get(last, "content")
+                                              : json_object_get(line->body.root, "prompt"));
     if (text) line->text = text;
     return true;
 }
@@ -61,7 +61,7 @@ static bool add_line(struct prompts *p, size_t *cap, char *text, size_t number, 
 
 bool prompts_open(const struct load_options *o, const struct wire_model_info *m,
                   struct prompts *out) {
-    *out = (struct prompts){.o = o, .n_vocab = m->n_vocab, .eos_id = m->eos_id};
+    *out = (struct prompts){.o = o, .n_vocab = m->n_vocab};
     if (!o->prompts_path) return true;
     size_t n, cap = 0, number = 0;
     out->text = read_text_file("moed-load", o->prompts_path, MAX_FILE_BYTES, &n);
@@ -110,9 +110,12 @@ void prompts_get(const struct prompts *p, uint64_t number, int32_t *ids, struct 
                               .priority = 1,
                               .n = 1,
                               .parse_special = true};
-    if (given) *s = line->body.submit;
-    else if (!line) random_prompt(p, number, ids, s);
-    else if (p->o->raw) s->prompt_text = line->message.content;
+    if (given)
+        *s = line->body.submit;
+    else if (!line)
+        random_prompt(p, number, ids, s);
+    else if (p->o->raw)
+        s->prompt_text = line->message.content;
     else {
         s->messages = &line->message;
         s->n_messages = 1;

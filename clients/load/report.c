@@ -7,7 +7,7 @@
 
 #include "clients/load/load.h"
 
-/* ---- the daemon's counters ------------------------------------------------------------------------------------------ */
+/* ---- the daemon's counters ------------------------------------------------------------------- */
 
 void counters_read(struct client *c, const struct endpoint_options *o, struct load_counters *out) {
     *out = (struct load_counters){-1, -1, -1, -1};
@@ -40,7 +40,7 @@ static double reads_alone(const struct load_report *r) {
                : r->after.expert_reads_ungrouped - r->before.expert_reads_ungrouped;
 }
 
-/* ---- table ------------------------------------------------------------------------------------------------------------ */
+/* ---- table ----------------------------------------------------------------------------------- */
 
 static double per_second(const struct load_result *r, uint64_t n) {
     return r->seconds > 0 ? (double)n / r->seconds : 0;
@@ -54,7 +54,8 @@ static void print_times(const char *name, struct samples *s) {
 static void print_codes(const char *what, const uint64_t by[ST_COUNT]) {
     for (int i = 0; i < ST_COUNT; i++)
         if (by[i] > 0)
-            printf("  %s %-16s %llu\n", what, status_name((enum status)i), (unsigned long long)by[i]);
+            printf("  %s %-16s %llu\n", what, status_name((enum status)i),
+                   (unsigned long long)by[i]);
 }
 
 void report_print(const struct load_report *rep) {
@@ -62,8 +63,9 @@ void report_print(const struct load_report *rep) {
     struct load_result *r = &l->result;
     char line[300];
     if (l->o.show_answers) putchar('\n');
-    printf("requests               %llu ok, %llu failed, %llu rejected\n", (unsigned long long)r->ok,
-           (unsigned long long)r->failed, (unsigned long long)r->rejected);
+    printf("requests               %llu ok, %llu failed, %llu rejected\n",
+           (unsigned long long)r->ok, (unsigned long long)r->failed,
+           (unsigned long long)r->rejected);
     print_codes("failed  ", r->failed_by);
     print_codes("rejected", r->rejected_by);
     if (r->broken > 0) printf("  broken streams           %llu\n", (unsigned long long)r->broken);
@@ -74,8 +76,7 @@ void report_print(const struct load_report *rep) {
     printf("output                 %llu tokens, %.1f tokens/s, %.2f requests/s\n",
            (unsigned long long)r->output_tokens, per_second(r, r->output_tokens),
            per_second(r, r->ok));
-    printf("prompts                %llu tokens, %llu of them from the prefix cache\n",
-           (unsigned long long)r->prompt_tokens, (unsigned long long)r->cached_tokens);
+    printf("prompts                %llu tokens\n", (unsigned long long)r->prompt_tokens);
     printf("%-22s %9s %9s %9s %9s\n", "milliseconds", "p50", "p90", "p99", "max");
     print_times("to first token", &r->ttft_ms);
     print_times("between tokens", &r->itl_ms);
@@ -85,14 +86,15 @@ void report_print(const struct load_report *rep) {
                rep->after.kv_blocks_total);
     double made = reads_made(rep), alone = reads_alone(rep);
     if (made >= 0 && alone > 0)
-        printf("expert reads           %.0f, where each token alone would need %.0f: %.1f %% saved\n",
-               made, alone, 100 * (1 - made / alone));
+        printf(
+            "expert reads           %.0f, where each token alone would need %.0f: %.1f %% saved\n",
+            made, alone, 100 * (1 - made / alone));
     if (l->o.verify > 0)
         printf("asked again alone      %llu of %llu gave the same tokens\n",
                (unsigned long long)r->verify_same, (unsigned long long)r->verified);
 }
 
-/* ---- JSON ---------------------------------------------------------------------------------------------------------------- */
+/* ---- JSON ------------------------------------------------------------------------------------ */
 
 static json_t *times_json(struct samples *s) {
     return json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "n", (json_int_t)s->n, "mean",
@@ -116,11 +118,11 @@ static void set_count(json_t *o, const char *key, uint64_t n) {
 bool report_json(const struct load_report *rep, const char *path) {
     struct load *l = rep->load;
     struct load_result *r = &l->result;
-    json_t *o = json_pack("{s:s, s:s, s:s, s:s, s:I, s:f, s:I, s:f}", "label", l->o.label, "model",
-                          rep->model, "backend", rep->backend, "loop",
-                          l->o.rate > 0 ? "open" : "closed", "concurrency",
-                          (json_int_t)l->o.concurrency, "rate", l->o.rate, "sessions",
-                          (json_int_t)r->n_sessions, "seconds", r->seconds);
+    json_t *o =
+        json_pack("{s:s, s:s, s:s, s:s, s:I, s:f, s:I, s:f}", "label", l->o.label, "model",
+                  rep->model, "backend", rep->backend, "loop", l->o.rate > 0 ? "open" : "closed",
+                  "concurrency", (json_int_t)l->o.concurrency, "rate", l->o.rate, "sessions",
+                  (json_int_t)r->n_sessions, "seconds", r->seconds);
     set_count(o, "sent", r->sent);
     set_count(o, "ok", r->ok);
     set_count(o, "failed", r->failed);
@@ -143,13 +145,14 @@ bool report_json(const struct load_report *rep, const char *path) {
     json_object_set_new(o, "kv_blocks_total", json_real(rep->after.kv_blocks_total));
     set_count(o, "verified", r->verified);
     set_count(o, "verified_same", r->verify_same);
-    bool good = json_dump_file(o, path, JSON_INDENT(2) | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6)) == 0;
+    bool good =
+        json_dump_file(o, path, JSON_INDENT(2) | JSON_PRESERVE_ORDER | JSON_REAL_PRECISION(6)) == 0;
     json_decref(o);
     if (!good) fprintf(stderr, "moed-load: cannot write %s\n", path);
     return good;
 }
 
-/* ---- CSV ----------------------------------------------------------------------------------------------------------------- */
+/* ---- CSV ------------------------------------------------------------------------------------- */
 
 /* A field that may hold anything (RFC 4180: quotes are doubled). */
 static void put_quoted(FILE *f, const char *s) {

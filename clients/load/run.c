@@ -1,11 +1,10 @@
 /* run: the load itself: sessions, arrivals, measuring. See load.h.
  *
- * Closed loop: a request ends, the next is sent. Open loop: requests arrive at random (Poisson) at a given rate,
- * whether the earlier ones are done or not, and are timed from when they should have been sent, so that a server that
- * falls behind cannot hide it by slowing its clients down (coordinated omission). */
-#include <errno.h>
+ * Closed loop: a request ends, the next is sent. Open loop: requests arrive at random
+ * (Poisson) at a given rate, whether the earlier ones are done or not, and are timed from when
+ * they should have been sent, so that a server that falls behind cannot hide it by slowing its
+ * clients down (coordinated omission). */
 #include <math.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +22,7 @@ struct flight {
     struct answer answer;
 };
 
-/* ---- sessions ------------------------------------------------------------------------------------------------------- */
+/* ---- sessions -------------------------------------------------------------------------------- */
 
 int load_open(struct load *l) {
     size_t wanted = (size_t)l->o.concurrency;
@@ -34,10 +33,11 @@ int load_open(struct load *l) {
     l->n_clients = (wanted + l->per_session - 1) / l->per_session;
     l->clients = calloc(l->n_clients, sizeof *l->clients);
     l->in_flight = calloc(l->n_clients, sizeof *l->in_flight);
+    l->fds = calloc(l->n_clients, sizeof *l->fds);
     l->flights = calloc(wanted, sizeof *l->flights);
     l->kept = calloc((size_t)l->o.verify + 1, sizeof *l->kept);
     l->ids = calloc((size_t)l->o.prompt_tokens + 1, sizeof *l->ids);
-    CHECK(l->clients && l->in_flight && l->flights && l->kept && l->ids);
+    CHECK(l->clients && l->in_flight && l->fds && l->flights && l->kept && l->ids);
     l->n_flights = wanted;
     l->clients[0] = first;
     for (size_t i = 1; i < l->n_clients; i++) {
@@ -56,6 +56,7 @@ void load_close(struct load *l) {
     prompts_close(&l->prompts);
     free(l->clients);
     free(l->in_flight);
+    free(l->fds);
     free(l->flights);
     free(l->kept);
     free(l->ids);
@@ -70,7 +71,7 @@ static size_t live_sessions(const struct load *l) {
     return n;
 }
 
-/* ---- ends ------------------------------------------------------------------------------------------------------------ */
+/* ---- ends ------------------------------------------------------------------------------------ */
 
 static void note_error(struct load *l, const struct error *e) {
     if (l->result.first_error.code == ST_OK) l->result.first_error = *e;
@@ -92,7 +93,8 @@ static void fail_flight(struct load *l, struct flight *f, const struct error *e)
 
 static void lose_session(struct load *l, size_t session, const struct error *e) {
     for (size_t i = 0; i < l->n_flights; i++)
-        if (l->flights[i].used && l->flights[i].session == session) fail_flight(l, &l->flights[i], e);
+        if (l->flights[i].used && l->flights[i].session == session)
+            fail_flight(l, &l->flights[i], e);
     client_close(l->clients[session]);
     l->clients[session] = NULL;
 }
@@ -158,7 +160,7 @@ static void finish_flight(struct load *l, struct flight *f, uint64_t now) {
     end_flight(l, f);
 }
 
-/* ---- messages ------------------------------------------------------------------------------------------------------------ */
+/* ---- messages -------------------------------------------------------------------------------- */
 
 static struct flight *find_flight(struct load *l, size_t session, uint64_t request_id) {
     for (size_t i = 0; i < l->n_flights; i++) {
@@ -168,15 +170,16 @@ static struct flight *find_flight(struct load *l, size_t session, uint64_t reque
     return NULL;
 }
 
-/* The first chunk gives the time to the first token; of a later one with k tokens, each took a k-th of the time since
- * the chunk before. */
+/* The first chunk gives the time to the first token; of a later one with k tokens, each took a
+ * k-th of the time since the chunk before. */
 static void measure_chunk(struct load *l, struct flight *f, const struct wire_token_chunk *k,
                           uint64_t now) {
     if (k->n_ids == 0) return;
     if (f->last_ns == 0)
         samples_add(&l->result.ttft_ms, (double)(now - f->intended_ns) / 1e6, 1);
     else
-        samples_add(&l->result.itl_ms, (double)(now - f->last_ns) / 1e6 / (double)k->n_ids, k->n_ids);
+        samples_add(&l->result.itl_ms, (double)(now - f->last_ns) / 1e6 / (double)k->n_ids,
+                    k->n_ids);
     f->last_ns = now;
 }
 
@@ -210,13 +213,15 @@ static bool drain(struct load *l, size_t session) {
         struct error e;
         enum status st = client_next(l->clients[session], 0, &e, &m);
         if (st == ST_TIMEOUT) return false;
-        if (st == ST_OK) take_message(l, session, &m);
-        else lose_session(l, session, &e);
+        if (st == ST_OK)
+            take_message(l, session, &m);
+        else
+            lose_session(l, session, &e);
     }
     return l->clients[session] != NULL;
 }
 
-/* ---- sending ------------------------------------------------------------------------------------------------------------- */
+/* ---- sending --------------------------------------------------------------------------------- */
 
 /* The live session with the fewest requests, if one has room. */
 static bool choose_session(const struct load *l, size_t *out) {
@@ -246,13 +251,15 @@ static void send_request(struct load *l, size_t session, uint64_t intended_ns) {
     answer_start(&f->answer, submit.n);
     enum status st = client_submit(l->clients[session], &submit, &e, &f->request_id);
     if (st == ST_OK) return;
-    if (st == ST_IO || st == ST_CORRUPT) lose_session(l, session, &e);
-    else fail_flight(l, f, &e);
+    if (st == ST_IO || st == ST_CORRUPT)
+        lose_session(l, session, &e);
+    else
+        fail_flight(l, f, &e);
 }
 
 struct arrivals {
     uint64_t start_ns, end_ns; /* end_ns: UINT64_MAX without a duration */
-    uint64_t next_ns;          /* open loop */
+    uint64_t next_ns; /* open loop */
     uint64_t n_drawn;
 };
 
@@ -274,7 +281,8 @@ static int send_due(struct load *l, struct arrivals *a) {
         uint64_t now = clock_now_ns();
         if (all_sent(l, a, now)) return SLICE_MS;
         if (l->o.rate > 0 && a->next_ns > now) {
-            uint64_t ms = (a->next_ns - now) / 1000000u; /* poll counts in ms: wake before, not after */
+            uint64_t ms =
+                (a->next_ns - now) / 1000000u; /* poll counts in ms: wake before, not after */
             return ms < SLICE_MS ? (int)ms : SLICE_MS;
         }
         if (!has_room(l, &session)) return SLICE_MS;
@@ -284,11 +292,10 @@ static int send_due(struct load *l, struct arrivals *a) {
 }
 
 static void wait_any(struct load *l, int timeout_ms) {
-    struct pollfd fds[256];
     nfds_t n = 0;
-    for (size_t i = 0; i < l->n_clients && n < 256; i++)
-        if (l->clients[i]) fds[n++] = (struct pollfd){client_fd(l->clients[i]), POLLIN, 0};
-    poll(fds, n, timeout_ms);
+    for (size_t i = 0; i < l->n_clients; i++)
+        if (l->clients[i]) l->fds[n++] = (struct pollfd){client_fd(l->clients[i]), POLLIN, 0};
+    poll(l->fds, n, timeout_ms);
 }
 
 static void show_progress(struct load *l) {
@@ -320,7 +327,7 @@ void load_run(struct load *l) {
     progress_clear(&l->progress);
 }
 
-/* ---- verification ------------------------------------------------------------------------------------------------------- */
+/* ---- verification ---------------------------------------------------------------------------- */
 
 static bool same_ids(const struct answer *a, const struct answer *b) {
     if (a->n_choices != b->n_choices || a->error.code != b->error.code) return false;
@@ -342,8 +349,10 @@ static enum status ask_alone(struct load *l, struct client *c, uint64_t number, 
     while (st == ST_OK && !a->ended && !interrupted()) {
         struct wire_msg m;
         st = client_next(c, SLICE_MS, e, &m);
-        if (st == ST_OK) st = answer_add(a, &m, e);
-        else if (st == ST_TIMEOUT) st = ST_OK;
+        if (st == ST_OK)
+            st = answer_add(a, &m, e);
+        else if (st == ST_TIMEOUT)
+            st = ST_OK;
     }
     return st;
 }
@@ -356,8 +365,10 @@ void load_verify(struct load *l) {
         struct error e;
         enum status st = ask_alone(l, c, l->kept[i].number, &a, &e);
         l->result.verified++;
-        if (st != ST_OK) note_error(l, &e);
-        else if (same_ids(&l->kept[i].answer, &a)) l->result.verify_same++;
+        if (st != ST_OK)
+            note_error(l, &e);
+        else if (same_ids(&l->kept[i].answer, &a))
+            l->result.verify_same++;
         answer_free(&a);
         if (st != ST_OK) return;
     }

@@ -1,0 +1,269 @@
+/* kernels: what the host part of this room (C) and the kernels (CUDA) say to each other. One argument struct and
+ * one launch function per kernel; pointers are device memory unless a comment says otherwise.
+ *
+ * Launch functions only enqueue; they return the launch's error and may be called while a stream is captured.
+ * Real sizes (tokens, rows, work items) are read on the device from struct step_header, so that a captured
+ * launch serves every step of its bucket: `bucket` arguments bound a grid, never the work. */
+#ifndef MOED_CUDA_KERNELS_H
+#define MOED_CUDA_KERNELS_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+#define _Noreturn __attribute__((noreturn)) /* base.h is C */
+extern "C" {
+#endif
+
+#include "moe/moe.h"
+
+#ifdef __CUDACC__
+#define KERNEL_FN __host__ __device__ static inline
+#else
+#define KERNEL_FN static inline
+#endif
+
+enum {
+    HEAD_DIM = 128,
+    SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
+    TILE_TOKENS = 8,        /* consecutive tokens of one sequence that attention takes together */
+    MAX_EMBD = 16384,
+    MAX_EXPERTS = 512,
+    MAX_EXPERTS_USED = 32,
+    ROUTE_SLICE = 256,      /* columns of one partial sum of the router */
+    N_WIDTHS = 4            /* token tiles of 8, 16, 32 and 64 */
+};
+
+struct cuda_queue {
+    cudaStream_t stream;
+    bool dependent;    /* the device knows dependent launches (compute capability 9.0) */
+    int n_sm;
+    size_t max_shared; /* bytes one block may have */
+};
+
+/* ---- a step, as uploaded ----------------------------------------------------------------------- */
+
+struct step_header {
+    int32_t n_tokens, n_rows;
+    int32_t n_splits, n_tiles; /* attention work */
+    int32_t result;            /* 0 or 1: where the rows' results go */
+    int32_t splits_at, tiles_at, blocks_at; /* 4-byte words from the header */
+};
+
+/* One token against SPLIT_KEYS keys; split -1: against all, one after the other. */
+struct attn_split {
+    int32_t token, split, n_splits;
+    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: n_splits is 1
+                        or split is -1 */
+};
+
+struct attn_tile {
+    int32_t token, n_tokens; /* up to TILE_TOKENS consecutive tokens of a sequence */
+};
+
+struct head_row {
+    int32_t token, slot, sample;
+};
+
+/* The upload's fixed part; where the arrays begin depends on the bucket. */
+struct step_view {
+    const struct step_header *header;
+    const int32_t *ids, *pos, *seq; /* [T]: MOE_LAST_TOKEN stays; seq indexes the next two */
+    const int32_t *slot, *table;    /* [S]: table: where its blocks begin, from blocks_at */
+    const struct head_row *rows;    /* [R] */
+};
+
+/* ---- loading --------------------------------------------------------------------------------------- */
+
+struct repack_args {
+    const uint8_t *src;  /* [n_rows][n_cols] of the file's type */
+    uint8_t *dst;        /* ceil(n_rows / 16) row blocks of panels */
+    int32_t source;      /* enum panel_source */
+    int32_t n_rows, n_cols;
+    uint32_t *d_max;     /* raised to the largest |d| as f16 bits; zeroed by the caller before the first piece */
+};
+cudaError_t cuda_repack(const struct repack_args *a, const struct cuda_queue *q);
+/* f32 from a float type of the file (enum panel_source), or f16 for buffers. */
+cudaError_t cuda_to_f32(const void *src, int source, size_t n, float *dst, const struct cuda_queue *q);
+cudaError_t cuda_to_f16(const float *src, size_t n, void *dst, const struct cuda_queue *q);
+
+/* ---- embedding and norms ---------------------------------------------------------------------------- */
+
+struct slot_state;
+
+struct embed_args {
+    struct step_view step;
+    const uint8_t *table; /* panels [V][D] */
+    int32_t type;         /* enum panel_type */
+    int32_t n_cols;
+    const struct slot_state *slots;
+    float *h; /* [T][D] written */
+};
+cudaError_t cuda_embed(const struct embed_args *a, int bucket, const struct cuda_queue *q);
+
+/* Optionally h[t] += sum of weights[t][k] * y[row_of[t][k]], in rank order; then optionally x = rmsnorm(h). */
+struct norm_args {
+    const int32_t *n_rows;       /* in the header */
+    const struct head_row *rows; /* x[r] is made from h[rows[r].token]; NULL: from h[r] */
+    float *h;                    /* [T][D] */
+    int32_t n_cols;
+    const void *y;               /* f16 [T * K][D]; NULL: nothing to add */
+    const int32_t *row_of;       /* [T][K] */
+    const float *weights;        /* [T][K] */
+    int32_t n_used;              /* K */
+    const float *norm;           /* [D]; NULL: no x */
+    float eps;
+    void *x;                     /* f16 [rows][D] */
+};
+cudaError_t cuda_norm(const struct norm_args *a, int bucket, const struct cuda_queue *q);
+
+/* ---- products ------------------------------------------------------------------------------------------ */
+
+enum gemm_epilogue {
+    GEMM_STORE_F16, /* out f16 */
+    GEMM_STORE_F32, /* out f32 */
+    GEMM_ADD_F32,   /* out f32 += */
+    GEMM_SILU_F16   /* segments are gate and up: out f16 = silu(gate) * up */
+};
+
+struct gemm_segment {
+    const uint8_t *w; /* panels */
+    void *out;        /* [rows][n_rows] */
+    int32_t type;     /* enum panel_type */
+    int32_t n_rows;   /* of the matrix */
+    int32_t first_tile; /* filled by the launcher */
+    float scale;      /* 2^e, see panel_exponent */
+};
+
+/* Tokens of one expert: rows first … first + n - 1 in routing order. */
+struct gemm_item {
+    int32_t expert, first, n, unused;
+};
+
+struct gemm_args {
+    struct gemm_segment segments[3];
+    int32_t n_segments;
+    int32_t epilogue;
+    const void *x;  /* f16 [rows][n_cols] */
+    int32_t n_cols; /* a multiple of 256 */
+    const int32_t *n_tokens;        /* dense: how many rows of x */
+    /* Expert products; all NULL when dense: */
+    const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
+    const int32_t *n_items;
+    const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
+};
+
+/* The tile width, 8 << result, that cuda_gemm will use for `bucket` rows (dense) or for `bucket` tokens spread
+ * over n_experts experts (n_experts > 0, n_used each). */
+int cuda_gemm_width(const struct gemm_args *a, int bucket, int n_experts, int n_used,
+                    const struct cuda_queue *q);
+/* width: what cuda_gemm_width said; max_items bounds the work list (experts only). */
+cudaError_t cuda_gemm(const struct gemm_args *a, int width, int bucket, int max_items,
+                      const struct cuda_queue *q);
+
+/* ---- attention ------------------------------------------------------------------------------------------- */
+
+struct rope_args {
+    struct step_view step;
+    void *q;             /* f16 [T][H][128] read and written */
+    const void *k, *v;   /* f16 [T][G][128] */
+    const float *q_norm, *k_norm; /* [128] */
+    const float *table;  /* [max_seq_tokens][64]{cos, sin} */
+    float eps;
+    int32_t n_heads, n_kv_heads;
+    void *kv;            /* f16, this layer's blocks: [n_blocks][G]{K, V}[B][128] */
+    int32_t block_shift; /* log2 B */
+};
+cudaError_t cuda_rope_store(const struct rope_args *a, int bucket, const struct cuda_queue *q);
+
+struct attn_args {
+    struct step_view step;
+    const void *q; /* f16 [T][H][128] */
+    void *out;     /* f16 [T][H][128] written */
+    const void *kv;
+    int32_t n_heads, n_kv_heads, block_shift;
+    float *partials;   /* [n_partials][attn_partial_floats] */
+    uint32_t *tickets; /* [T][G * octets], zero between launches */
+};
+/* Query heads of one KV head are taken eight at a time. */
+KERNEL_FN int attn_octets(int n_heads, int n_kv_heads) {
+    return (n_heads / n_kv_heads + 7) / 8;
+}
+KERNEL_FN size_t attn_partial_floats(int n_heads, int n_kv_heads) {
+    return (size_t)n_kv_heads * (size_t)attn_octets(n_heads, n_kv_heads) * 8 * (HEAD_DIM + 2);
+}
+cudaError_t cuda_attn_splits(const struct attn_args *a, const struct cuda_queue *q);
+cudaError_t cuda_attn_tiles(const struct attn_args *a, int max_tiles, const struct cuda_queue *q);
+
+/* ---- routing ----------------------------------------------------------------------------------------------- */
+
+/* What the expert products need of a routing; lists hold the same groups cut into tiles of 8 << i tokens. */
+struct route_lists {
+    int32_t *ids;          /* [T][K] rank order */
+    float *weights;        /* [T][K] */
+    int32_t *expert_first; /* [E + 1] */
+    int32_t *token_of;     /* [T * K] routed row -> token */
+    int32_t *row_of;       /* [T][K] -> routed row */
+    struct gemm_item *items[N_WIDTHS];
+    int32_t *n_items;      /* [N_WIDTHS] */
+};
+
+struct route_args {
+    const struct step_header *header;
+    const float *h;      /* [T][D] */
+    const float *norm;   /* [D] */
+    const float *router; /* f32 [E][D] */
+    float eps;
+    int32_t n_cols, n_experts, n_used;
+    bool renormalize;
+    void *x;             /* f16 [T][D] written */
+    float *partials;     /* [D / 256][T][E] */
+    struct route_lists lists;
+    uint32_t *ticket;    /* zero between launches */
+    uint64_t *n_reads;   /* groups so far */
+    uint64_t *host_reads; /* [2], pinned host memory: n_reads as the step `result` left it */
+};
+cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
+/* Only the sort, of ids and weights already in place; reads are not counted. */
+cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue *q);
+
+/* ---- sampling ------------------------------------------------------------------------------------------------ */
+
+/* A slot: what moe_slot_start said, and what was sampled since. */
+struct slot_state {
+    struct moe_sampling sampling;
+    int32_t n_ids, n_prompt;
+    int32_t last; /* -1: it has not sampled */
+    int32_t counting; /* counts are kept: a penalty is in force */
+};
+
+struct slot_args {
+    struct slot_state *slot;
+    uint32_t *counts;   /* [V] */
+    const int32_t *ids; /* [n_ids] */
+    int32_t n_ids, n_prompt;
+};
+/* Fill zeroed counts from a history. */
+cudaError_t cuda_slot_count(const struct slot_args *a, const struct cuda_queue *q);
+
+struct sample_args {
+    struct step_view step;
+    float *logits; /* [R][V] overwritten */
+    int32_t n_vocab;
+    struct slot_state *slots;
+    uint32_t *counts;         /* [slots][V]: times sampled; the top bit: in the prompt */
+    struct moe_row *results;  /* [2][max_rows], pinned host memory */
+    int32_t max_rows;
+};
+cudaError_t cuda_sample(const struct sample_args *a, int bucket, const struct cuda_queue *q);
+
+/* Load every kernel now, and raise the limits they need. */
+cudaError_t cuda_kernels_prepare(const struct cuda_queue *q);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

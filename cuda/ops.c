@@ -1,0 +1,260 @@
+/* ops: each op of the table as launches. Two fusions cross op borders: the sum over a token's experts is left to the
+ * norm that reads the result next (c->pending), and the residual is added where the product that follows it is
+ * written. Anything else that reads h first launches the sum by itself (ops_flush). */
+#include "cuda/device.h"
+
+#include "cuda/panel.h"
+
+#define TRY(call) \
+    do { \
+        enum status st_ = (call); \
+        if (st_ != ST_OK) return st_; \
+    } while (0)
+
+static enum status begin_op(const struct cuda *c) {
+    if (c->lost) return ST_ENGINE_LOST;
+    CHECK(c->mode == STEP_EAGER || c->mode == STEP_CAPTURE);
+    return ST_OK;
+}
+
+enum status ops_flush(struct cuda *c) {
+    if (!c->pending.y) return ST_OK;
+    struct norm_args a = c->pending;
+    c->pending.y = NULL;
+    return device_check(c, cuda_norm(&a, c->bucket.n_tokens, &c->queue));
+}
+
+static struct gemm_segment segment(const struct weight *w, const struct buf *out) {
+    CHECK(w->panels && out->n_cols == w->n_rows);
+    return (struct gemm_segment){
+        .w = w->panels, .out = out->p, .type = w->type, .n_rows = w->n_rows, .scale = w->scale};
+}
+
+/* x [n][n_cols] times the segments; n is read through n_rows on the device and bounded by `bucket`. */
+static enum status dense(struct cuda *c, struct gemm_args *a, int32_t bucket) {
+    int width = cuda_gemm_width(a, bucket, 0, 0, &c->queue);
+    return device_check(c, cuda_gemm(a, width, bucket, 0, &c->queue));
+}
+
+/* x = rmsnorm(h), and before it whatever is pending for h. */
+static enum status norm(struct cuda *c, const struct buf *h, const struct weight *norm, float eps, void *x) {
+    CHECK(h->kind == BUF_EXACT && norm->f32 && norm->n_cols == h->n_cols);
+    struct norm_args a = {0};
+    if (c->pending.y && c->pending.h == h->p) {
+        a = c->pending;
+        c->pending.y = NULL;
+    }
+    TRY(ops_flush(c));
+    a.n_rows = &c->view.header->n_tokens;
+    a.h = h->p;
+    a.n_cols = h->n_cols;
+    a.norm = norm->f32;
+    a.eps = eps;
+    a.x = x;
+    return device_check(c, cuda_norm(&a, c->bucket.n_tokens, &c->queue));
+}
+
+enum status ops_embed(struct backend *b, const struct op_embed *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->table->panels && op->h->kind == BUF_EXACT && op->h->n_cols == op->table->n_cols);
+    const struct embed_args a = {.step = c->view,
+                                 .table = op->table->panels,
+                                 .type = op->table->type,
+                                 .n_cols = op->table->n_cols,
+                                 .slots = c->slots,
+                                 .h = op->h->p};
+    return device_check(c, cuda_embed(&a, c->bucket.n_tokens, &c->queue));
+}
+
+enum status ops_norm_linear(struct backend *b, const struct op_norm_linear *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->n_out >= 1 && op->n_out <= OP_MAX_OUT && op->x->n_cols == c->shape.n_embd);
+    TRY(norm(c, op->x, op->norm, op->eps, c->x));
+    struct gemm_args a = {.n_segments = op->n_out,
+                          .x = c->x,
+                          .n_cols = op->x->n_cols,
+                          .n_tokens = &c->view.header->n_tokens};
+    a.epilogue = op->out[0]->kind == BUF_EXACT ? GEMM_STORE_F32 : GEMM_STORE_F16;
+    for (int i = 0; i < op->n_out; i++) {
+        CHECK(op->w[i]->n_cols == op->x->n_cols && op->out[i]->kind == op->out[0]->kind);
+        a.segments[i] = segment(op->w[i], op->out[i]);
+    }
+    return dense(c, &a, c->bucket.n_tokens);
+}
+
+static uint8_t *layer_kv(const struct cuda *c, int layer) {
+    CHECK(layer >= 0 && layer < c->shape.n_layers);
+    return c->kv + (size_t)layer * c->kv_layer_bytes;
+}
+
+enum status ops_rope_store(struct backend *b, const struct op_rope_store *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->q->kind == BUF_INNER && op->k->kind == BUF_INNER && op->v->kind == BUF_INNER);
+    const struct rope_args a = {.step = c->view,
+                                .q = op->q->p,
+                                .k = op->k->p,
+                                .v = op->v->p,
+                                .q_norm = op->q_norm->f32,
+                                .k_norm = op->k_norm->f32,
+                                .table = c->rope_table,
+                                .eps = op->eps,
+                                .n_heads = c->shape.n_heads,
+                                .n_kv_heads = c->shape.n_kv_heads,
+                                .kv = layer_kv(c, op->layer),
+                                .block_shift = c->block_shift};
+    return device_check(c, cuda_rope_store(&a, c->bucket.n_tokens, &c->queue));
+}
+
+enum status ops_attention(struct backend *b, const struct op_attention *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->q->kind == BUF_INNER && op->out->kind == BUF_INNER);
+    const struct attn_args a = {.step = c->view,
+                                .q = op->q->p,
+                                .out = op->out->p,
+                                .kv = layer_kv(c, op->layer),
+                                .n_heads = c->shape.n_heads,
+                                .n_kv_heads = c->shape.n_kv_heads,
+                                .block_shift = c->block_shift,
+                                .partials = c->attn_partials,
+                                .tickets = c->attn_tickets};
+    TRY(device_check(c, cuda_attn_splits(&a, &c->queue)));
+    if (!c->bucket.tiles) return ST_OK;
+    /* A tile is full, or the last of its sequence. */
+    return device_check(c, cuda_attn_tiles(&a, c->bucket.n_tokens / TILE_TOKENS + c->bucket.n_seqs,
+                                           &c->queue));
+}
+
+enum status ops_linear_add(struct backend *b, const struct op_linear_add *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->x->kind == BUF_INNER && op->h->kind == BUF_EXACT && op->x->n_cols == op->w->n_cols);
+    TRY(ops_flush(c));
+    struct gemm_args a = {.n_segments = 1,
+                          .epilogue = GEMM_ADD_F32,
+                          .x = op->x->p,
+                          .n_cols = op->w->n_cols,
+                          .n_tokens = &c->view.header->n_tokens};
+    a.segments[0] = segment(op->w, op->h);
+    return dense(c, &a, c->bucket.n_tokens);
+}
+
+enum status ops_route(struct backend *b, const struct op_route *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->h->kind == BUF_EXACT && op->x->kind == BUF_INNER && op->router->f32);
+    CHECK(op->router->n_rows == c->shape.n_experts && op->router->n_cols == op->h->n_cols);
+    TRY(ops_flush(c));
+    const struct route_args a = {.header = c->view.header,
+                                   .h = op->h->p,
+                                   .norm = op->norm->f32,
+                                   .router = op->router->f32,
+                                   .eps = op->eps,
+                                   .n_cols = op->h->n_cols,
+                                   .n_experts = c->shape.n_experts,
+                                   .n_used = c->shape.n_experts_used,
+                                   .renormalize = op->renormalize,
+                                   .x = op->x->p,
+                                   .partials = c->router_partials,
+                                   .lists = c->lists,
+                                   .ticket = c->route_ticket,
+                                   .n_reads = c->n_reads,
+                                   .host_reads = c->host_reads};
+    return device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue));
+}
+
+/* A product of every expert's group. */
+static enum status grouped(struct cuda *c, struct gemm_args *a) {
+    int32_t n_tokens = c->bucket.n_tokens, used = c->shape.n_experts_used;
+    int32_t n_pairs = n_tokens * used, experts = c->shape.n_experts;
+    int width = cuda_gemm_width(a, n_tokens, experts, used, &c->queue);
+    int list = width == 8 ? 0 : width == 16 ? 1 : width == 32 ? 2 : 3;
+    a->items = c->lists.items[list];
+    a->n_items = c->lists.n_items + list;
+    /* A group has at most one tile that is not full. */
+    int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / width;
+    return device_check(c, cuda_gemm(a, width, n_tokens, max_items, &c->queue));
+}
+
+enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->x->kind == BUF_INNER && op->act->kind == BUF_INNER);
+    CHECK(op->gate->n_cols == op->x->n_cols && op->up->n_cols == op->x->n_cols);
+    CHECK(op->gate->n_rows == op->up->n_rows && op->gate->n_experts == c->shape.n_experts);
+    if (op->gate->type != op->up->type) {
+        log_event(LOG_ERROR, "cuda", "unsupported", "what=\"gate and up of different types\" layer=%d",
+                  op->layer);
+        return ST_UNSUPPORTED;
+    }
+    struct gemm_args a = {.n_segments = 2,
+                          .epilogue = GEMM_SILU_F16,
+                          .x = op->x->p,
+                          .n_cols = op->gate->n_cols,
+                          .token_of = c->lists.token_of};
+    a.segments[0] = segment(op->gate, op->act);
+    a.segments[1] = segment(op->up, op->act);
+    return grouped(c, &a);
+}
+
+enum status ops_experts_down(struct backend *b, const struct op_experts_down *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->act->kind == BUF_INNER && op->y->kind == BUF_INNER && op->h->kind == BUF_EXACT);
+    CHECK(op->down->n_cols == op->act->n_cols && op->down->n_experts == c->shape.n_experts);
+    TRY(ops_flush(c));
+    struct gemm_args a = {.n_segments = 1,
+                          .epilogue = GEMM_STORE_F16,
+                          .x = op->act->p,
+                          .n_cols = op->down->n_cols};
+    a.segments[0] = segment(op->down, op->y);
+    TRY(grouped(c, &a));
+    c->pending = (struct norm_args){.n_rows = &c->view.header->n_tokens,
+                                    .h = op->h->p,
+                                    .n_cols = op->h->n_cols,
+                                    .y = op->y->p,
+                                    .row_of = c->lists.row_of,
+                                    .weights = c->lists.weights,
+                                    .n_used = c->shape.n_experts_used};
+    return ST_OK;
+}
+
+enum status ops_head(struct backend *b, const struct op_head *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->h->kind == BUF_EXACT && op->logits->kind == BUF_EXACT && c->bucket.n_rows > 0);
+    TRY(ops_flush(c));
+    const struct norm_args n = {.n_rows = &c->view.header->n_rows,
+                                .rows = c->view.rows,
+                                .h = op->h->p,
+                                .n_cols = op->h->n_cols,
+                                .norm = op->norm->f32,
+                                .eps = op->eps,
+                                .x = c->x};
+    TRY(device_check(c, cuda_norm(&n, c->bucket.n_rows, &c->queue)));
+    struct gemm_args a = {.n_segments = 1,
+                          .epilogue = GEMM_STORE_F32,
+                          .x = c->x,
+                          .n_cols = op->h->n_cols,
+                          .n_tokens = &c->view.header->n_rows};
+    a.segments[0] = segment(op->w, op->logits);
+    return dense(c, &a, c->bucket.n_rows);
+}
+
+enum status ops_sample(struct backend *b, const struct op_sample *op) {
+    struct cuda *c = of(b);
+    TRY(begin_op(c));
+    CHECK(op->logits->kind == BUF_EXACT && op->logits->n_cols == c->shape.n_vocab);
+    TRY(ops_flush(c));
+    const struct sample_args a = {.step = c->view,
+                                  .logits = op->logits->p,
+                                  .n_vocab = c->shape.n_vocab,
+                                  .slots = c->slots,
+                                  .counts = c->counts,
+                                  .results = c->results,
+                                  .max_rows = c->limits.max_rows};
+    return device_check(c, cuda_sample(&a, c->bucket.n_rows, &c->queue));
+}

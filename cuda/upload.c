@@ -1,0 +1,163 @@
+/* upload: a step as the kernels read it: one block of memory, copied to the device in one piece. Header; per token its
+ * id, position and sequence; per sequence its slot and where its block table begins; head rows; and, of sizes that
+ * only the step knows, attention's work and the block tables. */
+#include "cuda/device.h"
+
+#include <string.h>
+
+enum { MIN_TILE_TOKENS = 4 }; /* of a sequence, for attention to take them together */
+
+static const int32_t sizes[] = {1,   2,   4,   8,   16,  24,   32,   48,   64,   96,   128, 192,
+                                256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096};
+
+static int32_t round_up(int32_t n, int32_t most) {
+    int32_t size = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes && size < n; i++) size = sizes[i];
+    while (size < n) size += 2048;
+    return size < most ? size : most;
+}
+
+static bool takes_tiles(const struct moe_step_seq *s) { return s->n_tokens >= MIN_TILE_TOKENS; }
+
+int32_t upload_rows(const struct moe_step *step) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < step->n_seqs; i++)
+        n += step->seqs[i].rows == MOE_ROWS_ALL      ? step->seqs[i].n_tokens
+             : step->seqs[i].rows == MOE_ROWS_SAMPLE ? 1
+                                                     : 0;
+    return n;
+}
+
+struct bucket upload_bucket(const struct cuda *c, const struct moe_step *step) {
+    struct bucket b = {0};
+    b.n_tokens = round_up(step->n_tokens, c->limits.max_batch_tokens);
+    b.n_seqs = b.n_tokens < c->limits.max_seqs ? b.n_tokens : c->limits.max_seqs;
+    b.n_rows = round_up(upload_rows(step), c->limits.max_rows);
+    for (int32_t i = 0; i < step->n_seqs; i++)
+        if (takes_tiles(&step->seqs[i])) b.tiles = true;
+    return b;
+}
+
+static size_t aligned(size_t n) { return (n + 15) & ~(size_t)15; }
+
+/* Bytes of the parts whose place follows from the bucket. */
+static size_t fixed_bytes(const struct bucket *b) {
+    return aligned(sizeof(struct step_header)) + 3 * aligned((size_t)b->n_tokens * sizeof(int32_t)) +
+           2 * aligned((size_t)b->n_seqs * sizeof(int32_t)) +
+           aligned((size_t)b->n_rows * sizeof(struct head_row));
+}
+
+static const void *take(uint8_t **p, size_t n) {
+    uint8_t *at = *p;
+    *p += aligned(n);
+    return at;
+}
+
+struct step_view upload_view(const struct bucket *b, uint8_t *base) {
+    struct step_view v;
+    v.header = take(&base, sizeof(struct step_header));
+    v.ids = take(&base, (size_t)b->n_tokens * sizeof(int32_t));
+    v.pos = take(&base, (size_t)b->n_tokens * sizeof(int32_t));
+    v.seq = take(&base, (size_t)b->n_tokens * sizeof(int32_t));
+    v.slot = take(&base, (size_t)b->n_seqs * sizeof(int32_t));
+    v.table = take(&base, (size_t)b->n_seqs * sizeof(int32_t));
+    v.rows = take(&base, (size_t)b->n_rows * sizeof(struct head_row));
+    return v;
+}
+
+size_t upload_capacity(const struct cuda *c) {
+    const struct moe_limits *l = &c->limits;
+    const struct bucket most = {.n_tokens = l->max_batch_tokens,
+                                .n_seqs = l->max_seqs,
+                                .n_rows = l->max_rows};
+    size_t seq_blocks = ((size_t)l->max_seq_tokens + (size_t)l->block_tokens - 1) / (size_t)l->block_tokens;
+    size_t n_splits = (size_t)c->n_partials + (size_t)l->max_batch_tokens;
+    return fixed_bytes(&most) + aligned(n_splits * sizeof(struct attn_split)) +
+           aligned((size_t)l->max_batch_tokens * sizeof(struct attn_tile)) +
+           aligned((size_t)l->max_seqs * seq_blocks * sizeof(int32_t));
+}
+
+/* A token's keys in splits; all in one piece of work when the room for partial results is used up. Returns how
+ * many pieces. */
+static int32_t split_token(const struct cuda *c, int32_t token, int32_t pos, int32_t *n_partials,
+                           struct attn_split *out) {
+    int32_t n = pos / SPLIT_KEYS + 1;
+    if (n == 1 || *n_partials + n > c->n_partials) {
+        out[0] = (struct attn_split){token, n == 1 ? 0 : -1, n, -1};
+        return 1;
+    }
+    for (int32_t i = 0; i < n; i++) out[i] = (struct attn_split){token, i, n, *n_partials + i};
+    *n_partials += n;
+    return n;
+}
+
+/* Rows of one sequence that reach the head. */
+static int32_t add_rows(const struct moe_step_seq *s, int32_t first_token, struct head_row *out) {
+    if (s->rows == MOE_ROWS_NONE) return 0;
+    if (s->rows == MOE_ROWS_SAMPLE) {
+        out[0] = (struct head_row){first_token + s->n_tokens - 1, s->slot, 1};
+        return 1;
+    }
+    for (int32_t i = 0; i < s->n_tokens; i++) out[i] = (struct head_row){first_token + i, s->slot, 0};
+    return s->n_tokens;
+}
+
+/* The work lists of attention, after the fixed part: splits, then tiles. Returns the bytes up to their end. */
+static size_t add_attention(const struct cuda *c, const struct moe_step *step, const int32_t *pos,
+                            size_t at, struct step_header *h) {
+    uint8_t *dst = (uint8_t *)h;
+    int32_t token = 0, n_partials = 0;
+    struct attn_split *splits = (struct attn_split *)(void *)(dst + at);
+    h->splits_at = (int32_t)(at / sizeof(int32_t));
+    for (int32_t i = 0; i < step->n_seqs; i++) {
+        const struct moe_step_seq *s = &step->seqs[i];
+        for (int32_t t = 0; t < s->n_tokens && !takes_tiles(s); t++)
+            h->n_splits += split_token(c, token + t, pos[token + t], &n_partials, splits + h->n_splits);
+        token += s->n_tokens;
+    }
+    at += aligned((size_t)h->n_splits * sizeof *splits);
+    struct attn_tile *tiles = (struct attn_tile *)(void *)(dst + at);
+    h->tiles_at = (int32_t)(at / sizeof(int32_t));
+    token = 0;
+    for (int32_t i = 0; i < step->n_seqs; i++) {
+        const struct moe_step_seq *s = &step->seqs[i];
+        for (int32_t t = 0; t < s->n_tokens && takes_tiles(s); t += TILE_TOKENS) {
+            int32_t left = s->n_tokens - t;
+            tiles[h->n_tiles++] =
+                (struct attn_tile){token + t, left < TILE_TOKENS ? left : TILE_TOKENS};
+        }
+        token += s->n_tokens;
+    }
+    return at + aligned((size_t)h->n_tiles * sizeof *tiles);
+}
+
+size_t upload_fill(struct cuda *c, const struct moe_step *step, uint8_t *dst) {
+    struct bucket b = upload_bucket(c, step);
+    struct step_view v = upload_view(&b, dst);
+    struct step_header *h = (struct step_header *)(void *)dst;
+    *h = (struct step_header){.n_tokens = step->n_tokens, .result = (int32_t)(c->n_begun & 1)};
+    /* The view's arrays are const for the kernels; here they lie in dst. */
+    int32_t *ids = (int32_t *)(uintptr_t)v.ids, *pos = (int32_t *)(uintptr_t)v.pos;
+    int32_t *seq = (int32_t *)(uintptr_t)v.seq, *slot = (int32_t *)(uintptr_t)v.slot;
+    int32_t *table = (int32_t *)(uintptr_t)v.table;
+    struct head_row *rows = (struct head_row *)(uintptr_t)v.rows;
+    memcpy(ids, step->ids, (size_t)step->n_tokens * sizeof *ids);
+    int32_t token = 0, n_blocks = 0;
+    for (int32_t i = 0; i < step->n_seqs; i++) {
+        const struct moe_step_seq *s = &step->seqs[i];
+        slot[i] = s->slot;
+        table[i] = n_blocks;
+        n_blocks += s->n_blocks;
+        h->n_rows += add_rows(s, token, rows + h->n_rows);
+        for (int32_t t = 0; t < s->n_tokens; t++, token++) {
+            pos[token] = s->start_pos + t;
+            seq[token] = i;
+        }
+    }
+    size_t at = add_attention(c, step, pos, fixed_bytes(&b), h);
+    h->blocks_at = (int32_t)(at / sizeof(int32_t));
+    memcpy(dst + at, step->blocks, (size_t)n_blocks * sizeof(int32_t));
+    at += (size_t)n_blocks * sizeof(int32_t);
+    CHECK(at <= c->upload_cap);
+    return at;
+}
