@@ -140,8 +140,9 @@ static enum status cpu_weight_load(struct backend *b, const struct weight_source
     struct cpu_matrix m;
     const char *type = tensor_type_name(source->type);
     if (!cpu_matrix_plan(source->type, source->n_experts, source->n_rows, source->n_cols, &m))
-        return error_set(e, ST_UNSUPPORTED, "tensor %s: no CPU kernel for rows of %d values of type %s",
-                         source->name, (int)source->n_cols, type ? type : "unknown");
+        return error_set(e, ST_UNSUPPORTED,
+                         "tensor %s: no CPU kernel for rows of %d values of type %s", source->name,
+                         (int)source->n_cols, type ? type : "unknown");
     size_t n_bytes;
     if (!size_mul((size_t)source->n_experts * (size_t)source->n_rows, m.row_bytes, &n_bytes) ||
         n_bytes != source->n_bytes)
@@ -152,8 +153,10 @@ static enum status cpu_weight_load(struct backend *b, const struct weight_source
     w->next = c->weights;
     c->weights = w;
     bool vector = source->n_rows == 1 && source->n_experts == 1;
-    if (vector) w->vector = map2(c, CPU_MEM_WEIGHTS, 1, (size_t)source->n_cols, sizeof(float));
-    else m.p = cpu_map(c, CPU_MEM_WEIGHTS, m.n_bytes);
+    if (vector)
+        w->vector = map2(c, CPU_MEM_WEIGHTS, 1, (size_t)source->n_cols, sizeof(float));
+    else
+        m.p = cpu_map(c, CPU_MEM_WEIGHTS, m.n_bytes);
     w->matrix = m;
     if (!w->vector && !m.p)
         return error_set(e, ST_NO_MEMORY, "tensor %s: no memory for %zu bytes", source->name,
@@ -162,7 +165,8 @@ static enum status cpu_weight_load(struct backend *b, const struct weight_source
     if (source->n_experts > 1 && !cpu_matrix_quantized(&m)) c->float_experts = true;
     *out = w;
     enum status st = vector ? load_vector(source, w->vector) : load_matrix(c, source, &m);
-    return st == ST_NO_MEMORY ? error_set(e, st, "tensor %s: no memory to load it", source->name) : st;
+    return st == ST_NO_MEMORY ? error_set(e, st, "tensor %s: no memory to load it", source->name)
+                              : st;
 }
 
 /* ---- the rest of the memory ------------------------------------------------------------------------- */
@@ -212,7 +216,8 @@ static bool create_inputs(struct cpu *c) {
     c->tile_of = map2(c, CPU_MEM_SCRATCH, n_tokens, 1, sizeof(int32_t));
     c->attend_first = map2(c, CPU_MEM_SCRATCH, n_tokens + 1, 1, sizeof(int32_t));
     c->groups = map2(c, CPU_MEM_SCRATCH, (size_t)c->shape.n_experts, 1, sizeof(int32_t));
-    if (!c->x_tiles || !c->x_rows || !c->tile_first || !c->tile_of || !c->attend_first || !c->groups)
+    if (!c->x_tiles || !c->x_rows || !c->tile_first || !c->tile_of || !c->attend_first ||
+        !c->groups)
         return false;
     /* Widths that are not whole blocks never meet a quantised matrix. */
     if (d % CPU_BLOCK == 0) {
@@ -220,8 +225,8 @@ static bool create_inputs(struct cpu *c) {
         if (!c->x_q) return false;
     }
     if (f % CPU_BLOCK == 0) {
-        c->act_q = map2(c, CPU_MEM_ACTIVATIONS, n_tokens * n_used,
-                        cpu_row_bytes(f, CPU_PLANES_DOWN), 1);
+        c->act_q =
+            map2(c, CPU_MEM_ACTIVATIONS, n_tokens * n_used, cpu_row_bytes(f, CPU_PLANES_DOWN), 1);
         if (!c->act_q) return false;
     }
     return true;
@@ -241,7 +246,8 @@ static enum status cpu_ready(struct backend *b, struct error *e, int32_t *n_bloc
               sampler_create(l->max_seqs, l->max_seq_tokens, m->n_vocab, &c->sampler) == ST_OK &&
               batch_results_create(l->max_rows, &c->results) == ST_OK;
     if (!ok)
-        return error_set(e, ST_NO_MEMORY, "no memory for %d KV blocks of %d tokens and a batch of %d",
+        return error_set(e, ST_NO_MEMORY,
+                         "no memory for %d KV blocks of %d tokens and a batch of %d",
                          (int)l->n_blocks, (int)l->block_tokens, (int)l->max_batch_tokens);
     *n_blocks = l->n_blocks;
     return ST_OK;
@@ -318,7 +324,8 @@ static enum status cpu_buf_read(struct backend *b, const struct buf *buf, int32_
     for (int32_t i = row; i < row + n_rows; i++, dst += buf->n_cols) {
         if (buf == c->act_q_of)
             cpu_dequantize_row(c->act_q + (size_t)i * row_bytes, buf->n_cols, CPU_PLANES_DOWN, dst);
-        else memcpy(dst, cpu_row(buf, i), (size_t)buf->n_cols * sizeof *dst);
+        else
+            memcpy(dst, cpu_row(buf, i), (size_t)buf->n_cols * sizeof *dst);
     }
     return ST_OK;
 }
@@ -395,24 +402,29 @@ static const struct backend_ops cpu_ops = {
     .kv_poison = cpu_kv_poison,
 };
 
-static enum status choose_kernels(const char *isa, struct error *e, const struct cpu_kernels **out) {
+static enum status choose_kernels(const char *isa, struct error *e,
+                                  const struct cpu_kernels **out) {
     const struct cpu_kernels *avx2 = cpu_kernels_avx2(), *avx512 = cpu_kernels_avx512();
     bool any = strcmp(isa, "auto") == 0;
     *out = NULL;
     if (!any && strcmp(isa, "avx2") != 0 && strcmp(isa, "avx512") != 0)
         return error_set(e, ST_UNSUPPORTED, "cpu_isa %s: it must be auto, avx2 or avx512", isa);
     if (!avx2)
-        return error_set(e, ST_UNSUPPORTED,
-                         "this processor has no AVX2 with FMA and F16C, which device cpu needs: use "
-                         "device reference");
-    if (any) *out = avx512 ? avx512 : avx2;
-    else *out = strcmp(isa, "avx2") == 0 ? avx2 : avx512;
+        return error_set(
+            e, ST_UNSUPPORTED,
+            "this processor has no AVX2 with FMA and F16C, which device cpu needs: use "
+            "device reference");
+    if (any)
+        *out = avx512 ? avx512 : avx2;
+    else
+        *out = strcmp(isa, "avx2") == 0 ? avx2 : avx512;
     if (*out) return ST_OK;
     return error_set(e, ST_UNSUPPORTED,
                      "cpu_isa avx512: this processor has no AVX-512 with VNNI: use auto or avx2");
 }
 
-enum status backend_cpu_open(const struct backend_config *c, struct error *e, struct backend **out) {
+enum status backend_cpu_open(const struct backend_config *c, struct error *e,
+                             struct backend **out) {
     *out = NULL;
     const struct cpu_kernels *kernels;
     enum status st = choose_kernels(c->cpu_isa ? c->cpu_isa : "auto", e, &kernels);

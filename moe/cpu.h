@@ -26,7 +26,13 @@
 
 enum { CPU_PLANES_DENSE = 2, CPU_PLANES_HEAD = 1, CPU_PLANES_UP = 1, CPU_PLANES_DOWN = 2 };
 
-enum cpu_memory { CPU_MEM_WEIGHTS, CPU_MEM_KV, CPU_MEM_ACTIVATIONS, CPU_MEM_SCRATCH, CPU_MEM_COUNT };
+enum cpu_memory {
+    CPU_MEM_WEIGHTS,
+    CPU_MEM_KV,
+    CPU_MEM_ACTIVATIONS,
+    CPU_MEM_SCRATCH,
+    CPU_MEM_COUNT
+};
 
 struct cpu_alloc { /* header of a list of mappings, freed at close */
     struct cpu_alloc *next;
@@ -37,27 +43,30 @@ struct cpu_alloc { /* header of a list of mappings, freed at close */
 struct weight {
     struct weight *next;
     struct cpu_matrix matrix; /* p NULL for a vector */
-    float *vector;            /* n_rows == 1: [n_cols] */
+    float *vector; /* n_rows == 1: [n_cols] */
 };
 
 struct buf {
     struct buf *next;
     int32_t n_rows, n_cols;
     size_t stride; /* n_cols rounded up to CPU_ROWS: kernels write whole row tiles */
-    float *f;      /* [n_rows][stride] */
+    float *f; /* [n_rows][stride] */
 };
 
 /* What one thread works in. */
 struct cpu_scratch {
     struct sampler_scratch *sampler;
-    uint8_t *tile;    /* a quantised tile of CPU_TILE tokens, max_cols wide, two planes */
-    float *rows;      /* [CPU_TILE][max_cols padded] */
+    uint8_t *tile; /* a quantised tile of CPU_TILE tokens, max_cols wide, two planes */
+    float *rows; /* [CPU_TILE][max_cols padded] */
     float *gate, *up; /* [CPU_TILE][CPU_BLOCK] */
-    float *state;     /* attention: [CPU_ATTEND_ROWS][Hd padded] */
-    uint16_t *keys;   /* attention: [CPU_SPLIT][2][Hd padded] keys and values out of small KV blocks */
+    float *state; /* attention: [CPU_ATTEND_ROWS][Hd padded] */
+    uint16_t
+        *keys; /* attention: [CPU_SPLIT][2][Hd padded] keys and values out of small KV blocks */
 };
 
-enum { CPU_ATTEND_ROWS = 64 }; /* query rows of one attention item at most, if one token has fewer */
+enum {
+    CPU_ATTEND_ROWS = 64
+}; /* query rows of one attention item at most, if one token has fewer */
 
 struct cpu {
     const struct backend_ops *ops; /* first: struct backend */
@@ -73,8 +82,8 @@ struct cpu {
     uint64_t n_bytes[CPU_MEM_COUNT];
     struct weight *weights;
     struct buf *bufs;
-    int32_t max_cols;      /* of any matrix, rounded up to CPU_BLOCK */
-    bool float_experts;    /* an expert stack of a float type was loaded */
+    int32_t max_cols; /* of any matrix, rounded up to CPU_BLOCK */
+    bool float_experts; /* an expert stack of a float type was loaded */
 
     struct batch batch; /* of the step */
     struct route route;
@@ -97,11 +106,12 @@ struct cpu {
     int32_t *groups; /* [E] experts with tokens, the largest group first */
     int32_t n_groups;
 
-    uint8_t *kv;          /* see cpu_attend.c */
+    uint8_t *kv; /* see cpu_attend.c */
     size_t kv_head_bytes; /* of one block and KV head: keys, then values */
-    size_t key_bytes;     /* of which keys */
-    double *rope_coarse, *rope_fine; /* cos, sin of pair i at positions 256 j and j: [..][Hd / 2][2] */
-    float *rope;          /* [T][Hd] cos then sin of the step's tokens */
+    size_t key_bytes; /* of which keys */
+    double *rope_coarse,
+        *rope_fine; /* cos, sin of pair i at positions 256 j and j: [..][Hd / 2][2] */
+    float *rope; /* [T][Hd] cos then sin of the step's tokens */
     int32_t *attend_first, n_attend_tiles; /* [T + 1] tokens that attend together */
 };
 

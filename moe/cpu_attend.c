@@ -31,8 +31,8 @@ bool cpu_kv_create(struct cpu *c) {
     c->kv = cpu_map(c, CPU_MEM_KV, n);
     c->rope_coarse = cpu_map(c, CPU_MEM_SCRATCH, n_coarse * half * 2 * sizeof(double));
     c->rope_fine = cpu_map(c, CPU_MEM_SCRATCH, ROPE_FINE * half * 2 * sizeof(double));
-    c->rope = cpu_map(c, CPU_MEM_SCRATCH,
-                      (size_t)c->limits.max_batch_tokens * half * 2 * sizeof(float));
+    c->rope =
+        cpu_map(c, CPU_MEM_SCRATCH, (size_t)c->limits.max_batch_tokens * half * 2 * sizeof(float));
     if (!c->kv || !c->rope_coarse || !c->rope_fine || !c->rope) return false;
     for (size_t i = 0; i < half; i++) {
         double freq = pow((double)m->rope_base, -2.0 * (double)i / (double)m->head_dim);
@@ -86,9 +86,9 @@ void cpu_rope_begin(struct cpu *c) {
 /* ---- the cache ---------------------------------------------------------------------------------------- */
 
 static uint8_t *kv_head(const struct cpu *c, int layer, int32_t block, int32_t g) {
-    size_t i = ((size_t)layer * (size_t)c->limits.n_blocks + (size_t)block) *
-                   (size_t)c->shape.n_kv_heads +
-               (size_t)g;
+    size_t i =
+        ((size_t)layer * (size_t)c->limits.n_blocks + (size_t)block) * (size_t)c->shape.n_kv_heads +
+        (size_t)g;
     return c->kv + i * c->kv_head_bytes;
 }
 
@@ -168,12 +168,13 @@ struct attention {
     const struct op_attention *op;
 };
 
-/* A group of CPU_POS positions (n of them in use) out of blocks smaller than that: copied together. */
+/* A group of CPU_POS positions (n of them in use) out of blocks smaller than that: keys, then values. */
 static void gather_group(const struct attention *a, const int32_t *blocks, int32_t g, int32_t at,
-                         int32_t n, uint16_t *keys, uint16_t *values) {
+                         int32_t n, uint16_t *keys) {
     const struct cpu *c = a->c;
     int32_t b = c->limits.block_tokens;
     size_t hd = (size_t)c->shape.head_dim, width = padded_head(c), stride;
+    uint16_t *values = keys + width * CPU_POS;
     for (int32_t i = 0; i < n; i++) {
         uint8_t *head = kv_head(c, a->op->layer, blocks[(at + i) / b], g);
         const uint16_t *key = key_at(c, head, (at + i) % b, &stride);
@@ -209,10 +210,10 @@ static void find_split(const struct attention *a, const int32_t *blocks, int32_t
             x->v[i] = value_at(c, head, pos % b);
             continue;
         }
-        uint16_t *keys = s->keys + (size_t)i * 2 * group, *values = keys + group;
-        gather_group(a, blocks, g, pos, left < CPU_POS ? left : CPU_POS, keys, values);
+        uint16_t *keys = s->keys + (size_t)i * 2 * group;
+        gather_group(a, blocks, g, pos, left < CPU_POS ? left : CPU_POS, keys);
         x->k[i] = keys;
-        x->v[i] = values;
+        x->v[i] = keys + group;
     }
 }
 
@@ -265,7 +266,8 @@ static void attend_rows(const struct attention *a, struct rows *r, struct cpu_sc
             find_next(a, c->batch.blocks[r->t], r->g, at + CPU_SPLIT, n_pos, &x);
         else if (r->next_t >= 0)
             find_next(a, c->batch.blocks[r->next_t], r->next_g, 0, c->batch.pos[r->next_t] + 1, &x);
-        else x.next_k[0] = x.next_k[1] = x.next_k[2] = x.next_k[3] = NULL;
+        else
+            x.next_k[0] = x.next_k[1] = x.next_k[2] = x.next_k[3] = NULL;
         attend_split(a, r, at, s, &x);
     }
     for (int32_t i = 0; i < n_rows; i++) {

@@ -76,16 +76,21 @@ CPU_INLINE float attend_softmax(const struct cpu_attend *a, int row, float *scor
     return lanes[0];
 }
 
+/* Of each row: the scores and then p of a split, and what the row's sums so far must be multiplied by. */
+struct attend_work {
+    float p[CPU_QROWS][CPU_SPLIT], scale[CPU_QROWS];
+};
+
 /* out[r] = out[r] * scale[r] + sum over positions of p * v, `wide` vectors of columns in one pass. */
-CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int wide, int32_t column,
-                              float scores[][CPU_SPLIT], const float *scale) {
+CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int wide,
+                              int32_t column, const struct attend_work *s) {
     vf acc[16];
     CPU_UNROLL
     for (int r = 0; r < n; r++) {
         CPU_UNROLL
         for (int c = 0; c < wide; c++)
             acc[r * wide + c] =
-                vf_mul(vf_load(a->out[first + r] + column + 16 * c), vf_set1(scale[r]));
+                vf_mul(vf_load(a->out[first + r] + column + 16 * c), vf_set1(s->scale[r]));
     }
     const int32_t width = (a->head_dim + 15) / 16 * 16;
     for (int32_t at = 0; at < a->n_pos; at += CPU_POS) {
@@ -97,7 +102,7 @@ CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int 
             for (int c = 0; c < wide; c++) v[c] = vf_from_f16(value + 16 * c);
             CPU_UNROLL
             for (int r = 0; r < n; r++) {
-                vf weight = vf_set1(scores[r][p]);
+                vf weight = vf_set1(s->p[r][p]);
                 CPU_UNROLL
                 for (int c = 0; c < wide; c++)
                     acc[r * wide + c] = vf_fma(v[c], weight, acc[r * wide + c]);
@@ -113,14 +118,13 @@ CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int 
 }
 
 CPU_INLINE void attend_rows(const struct cpu_attend *a, int first, int n, int groups, int columns) {
-    float scores[CPU_QROWS][CPU_SPLIT], scale[CPU_QROWS];
-    attend_scores(a, first, n, groups, scores);
-    for (int r = 0; r < n; r++) scale[r] = attend_softmax(a, first + r, scores[r]);
+    struct attend_work s;
+    attend_scores(a, first, n, groups, s.p);
+    for (int r = 0; r < n; r++) s.scale[r] = attend_softmax(a, first + r, s.p[r]);
     int32_t column = 0;
     for (; column + 16 * columns <= a->head_dim; column += 16 * columns)
-        attend_values(a, first, n, columns, column, scores, scale);
-    for (; column < a->head_dim; column += 16)
-        attend_values(a, first, n, 1, column, scores, scale);
+        attend_values(a, first, n, columns, column, &s);
+    for (; column < a->head_dim; column += 16) attend_values(a, first, n, 1, column, &s);
 }
 
 static void k_attend(const struct cpu_attend *a) {

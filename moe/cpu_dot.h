@@ -13,20 +13,22 @@
 CPU_INLINE void prefetch(const struct cpu_dot *d, const uint8_t *w, int lines) {
     uintptr_t p = (uintptr_t)d->ahead + ((uintptr_t)w - (uintptr_t)d->w);
     CPU_UNROLL
-    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)(p + 64 * (uintptr_t)i), _MM_HINT_T1);
+    for (int i = 0; i < lines; i++)
+        _mm_prefetch((const char *)(p + 64 * (uintptr_t)i), _MM_HINT_T1);
 }
 
-/* One block of a quantised tile. */
+/* One block of a quantised tile of n tokens. */
 struct tile_block {
-    const uint8_t *q;      /* high plane; the low one follows */
+    const uint8_t *q; /* high plane; the low one follows */
     const float *scale, *sum;
     const int32_t *offset; /* [2][n] */
+    int planes, n;
 };
 
 CPU_INLINE struct tile_block tile_block_at(const uint8_t *x, int planes, int n) {
     const uint8_t *tail = x + (size_t)planes * CPU_BLOCK * (size_t)n;
     const float *f = (const float *)(const void *)tail;
-    return (struct tile_block){x, f, f + n, (const int32_t *)(const void *)(f + 2 * n)};
+    return (struct tile_block){x, f, f + n, (const int32_t *)(const void *)(f + 2 * n), planes, n};
 }
 
 CPU_INLINE vi broadcast4(const uint8_t *p) {
@@ -38,11 +40,11 @@ CPU_INLINE vi broadcast4(const uint8_t *p) {
 /* start + sum over vectors g in [first, first + count) of w[g] times token t's columns 4g … 4g + 3, both
  * planes. start is in units of the low plane. */
 CPU_INLINE vi dot_groups(vi start, const vi *w, const struct tile_block *x, int t, int first,
-                         int count, int planes, int n) {
+                         int count) {
     const uint8_t *q = x->q + t * CPU_BLOCK;
     vi s = start;
-    if (planes == 2) {
-        const uint8_t *low = q + n * CPU_BLOCK;
+    if (x->planes == 2) {
+        const uint8_t *low = q + x->n * CPU_BLOCK;
         vi h = vi_zero();
         CPU_UNROLL
         for (int g = first; g < first + count; g++) h = vi_dot(h, w[g], broadcast4(q + 4 * g));
@@ -73,15 +75,16 @@ CPU_INLINE void store_tile(const vf *acc, float *out, size_t stride, int n) {
 /* One row tile each; they return where the next one begins.
  *
  * Q4_K and Q5_K: y = (d * sc) * q - (dmin * m). */
-CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t *w, float *out, int five, int planes, int n) {
+CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t *w, float *out,
+                                        int five, int planes, int n) {
     const uint8_t *x = job->x;
     const int sc_at = five ? CPU_Q5_K_SC : CPU_Q4_K_SC, m_at = five ? CPU_Q5_K_M : CPU_Q4_K_M;
-    const int jobat = five ? CPU_Q5_K_D : CPU_Q4_K_D, unit = five ? CPU_Q5_K_UNIT : CPU_Q4_K_UNIT;
+    const int d_at = five ? CPU_Q5_K_D : CPU_Q4_K_D, unit = five ? CPU_Q5_K_UNIT : CPU_Q4_K_UNIT;
     vf acc[CPU_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
     for (int32_t u = 0; u < job->n_units; u++, w += unit) {
-        vf d = vf_from_f16(w + jobat), dmin = vf_from_f16(w + jobat + 32);
+        vf d = vf_from_f16(w + d_at), dmin = vf_from_f16(w + d_at + 32);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
             prefetch(job, w + b * unit / 8, five ? 6 : 5);
             vi q[8];
@@ -104,7 +107,7 @@ CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t
             struct tile_block xb = tile_block_at(x, planes, n);
             CPU_UNROLL
             for (int t = 0; t < n; t++) {
-                vf s = vf_from_int(dot_groups(vi_zero(), q, &xb, t, 0, 8, planes, n));
+                vf s = vf_from_int(dot_groups(vi_zero(), q, &xb, t, 0, 8));
                 acc[t] = vf_fma(vf_mul(s, vf_set1(xb.scale[t])), scale, acc[t]);
                 acc[t] = vf_fnma(min, vf_set1(xb.sum[t]), acc[t]);
             }
@@ -116,7 +119,8 @@ CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t
 }
 
 /* Q6_K: y = (d * sc) * (q - 32), a scale per 16 columns; the 32 is in the tile's offsets. */
-CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, float *out, int planes, int n) {
+CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, float *out,
+                                   int planes, int n) {
     const uint8_t *x = job->x;
     vf acc[CPU_TILE];
     CPU_UNROLL
@@ -142,8 +146,8 @@ CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, 
             CPU_UNROLL
             for (int t = 0; t < n; t++) {
                 vi o0 = vi_set1(xb.offset[t]), o1 = vi_set1(xb.offset[n + t]);
-                vf s0 = vf_from_int(dot_groups(o0, q, &xb, t, 0, 4, planes, n));
-                vf s1 = vf_from_int(dot_groups(o1, q, &xb, t, 4, 4, planes, n));
+                vf s0 = vf_from_int(dot_groups(o0, q, &xb, t, 0, 4));
+                vf s1 = vf_from_int(dot_groups(o1, q, &xb, t, 4, 4));
                 vf s = vf_fma(s1, scale1, vf_mul(s0, scale0));
                 acc[t] = vf_fma(s, vf_set1(xb.scale[t]), acc[t]);
             }
@@ -156,7 +160,8 @@ CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, 
 
 /* Q8_0: y = d * (q - 128). AVX2's byte product needs its unsigned side below 128: there the byte goes in
  * two halves of 4 bits. */
-CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, float *out, int planes, int n) {
+CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, float *out,
+                                   int planes, int n) {
     const uint8_t *x = job->x;
     vf acc[CPU_TILE];
     CPU_UNROLL
@@ -172,7 +177,7 @@ CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, 
         for (int t = 0; t < n; t++) {
             vi offset = vi_shl(vi_set1(xb.offset[t] + xb.offset[n + t]), 2);
 #if defined(__AVX512F__)
-            vi s = dot_groups(offset, q, &xb, t, 0, 8, planes, n);
+            vi s = dot_groups(offset, q, &xb, t, 0, 8);
 #else
             vi low[8], high[8], mask = vi_set1(0x0f0f0f0f);
             CPU_UNROLL
@@ -180,8 +185,8 @@ CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, 
                 low[g] = vi_and(q[g], mask);
                 high[g] = vi_and(vi_shr(q[g], 4), mask);
             }
-            vi s = dot_groups(offset, low, &xb, t, 0, 8, planes, n);
-            s = vi_add(s, vi_shl(dot_groups(vi_zero(), high, &xb, t, 0, 8, planes, n), 4));
+            vi s = dot_groups(offset, low, &xb, t, 0, 8);
+            s = vi_add(s, vi_shl(dot_groups(vi_zero(), high, &xb, t, 0, 8), 4));
 #endif
             acc[t] = vf_fma(vf_mul(vf_from_int(s), vf_set1(xb.scale[t])), d, acc[t]);
         }
@@ -191,62 +196,65 @@ CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, 
     return w;
 }
 
-CPU_INLINE vf loajobfloat_unit(const uint8_t *w, int format) {
+CPU_INLINE vf load_float_unit(const uint8_t *w, int format) {
     if (format == CPU_F32) return vf_load(w);
     if (format == CPU_F16) return vf_from_f16(w);
     return vf_from_bf16(w);
 }
 
-/* Four partial sums per row and token, by column modulo 4, to keep the multipliers busy. */
-CPU_INLINE void dot_float(const uint8_t *w, int32_t n_cols, const float *x, size_t x_stride,
-                          float *out, size_t stride, int format, int n) {
+/* One row tile. Four partial sums per row and token, by column modulo 4, to keep the multipliers busy. */
+CPU_INLINE void dot_float(const struct cpu_dot_float *job, int format, int n) {
     const size_t unit = CPU_ROWS * (format == CPU_F32 ? 4 : 2);
+    const float *x = job->x;
+    const uint8_t *w = job->w;
     vf acc[4][4];
     CPU_UNROLL
     for (int i = 0; i < 16; i++) acc[i / 4][i % 4] = vf_zero();
     int32_t k = 0;
-    for (; k + 4 <= n_cols; k += 4) {
+    for (; k + 4 <= job->n_cols; k += 4, x += 4) {
         CPU_UNROLL
-        for (int j = 0; j < 4; j++) {
-            vf row = loajobfloat_unit(w + (size_t)(k + j) * unit, format);
+        for (int j = 0; j < 4; j++, w += unit) {
+            vf row = load_float_unit(w, format);
             CPU_UNROLL
             for (int t = 0; t < n; t++)
-                acc[t][j] = vf_fma(row, vf_set1(x[(size_t)t * x_stride + (size_t)(k + j)]), acc[t][j]);
+                acc[t][j] =
+                    vf_fma(row, vf_set1(x[(size_t)t * job->x_stride + (size_t)j]), acc[t][j]);
         }
     }
-    for (; k < n_cols; k++) {
-        vf row = loajobfloat_unit(w + (size_t)k * unit, format);
+    for (; k < job->n_cols; k++, x++, w += unit) {
+        vf row = load_float_unit(w, format);
         CPU_UNROLL
         for (int t = 0; t < n; t++)
-            acc[t][0] = vf_fma(row, vf_set1(x[(size_t)t * x_stride + (size_t)k]), acc[t][0]);
+            acc[t][0] = vf_fma(row, vf_set1(x[(size_t)t * job->x_stride]), acc[t][0]);
     }
     CPU_UNROLL
     for (int t = 0; t < n; t++)
-        vf_store(out + (size_t)t * stride,
+        vf_store(job->out + (size_t)t * job->stride,
                  vf_add(vf_add(acc[t][0], acc[t][1]), vf_add(acc[t][2], acc[t][3])));
 }
 
 /* ---- one function per format, planes and tile width ------------------------------------------- */
 
-#define CPU_DOT_WIDTHS_4(M, name, planes) \
+#define CPU_DOT_WIDTHS_4(M, name, planes)                                                          \
     M(name, planes, 1) M(name, planes, 2) M(name, planes, 3) M(name, planes, 4)
 #if defined(__AVX512F__)
-#define CPU_DOT_WIDTHS(M, name, planes) \
-    CPU_DOT_WIDTHS_4(M, name, planes) \
-    M(name, planes, 5) M(name, planes, 6) M(name, planes, 7) M(name, planes, 8) \
-    M(name, planes, 12) M(name, planes, 16)
+#define CPU_DOT_WIDTHS(M, name, planes)                                                            \
+    CPU_DOT_WIDTHS_4(M, name, planes)                                                              \
+    M(name, planes, 5)                                                                             \
+    M(name, planes, 6) M(name, planes, 7) M(name, planes, 8) M(name, planes, 12)                   \
+        M(name, planes, 16)
 #else /* 16 registers hold no more */
 #define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
 #endif
-#define CPU_DOT(name, planes, n, call) \
-    static void k_dot_##name##_##planes##_##n(const struct cpu_dot *job) { \
-        const uint8_t *w = job->w; \
-        float *out = job->out; \
-        for (int32_t i = 0; i < job->n_tiles; i++, out += CPU_ROWS) w = call; \
+#define CPU_DOT(name, planes, n, call)                                                             \
+    static void k_dot_##name##_##planes##_##n(const struct cpu_dot *job) {                         \
+        const uint8_t *w = job->w;                                                                 \
+        float *out = job->out;                                                                     \
+        for (int32_t i = 0; i < job->n_tiles; i++, out += CPU_ROWS) w = call;                      \
     }
-#define CPU_DOT_Q4_K(name, planes, n) \
+#define CPU_DOT_Q4_K(name, planes, n)                                                              \
     CPU_DOT(name, planes, n, dot_scale_min(job, w, out, 0, planes, n))
-#define CPU_DOT_Q5_K(name, planes, n) \
+#define CPU_DOT_Q5_K(name, planes, n)                                                              \
     CPU_DOT(name, planes, n, dot_scale_min(job, w, out, 1, planes, n))
 #define CPU_DOT_Q6_K(name, planes, n) CPU_DOT(name, planes, n, dot_q6_k(job, w, out, planes, n))
 #define CPU_DOT_Q8_0(name, planes, n) CPU_DOT(name, planes, n, dot_q8_0(job, w, out, planes, n))
@@ -259,23 +267,25 @@ CPU_DOT_WIDTHS(CPU_DOT_Q6_K, q6_k, 2)
 CPU_DOT_WIDTHS(CPU_DOT_Q8_0, q8_0, 1)
 CPU_DOT_WIDTHS(CPU_DOT_Q8_0, q8_0, 2)
 
-#define CPU_DOT_FLOAT(name, format, n) \
-    static void k_dot_##name##_##n(const uint8_t *w, int32_t n_cols, const float *x, \
-                                   size_t x_stride, float *out, size_t stride) { \
-        dot_float(w, n_cols, x, x_stride, out, stride, format, n); \
-    }
-#define CPU_DOT_FLOATS(name, format) \
-    CPU_DOT_FLOAT(name, format, 1) \
+#define CPU_DOT_FLOAT(name, format, n)                                                             \
+    static void k_dot_##name##_##n(const struct cpu_dot_float *job) { dot_float(job, format, n); }
+#define CPU_DOT_FLOATS(name, format)                                                               \
+    CPU_DOT_FLOAT(name, format, 1)                                                                 \
     CPU_DOT_FLOAT(name, format, 2) CPU_DOT_FLOAT(name, format, 3) CPU_DOT_FLOAT(name, format, 4)
 CPU_DOT_FLOATS(f32, CPU_F32)
 CPU_DOT_FLOATS(f16, CPU_F16)
 CPU_DOT_FLOATS(bf16, CPU_BF16)
 
 #define CPU_DOT_ENTRY(name, planes, n) [n] = k_dot_##name##_##planes##_##n,
-#define CPU_DOT_ROW(name) \
-    {{CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 1)}, {CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 2)}}
-#define CPU_DOT_TABLE {CPU_DOT_ROW(q4_k), CPU_DOT_ROW(q5_k), CPU_DOT_ROW(q6_k), CPU_DOT_ROW(q8_0)}
-#define CPU_DOT_FLOAT_ROW(name) {k_dot_##name##_1, k_dot_##name##_2, k_dot_##name##_3, k_dot_##name##_4}
-#define CPU_DOT_FLOAT_TABLE {CPU_DOT_FLOAT_ROW(f32), CPU_DOT_FLOAT_ROW(f16), CPU_DOT_FLOAT_ROW(bf16)}
+#define CPU_DOT_ROW(name)                                                                          \
+    {                                                                                              \
+        {CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 1)}, { CPU_DOT_WIDTHS(CPU_DOT_ENTRY, name, 2) }       \
+    }
+#define CPU_DOT_TABLE                                                                              \
+    { CPU_DOT_ROW(q4_k), CPU_DOT_ROW(q5_k), CPU_DOT_ROW(q6_k), CPU_DOT_ROW(q8_0) }
+#define CPU_DOT_FLOAT_ROW(name)                                                                    \
+    { k_dot_##name##_1, k_dot_##name##_2, k_dot_##name##_3, k_dot_##name##_4 }
+#define CPU_DOT_FLOAT_TABLE                                                                        \
+    { CPU_DOT_FLOAT_ROW(f32), CPU_DOT_FLOAT_ROW(f16), CPU_DOT_FLOAT_ROW(bf16) }
 
 #endif

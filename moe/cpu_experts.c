@@ -113,16 +113,16 @@ static void requantize(struct cpu *c, const struct buf *src, uint8_t *dst, int p
 
 struct experts {
     struct cpu *c;
-    const struct buf *src;  /* the input */
-    const uint8_t *src_q;   /* and its quantised rows */
+    const struct buf *src; /* the input */
+    const uint8_t *src_q; /* and its quantised rows */
     int planes;
-    bool by_token;          /* rows of src are tokens, not routed rows */
+    bool by_token; /* rows of src are tokens, not routed rows */
     const struct cpu_matrix *gate, *up; /* the same shape; or down and NULL */
     struct buf *dst;
-    bool quantize;          /* up: dst's rows go to act_q */
-    int32_t part_tiles;     /* row tiles per part: 2, or 1 for down */
-    int32_t n_parts;        /* of an expert's rows */
-    int32_t n_row_items;    /* per expert */
+    bool quantize; /* up: dst's rows go to act_q */
+    int32_t part_tiles; /* row tiles per part: 2, or 1 for down */
+    int32_t n_parts; /* of an expert's rows */
+    int32_t n_row_items; /* per expert */
 };
 
 /* Routed rows `first` … first + n - 1 of the input, as a tile. */
@@ -132,18 +132,18 @@ static struct cpu_input gather(const struct experts *x, int32_t first, int n, in
     int32_t n_cols = x->gate->n_cols;
     bool quantized = cpu_matrix_quantized(x->gate);
     size_t row_bytes = cpu_row_bytes(n_cols, x->planes);
-    struct cpu_input in = {.q = s->tile,
-                           .planes = x->planes,
-                           .f = s->rows,
-                           .f_stride = (size_t)c->max_cols,
-                           .n = n};
+    struct cpu_input in = {
+        .q = s->tile, .planes = x->planes, .f = s->rows, .f_stride = (size_t)c->max_cols, .n = n};
     for (int i = 0; i < n; i++) {
         int32_t row = first + i;
         if (x->by_token) row = c->route.pair_of[row] / c->route.n_used;
         const uint8_t *q = x->src_q + (size_t)row * row_bytes;
-        if (quantized && n == 1) in.q = q;
-        else if (quantized) c->kernels->insert(q, n_cols, x->planes, s->tile, i, n);
-        else memcpy(s->rows + (size_t)i * in.f_stride, cpu_row(x->src, row), (size_t)n_cols * 4);
+        if (quantized && n == 1)
+            in.q = q;
+        else if (quantized)
+            c->kernels->insert(q, n_cols, x->planes, s->tile, i, n);
+        else
+            memcpy(s->rows + (size_t)i * in.f_stride, cpu_row(x->src, row), (size_t)n_cols * 4);
     }
     return in;
 }
@@ -220,7 +220,8 @@ static void experts_item(void *ctx, int32_t item, int thread) {
         if (x->up)
             for (int32_t p = s.from; p < s.to; p++)
                 up_rows(x, &s, p, &in, first, &c->scratch[thread]);
-        else down_rows(x, &s, &in, first);
+        else
+            down_rows(x, &s, &in, first);
         first += n;
     }
 }
@@ -229,9 +230,9 @@ static void run_experts(struct experts *x) {
     struct cpu *c = x->c;
     int32_t n_routed = c->route.n_tokens * c->route.n_used;
     double n = (double)n_routed / (double)c->n_groups;
-    double cost = cpu_tile_cost(x->gate, 1, x->planes) +
-                  (n - 1) * (cpu_tile_cost(x->gate, 2, x->planes) -
-                             cpu_tile_cost(x->gate, 1, x->planes));
+    double cost =
+        cpu_tile_cost(x->gate, 1, x->planes) +
+        (n - 1) * (cpu_tile_cost(x->gate, 2, x->planes) - cpu_tile_cost(x->gate, 1, x->planes));
     if (x->up) cost *= 2 * CPU_BLOCK / CPU_ROWS;
     int32_t n_items = cpu_n_items(c, c->n_groups * x->n_parts, cost);
     x->n_row_items = (n_items + c->n_groups - 1) / c->n_groups;
@@ -279,9 +280,14 @@ static void combine_item(void *ctx, int32_t item, int thread) {
     int32_t from = (int32_t)((int64_t)n * item / m->n_items);
     int32_t to = (int32_t)((int64_t)n * (item + 1) / m->n_items);
     for (int32_t t = from; t < to; t++)
-        c->kernels->combine(cpu_row(m->op->h, t), m->op->y->f, m->op->y->stride,
-                            c->route.row_of + (size_t)t * (size_t)k,
-                            c->route.weights + (size_t)t * (size_t)k, k, m->op->h->n_cols);
+        c->kernels->combine(
+            &(struct cpu_combine){.h = cpu_row(m->op->h, t),
+                                  .y = m->op->y->f,
+                                  .stride = m->op->y->stride,
+                                  .rows = c->route.row_of + (size_t)t * (size_t)k,
+                                  .weights = c->route.weights + (size_t)t * (size_t)k,
+                                  .k = k,
+                                  .n = m->op->h->n_cols});
 }
 
 enum status cpu_experts_down(struct backend *b, const struct op_experts_down *op) {
@@ -302,8 +308,8 @@ enum status cpu_experts_down(struct backend *b, const struct op_experts_down *op
                         .n_parts = down->n_tiles};
     run_experts(&x);
     struct combine m = {.c = c, .op = op};
-    m.n_items = cpu_n_items(c, c->batch.n_tokens,
-                            (double)(op->h->n_cols / 8) * (double)c->route.n_used);
+    m.n_items =
+        cpu_n_items(c, c->batch.n_tokens, (double)(op->h->n_cols / 8) * (double)c->route.n_used);
     cpu_pool_run(c->pool, m.n_items, combine_item, &m);
     return ST_OK;
 }

@@ -22,36 +22,46 @@
 #include "moe/quant.h"
 
 enum {
-    CPU_ROWS = 16,  /* weight rows per tile: the lanes of a 512-bit register */
-    CPU_TILE = 16,  /* tokens per tile at most */
+    CPU_ROWS = 16, /* weight rows per tile: the lanes of a 512-bit register */
+    CPU_TILE = 16, /* tokens per tile at most */
     CPU_BLOCK = 32, /* columns per activation scale */
-    CPU_POS = 16,   /* key positions interleaved in the KV cache */
+    CPU_POS = 16, /* key positions interleaved in the KV cache */
     CPU_SPLIT = 64, /* positions per step of the running softmax, from multiples of it */
-    CPU_QROWS = 8   /* query rows that attention handles together at most */
+    CPU_QROWS = 8 /* query rows that attention handles together at most */
 };
 
 /* Weights: [row tile][unit], a unit being CPU_ROWS rows of one superblock (K quants), of 32 columns (Q8_0)
  * or of one column (float types). See cpu_repack.c. */
-enum cpu_format { CPU_Q4_K, CPU_Q5_K, CPU_Q6_K, CPU_Q8_0, CPU_N_QUANTS, CPU_F32 = CPU_N_QUANTS, CPU_F16,
-                  CPU_BF16, CPU_N_FORMATS };
+enum cpu_format {
+    CPU_Q4_K,
+    CPU_Q5_K,
+    CPU_Q6_K,
+    CPU_Q8_0,
+    CPU_N_QUANTS,
+    CPU_F32 = CPU_N_QUANTS,
+    CPU_F16,
+    CPU_BF16,
+    CPU_N_FORMATS
+};
 
 /* Offsets and sizes in bytes of one unit. In 4-bit parts the byte b of 32-bit lane r of 64-byte vector j
  * holds, of row r, column 4j + b in the low nibble and 16 + 4j + b in the high one, per 32 columns. */
 enum {
-    CPU_Q4_K_SC = 2048,            /* u8 [8][16] scales */
+    CPU_Q4_K_SC = 2048, /* u8 [8][16] scales */
     CPU_Q4_K_M = CPU_Q4_K_SC + 128, /* u8 [8][16] minima */
     CPU_Q4_K_D = CPU_Q4_K_M + 128, /* f16 [16] d, then f16 [16] dmin */
     CPU_Q4_K_UNIT = CPU_Q4_K_D + 64,
-    CPU_Q5_K_H = 2048,             /* per 32 columns 64 bytes: bit j of byte b of lane r: column 4j + b */
+    CPU_Q5_K_H = 2048, /* per 32 columns 64 bytes: bit j of byte b of lane r: column 4j + b */
     CPU_Q5_K_SC = CPU_Q5_K_H + 512,
     CPU_Q5_K_M = CPU_Q5_K_SC + 128,
     CPU_Q5_K_D = CPU_Q5_K_M + 128,
     CPU_Q5_K_UNIT = CPU_Q5_K_D + 64,
-    CPU_Q6_K_H = 2048,             /* per 32 columns 128 bytes: bits 2i of byte b, vector v: column 16v + 4i + b */
+    CPU_Q6_K_H =
+        2048, /* per 32 columns 128 bytes: bits 2i of byte b, vector v: column 16v + 4i + b */
     CPU_Q6_K_SC = CPU_Q6_K_H + 1024, /* i8 [16][16] scales, one per 16 columns */
     CPU_Q6_K_D = CPU_Q6_K_SC + 256, /* f32 [16] d */
     CPU_Q6_K_UNIT = CPU_Q6_K_D + 64,
-    CPU_Q8_0_D = 512,              /* before it u8 (value + 128), vector j, byte b: column 4j + b */
+    CPU_Q8_0_D = 512, /* before it u8 (value + 128), vector j, byte b: column 4j + b */
     CPU_Q8_0_UNIT = CPU_Q8_0_D + 64 /* f32 [16] d */
 };
 
@@ -70,29 +80,47 @@ struct cpu_dot {
     size_t stride;
 };
 typedef void cpu_dot_fn(const struct cpu_dot *d);
-/* The same for float weights; x[t * x_stride + k] in float32, n_cols columns. */
-typedef void cpu_dot_float_fn(const uint8_t *w, int32_t n_cols, const float *x, size_t x_stride,
-                              float *out, size_t stride);
+/* The same for one row tile of float weights and tokens in float32. */
+struct cpu_dot_float {
+    const uint8_t *w;
+    int32_t n_cols;
+    const float *x; /* [t * x_stride + column] */
+    size_t x_stride;
+    float *out;
+    size_t stride;
+};
+typedef void cpu_dot_float_fn(const struct cpu_dot_float *d);
+
+/* h[i] += sum over j < k, in order, of weights[j] * y[rows[j] * stride + i], for i < n. */
+struct cpu_combine {
+    float *h;
+    const float *y;
+    size_t stride;
+    const int32_t *rows;
+    const float *weights;
+    int32_t k, n;
+};
 
 /* Attention of up to CPU_QROWS query rows over one split of at most CPU_SPLIT positions that all of them
  * cover. */
 struct cpu_attend {
-    const float *q[CPU_QROWS];  /* [Hd] */
-    float *out[CPU_QROWS];      /* [Hd rounded up to 16] running sum of p * v, not yet divided */
-    float *max[CPU_QROWS];      /* running maximum of the scores */
-    float *sum[CPU_QROWS];      /* running sum of p */
+    const float *q[CPU_QROWS]; /* [Hd] */
+    float *out[CPU_QROWS]; /* [Hd rounded up to 16] running sum of p * v, not yet divided */
+    float *max[CPU_QROWS]; /* running maximum of the scores */
+    float *sum[CPU_QROWS]; /* running sum of p */
     /* Per group of CPU_POS positions: f16 keys [Hd][CPU_POS], f16 values [CPU_POS][Hd rounded up to 16]. */
     const uint16_t *k[CPU_SPLIT / CPU_POS], *v[CPU_SPLIT / CPU_POS];
     const uint16_t *next_k[CPU_SPLIT / CPU_POS]; /* what comes next, to be prefetched; or NULL */
     int32_t n_rows, n_pos, head_dim;
-    float scale;                /* of the scores */
+    float scale; /* of the scores */
 };
 
 struct cpu_kernels {
     const char *name; /* "avx512-vnni" */
-    int max_tile;     /* tokens: 16, for which kernels exist at 1 … 8, 12 and 16, or 4 */
+    int max_tile; /* tokens: 16, for which kernels exist at 1 … 8, 12 and 16, or 4 */
     cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE + 1]; /* [format][planes - 1][tokens] */
-    cpu_dot_float_fn *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */
+    cpu_dot_float_fn
+        *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */
     /* y = x / sqrt(mean(x²) + eps) * norm over n values. y may be x. */
     void (*rms_norm)(const float *x, const float *norm, float eps, int32_t n, float *y);
     /* Row of n values (a multiple of 32) to column t of a quantised tile of n_tokens. */
@@ -104,9 +132,7 @@ struct cpu_kernels {
     /* gate = silu(gate) * up, n values. */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
     void (*add)(float *x, const float *y, int32_t n); /* x += y */
-    /* h[i] += sum over j < k, in order, of weights[j] * y[rows[j] * stride + i], i < n. */
-    void (*combine)(float *h, const float *y, size_t stride, const int32_t *rows,
-                    const float *weights, int32_t k, int32_t n);
+    void (*combine)(const struct cpu_combine *m);
     /* NEOX rotation of x[Hd] by cs = cos[Hd/2], sin[Hd/2]. */
     void (*rope)(float *x, const float *cs, int32_t head_dim);
     /* Key to positions' layout: dst[i * stride] = f16(x[i]); value: dst[i] = f16(x[i]). */

@@ -37,8 +37,7 @@ static const struct cpu_kernels kernels = {
 const struct cpu_kernels *cpu_kernels_avx2(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        cpu_has_f16c())
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c())
         return &kernels;
 #endif
     return NULL;

@@ -43,7 +43,8 @@ int32_t cpu_tiles_at_once(const struct cpu_matrix *m, int32_t n) {
 /* Weights this far ahead are prefetched: memory's latency at the pace of one thread. */
 enum { AHEAD_BYTES = 8192 };
 
-static const uint8_t *ahead(const struct cpu_matrix *m, const struct cpu_rows *rows, const uint8_t *w) {
+static const uint8_t *ahead(const struct cpu_matrix *m, const struct cpu_rows *rows,
+                            const uint8_t *w) {
     const uint8_t *end = cpu_matrix_tile(m, rows->expert, rows->end);
     ptrdiff_t left = end - w;
     if (left > AHEAD_BYTES) return w + AHEAD_BYTES;
@@ -62,8 +63,8 @@ void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const str
     for (int32_t i = 0; i < rows->n_tiles; i++, w += m->tile_bytes, out += CPU_ROWS) {
         for (int t = 0; t < in->n; t += 4) {
             int n = in->n - t < 4 ? in->n - t : 4;
-            dot[n - 1](w, m->n_cols, in->f + (size_t)t * in->f_stride, in->f_stride,
-                       out + (size_t)t * stride, stride);
+            dot[n - 1](&(struct cpu_dot_float){w, m->n_cols, in->f + (size_t)t * in->f_stride,
+                                               in->f_stride, out + (size_t)t * stride, stride});
         }
     }
 }
@@ -98,7 +99,7 @@ static void set_tiles(struct cpu *c, int32_t n) {
 struct prepare {
     struct cpu *c;
     const struct buf *src;
-    const float *norm;            /* NULL: as it is */
+    const float *norm; /* NULL: as it is */
     float eps;
     const struct batch_row *rows; /* NULL: row i of src is input i */
     int32_t n, n_items;
@@ -123,8 +124,8 @@ static void prepare_item(void *ctx, int32_t item, int thread) {
         if (p->want_f) memcpy(c->x_rows + (size_t)i * (size_t)c->max_cols, x, (size_t)n_cols * 4);
         if (!p->want_q) continue;
         int32_t first = c->tile_first[c->tile_of[i]], end = c->tile_first[c->tile_of[i] + 1];
-        c->kernels->quantize(x, n_cols, p->planes, c->x_tiles + (size_t)first * row_bytes, i - first,
-                             end - first);
+        c->kernels->quantize(x, n_cols, p->planes, c->x_tiles + (size_t)first * row_bytes,
+                             i - first, end - first);
     }
 }
 
@@ -149,10 +150,10 @@ struct product {
     bool add;
     int n_out;
     const struct weight *const *w; /* [n_out] */
-    struct buf *const *out;        /* [n_out] */
-    int32_t n_row_tiles;           /* of all matrices */
+    struct buf *const *out; /* [n_out] */
+    int32_t n_row_tiles; /* of all matrices */
     int32_t n_row_items, n_groups;
-    int32_t group_tiles;           /* token tiles per group */
+    int32_t group_tiles; /* token tiles per group */
 };
 
 /* A few row tiles of matrix i with the token tiles of group g. */
@@ -200,8 +201,10 @@ static void product_item(void *ctx, int32_t item, int thread) {
     for (; i < last || (i == last && tile < end); i++, tile = 0) {
         const struct cpu_matrix *m = &p->w[i]->matrix;
         struct cpu_rows rows = {.tile = tile, .end = i == last ? end : m->n_tiles};
-        if (i + 1 < last || (i + 1 == last && end > 0)) rows.next = p->w[i + 1]->matrix.p;
-        else if (soon < p->n_out) rows.next = cpu_matrix_tile(&p->w[soon]->matrix, 0, next);
+        if (i + 1 < last || (i + 1 == last && end > 0))
+            rows.next = p->w[i + 1]->matrix.p;
+        else if (soon < p->n_out)
+            rows.next = cpu_matrix_tile(&p->w[soon]->matrix, 0, next);
         for (; rows.tile < rows.end; rows.tile += rows.n_tiles) {
             rows.n_tiles = cpu_tiles_at_once(m, rows.end - rows.tile);
             product_tiles(p, i, &rows, g);
@@ -210,7 +213,9 @@ static void product_item(void *ctx, int32_t item, int thread) {
 }
 
 static void product(struct product *p, int32_t n) {
-    enum { GROUP_BYTES = 512 * 1024 }; /* of token tiles: what a second-level cache holds beside weights */
+    enum {
+        GROUP_BYTES = 512 * 1024
+    }; /* of token tiles: what a second-level cache holds beside weights */
     struct cpu *c = p->c;
     double cost = 0;
     for (int i = 0; i < p->n_out; i++) {
@@ -264,20 +269,18 @@ enum status cpu_norm_linear(struct backend *b, const struct op_norm_linear *op) 
                               .n = c->batch.n_tokens,
                               .planes = CPU_PLANES_DENSE},
             op->w, op->n_out);
-    product(&(struct product){.c = c,
-                              .planes = CPU_PLANES_DENSE,
-                              .n_out = op->n_out,
-                              .w = op->w,
-                              .out = op->out},
-            c->batch.n_tokens);
+    product(
+        &(struct product){
+            .c = c, .planes = CPU_PLANES_DENSE, .n_out = op->n_out, .w = op->w, .out = op->out},
+        c->batch.n_tokens);
     return ST_OK;
 }
 
 enum status cpu_linear_add(struct backend *b, const struct op_linear_add *op) {
     struct cpu *c = cpu_of(b);
-    prepare(&(struct prepare){
-                .c = c, .src = op->x, .n = c->batch.n_tokens, .planes = CPU_PLANES_DENSE},
-            &op->w, 1);
+    prepare(
+        &(struct prepare){.c = c, .src = op->x, .n = c->batch.n_tokens, .planes = CPU_PLANES_DENSE},
+        &op->w, 1);
     product(&(struct product){.c = c,
                               .planes = CPU_PLANES_DENSE,
                               .add = true,
@@ -299,12 +302,10 @@ enum status cpu_head(struct backend *b, const struct op_head *op) {
                               .n = c->batch.n_rows,
                               .planes = CPU_PLANES_HEAD},
             &op->w, 1);
-    product(&(struct product){.c = c,
-                              .planes = CPU_PLANES_HEAD,
-                              .n_out = 1,
-                              .w = &op->w,
-                              .out = &op->logits},
-            c->batch.n_rows);
+    product(
+        &(struct product){
+            .c = c, .planes = CPU_PLANES_HEAD, .n_out = 1, .w = &op->w, .out = &op->logits},
+        c->batch.n_rows);
     return ST_OK;
 }
 
@@ -324,7 +325,8 @@ static void sample_item(void *ctx, int32_t item, int thread) {
     else if (sampler_takes_largest(c->sampler, slot))
         sampler_take(c->sampler, slot, c->kernels->largest(logits, s->logits->n_cols),
                      &s->rows[item]);
-    else sampler_row(c->sampler, c->scratch[thread].sampler, slot, logits, &s->rows[item]);
+    else
+        sampler_row(c->sampler, c->scratch[thread].sampler, slot, logits, &s->rows[item]);
 }
 
 enum status cpu_sample(struct backend *b, const struct op_sample *op) {

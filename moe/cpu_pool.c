@@ -7,8 +7,8 @@
  * job's. */
 #include "moe/cpu_pool.h"
 
-#include <linux/futex.h>
 #include <limits.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdalign.h>
@@ -31,8 +31,9 @@ struct cpu_pool {
     _Atomic(cpu_pool_fn *) fn;
     _Atomic(void *) ctx;
     _Atomic int32_t n_items;
-    alignas(LINE) _Atomic uint32_t job; /* futex: the low half of the job number, once it is there */
-    _Atomic uint32_t n_sleeping;        /* workers in futex_wait on job, or about to be */
+    alignas(
+        LINE) _Atomic uint32_t job; /* futex: the low half of the job number, once it is there */
+    _Atomic uint32_t n_sleeping; /* workers in futex_wait on job, or about to be */
     _Atomic uint32_t closing;
     alignas(LINE) _Atomic uint32_t n_done; /* futex: finished items of the job */
     _Atomic uint32_t caller_sleeping;
@@ -63,8 +64,10 @@ static bool spin(const _Atomic uint32_t *word, uint32_t value, bool equal) {
             cpu_relax();
         }
         uint64_t now = clock_now_ns();
-        if (until == 0) until = now + CPU_POOL_SPIN_NS;
-        else if (now >= until) return false;
+        if (until == 0)
+            until = now + CPU_POOL_SPIN_NS;
+        else if (now >= until)
+            return false;
     }
 }
 

@@ -38,7 +38,8 @@ bool cpu_matrix_plan(enum tensor_type type, int32_t n_experts, int32_t n_rows, i
         .type = type, .n_experts = n_experts, .n_rows = n_rows, .n_cols = n_cols};
     size_t unit_bytes, n_tiles;
     int32_t unit_cols;
-    if (!format_of(type, &m.format, &unit_bytes, &unit_cols) || n_cols % unit_cols != 0) return false;
+    if (!format_of(type, &m.format, &unit_bytes, &unit_cols) || n_cols % unit_cols != 0)
+        return false;
     if (!tensor_type_bytes(type, (size_t)n_cols, &m.row_bytes)) return false;
     m.n_tiles = (int32_t)(((int64_t)n_rows + CPU_ROWS - 1) / CPU_ROWS);
     m.n_units = n_cols / unit_cols;
@@ -125,8 +126,7 @@ static void pack_q6_k(const uint8_t *src, int r, uint8_t *u) {
 static void pack_q8_0(const uint8_t *src, int r, uint8_t *u) {
     float d = load_f16(src);
     memcpy(u + CPU_Q8_0_D + 4 * r, &d, sizeof d);
-    for (int j = 0; j < 8; j++)
-        store4(u + 64 * j + 4 * r, load4(src + 2 + 4 * j) ^ 0x80808080);
+    for (int j = 0; j < 8; j++) store4(u + 64 * j + 4 * r, load4(src + 2 + 4 * j) ^ 0x80808080);
 }
 
 void cpu_repack_tile(const struct cpu_matrix *m, const uint8_t *rows, int n_rows, uint8_t *tile) {

@@ -27,7 +27,7 @@
 
 #if defined(__AVX512F__)
 
-typedef __m512 vf;  /* 16 float */
+typedef __m512 vf; /* 16 float */
 typedef __m512i vi; /* 16 int32, or 64 bytes */
 
 CPU_INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
@@ -44,7 +44,7 @@ CPU_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 CPU_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 CPU_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 CPU_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
-CPU_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   /* a * b + c */
+CPU_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); } /* a * b + c */
 CPU_INLINE vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a * b */
 /* b where either is NaN, as the instruction does. */
 CPU_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
@@ -182,7 +182,7 @@ CPU_INLINE void vi_store(void *p, vi x) {
     _mm256_storeu_si256(p, x.a);
     _mm256_storeu_si256((__m256i *)p + 1, x.b);
 }
-#define CPU_VI_BINARY(name, op) \
+#define CPU_VI_BINARY(name, op)                                                                    \
     CPU_INLINE vi name(vi x, vi y) { return (vi){op(x.a, y.a), op(x.b, y.b)}; }
 CPU_VI_BINARY(vi_add, _mm256_add_epi32)
 CPU_VI_BINARY(vi_sub, _mm256_sub_epi32)

@@ -13,8 +13,10 @@ CPU_INLINE int lanes_left(int32_t n, int32_t i) { return n - i < 16 ? (int)(n - 
 /* Only the last vector of a row pays for a mask. */
 CPU_INLINE vf load_l(const float *p, int l) { return l == 16 ? vf_load(p) : vf_load_n(p, l); }
 CPU_INLINE void store_l(float *p, vf x, int l) {
-    if (l == 16) vf_store(p, x);
-    else vf_store_n(p, x, l);
+    if (l == 16)
+        vf_store(p, x);
+    else
+        vf_store_n(p, x, l);
 }
 
 static void k_rms_norm(const float *x, const float *norm, float eps, int32_t n, float *y) {
@@ -80,26 +82,31 @@ CPU_INLINE void quantize_32(const float *x, int planes, uint8_t *block, int t, i
 static void k_quantize(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens) {
     const size_t block = cpu_tile_block_bytes(planes, n_tokens);
     if (planes == 2)
-        for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += block) quantize_32(x + i, 2, tile, t, n_tokens);
+        for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += block)
+            quantize_32(x + i, 2, tile, t, n_tokens);
     else
-        for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += block) quantize_32(x + i, 1, tile, t, n_tokens);
+        for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += block)
+            quantize_32(x + i, 1, tile, t, n_tokens);
 }
 
 static void k_quantize_block(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride) {
     if (planes == 2)
-        for (int i = 0; i < n_rows; i++) quantize_32(x + i * CPU_BLOCK, 2, dst + (size_t)i * stride, 0, 1);
+        for (int i = 0; i < n_rows; i++)
+            quantize_32(x + i * CPU_BLOCK, 2, dst + (size_t)i * stride, 0, 1);
     else
-        for (int i = 0; i < n_rows; i++) quantize_32(x + i * CPU_BLOCK, 1, dst + (size_t)i * stride, 0, 1);
+        for (int i = 0; i < n_rows; i++)
+            quantize_32(x + i * CPU_BLOCK, 1, dst + (size_t)i * stride, 0, 1);
 }
 
 /* The quantised row's blocks to column t. */
-CPU_INLINE void insert_blocks(const uint8_t *row, int32_t n_blocks, int planes, uint8_t *tile, int t,
-                              int n) {
+CPU_INLINE void insert_blocks(const uint8_t *row, int32_t n_blocks, int planes, uint8_t *tile,
+                              int t, int n) {
     const size_t plane = (size_t)CPU_BLOCK * (size_t)n, word = 4 * (size_t)n;
     for (int32_t i = 0; i < n_blocks; i++) {
         uint8_t *q = tile + CPU_BLOCK * t, *tail = tile + (size_t)planes * plane + 4 * t;
         CPU_UNROLL
-        for (int p = 0; p < planes; p++) memcpy(q + (size_t)p * plane, row + p * CPU_BLOCK, CPU_BLOCK);
+        for (int p = 0; p < planes; p++)
+            memcpy(q + (size_t)p * plane, row + p * CPU_BLOCK, CPU_BLOCK);
         CPU_UNROLL
         for (int j = 0; j < 4; j++)
             memcpy(tail + (size_t)j * word, row + planes * CPU_BLOCK + 4 * j, 4);
@@ -108,14 +115,15 @@ CPU_INLINE void insert_blocks(const uint8_t *row, int32_t n_blocks, int planes, 
     }
 }
 
-static void k_insert(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t, int n_tokens) {
-    if (planes == 2) insert_blocks(row, n / CPU_BLOCK, 2, tile, t, n_tokens);
-    else insert_blocks(row, n / CPU_BLOCK, 1, tile, t, n_tokens);
+static void k_insert(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t,
+                     int n_tokens) {
+    if (planes == 2)
+        insert_blocks(row, n / CPU_BLOCK, 2, tile, t, n_tokens);
+    else
+        insert_blocks(row, n / CPU_BLOCK, 1, tile, t, n_tokens);
 }
 
-CPU_INLINE vf silu(vf g) {
-    return vf_div(g, vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), g))));
-}
+CPU_INLINE vf silu(vf g) { return vf_div(g, vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), g)))); }
 
 static void k_silu_mul(float *gate, const float *up, int32_t n) {
     for (int32_t i = 0; i < n; i += 16) {
@@ -131,14 +139,15 @@ static void k_add(float *x, const float *y, int32_t n) {
     }
 }
 
-static void k_combine(float *h, const float *y, size_t stride, const int32_t *rows,
-                      const float *weights, int32_t k, int32_t n) {
-    for (int32_t i = 0; i < n; i += 16) {
-        int l = lanes_left(n, i);
+static void k_combine(const struct cpu_combine *m) {
+    for (int32_t i = 0; i < m->n; i += 16) {
+        int l = lanes_left(m->n, i);
         vf sum = vf_zero();
-        for (int32_t j = 0; j < k; j++)
-            sum = vf_fma(load_l(y + (size_t)rows[j] * stride + i, l), vf_set1(weights[j]), sum);
-        store_l(h + i, vf_add(load_l(h + i, l), sum), l);
+        for (int32_t j = 0; j < m->k; j++) {
+            const float *y = m->y + (size_t)m->rows[j] * m->stride + i;
+            sum = vf_fma(load_l(y, l), vf_set1(m->weights[j]), sum);
+        }
+        store_l(m->h + i, vf_add(load_l(m->h + i, l), sum), l);
     }
 }
 
@@ -159,7 +168,6 @@ static int32_t k_largest(const float *x, int32_t n) {
         bits = vi_max(bits, vi_and(vf_bits(v), no_sign));
         where = vi_where_greater(v, best, vi_add(lane, vi_set1(i)), where);
         best = vf_max(v, best);
-    
     }
     if (vi_max_lane(bits) >= 0x7f800000) return -1;
     float values[16];
@@ -184,7 +192,6 @@ static void k_rope(float *x, const float *cs, int32_t head_dim) {
         vf c = load_l(cs + i, l), s = load_l(cs + half + i, l);
         store_l(x + i, vf_fnma(b, s, vf_mul(a, c)), l);
         store_l(x + half + i, vf_fma(a, s, vf_mul(b, c)), l);
-    
     }
 }
 

@@ -48,12 +48,18 @@ static uint8_t *random_rows(enum tensor_type type, size_t n_weights, uint64_t *s
     for (size_t at = 0; at < n_bytes; at += (size_t)bb) {
         float a = test_uniform(seed, -1, 1) / 64, b = test_uniform(seed, 0, 1) / 64;
         uint16_t h[2] = {f32_to_f16(a), f32_to_f16(b)};
-        if (type == TENSOR_F32) memcpy(p + at, &a, 4);
-        else if (type == TENSOR_F16) memcpy(p + at, h, 2);
-        else if (type == TENSOR_BF16) p[at + 1] = (uint8_t)((p[at + 1] & 0x81) | 0x3c);
-        else if (type == TENSOR_Q6_K) memcpy(p + at + 208, h, 2);
-        else if (type == TENSOR_Q8_0) memcpy(p + at, h, 2);
-        else memcpy(p + at, h, 4);
+        if (type == TENSOR_F32)
+            memcpy(p + at, &a, 4);
+        else if (type == TENSOR_F16)
+            memcpy(p + at, h, 2);
+        else if (type == TENSOR_BF16)
+            p[at + 1] = (uint8_t)((p[at + 1] & 0x81) | 0x3c);
+        else if (type == TENSOR_Q6_K)
+            memcpy(p + at + 208, h, 2);
+        else if (type == TENSOR_Q8_0)
+            memcpy(p + at, h, 2);
+        else
+            memcpy(p + at, h, 4);
     }
     return p;
 }
@@ -106,7 +112,8 @@ static void test_round_trip(void **state) {
         float *row = malloc((size_t)n_cols * sizeof *row);
         for (int32_t r = 0; r < 3 * 37; r++) {
             cpu_matrix_row(&x.m, r / 37, r % 37, row);
-            assert_memory_equal(row, x.w + (size_t)r * (size_t)n_cols, (size_t)n_cols * sizeof *row);
+            assert_memory_equal(row, x.w + (size_t)r * (size_t)n_cols,
+                                (size_t)n_cols * sizeof *row);
         }
         free(row);
         free_matrix(&x);
@@ -161,12 +168,13 @@ static void test_quantize(void **state) {
                         assert_true(scale == scale1);
                         assert_true(fabs(scale * limit - max) <= 2 * U * max);
                         /* Half a step, and the rounding of scale and reciprocal. */
-                        assert_true(fabs(v - (double)x[32 * b + i]) <= scale * (0.5 + 4 * U * limit));
+                        assert_true(fabs(v - (double)x[32 * b + i]) <=
+                                    scale * (0.5 + 4 * U * limit));
                         sum += v;
                         half[i / 16] += scale > 0 ? v / scale : 0;
                     }
-                    const uint8_t *tail = row + (size_t)b * cpu_tile_block_bytes(planes, 1) +
-                                          planes * CPU_BLOCK;
+                    const uint8_t *tail =
+                        row + (size_t)b * cpu_tile_block_bytes(planes, 1) + planes * CPU_BLOCK;
                     float s;
                     int32_t offset[2];
                     memcpy(&s, tail + 4, 4);
@@ -218,8 +226,7 @@ static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, 
         for (int t = 0; t < n; t++)
             k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, n);
         for (int32_t row = 0; row < x->m.n_tiles * CPU_ROWS; row++) {
-            if (row % CPU_ROWS == 0)
-                run_dot(dot, &x->m, row / CPU_ROWS, tile, out);
+            if (row % CPU_ROWS == 0) run_dot(dot, &x->m, row / CPU_ROWS, tile, out);
             for (int t = 0; t < n; t++) {
                 double y = 0, size = 0, scale;
                 for (int32_t c = 0; c < n_cols && row < x->m.n_rows; c++) {
@@ -292,19 +299,21 @@ static void test_float_products(void **state) {
             cpu_dot_float_fn *const *dot = isas[isa]->dot_float[x.m.format - CPU_F32];
             for (int n = 1; n <= TOKENS; n++) {
                 for (int32_t rt = 0; rt < x.m.n_tiles; rt++) {
-                    dot[n - 1](cpu_matrix_tile(&x.m, 0, rt), COLS, in[0], COLS + 5, out[0], CPU_ROWS);
+                    const uint8_t *w = cpu_matrix_tile(&x.m, 0, rt);
+                    dot[n - 1](&(struct cpu_dot_float){w, COLS, in[0], COLS + 5, out[0], CPU_ROWS});
                     for (int t = 0; t < n; t++) {
                         for (int r = 0; r < CPU_ROWS; r++) {
                             double y = 0, size = 0;
                             for (int c = 0; c < COLS && rt * CPU_ROWS + r < 20; c++) {
-                                double p = (double)x.w[(rt * CPU_ROWS + r) * COLS + c] * (double)in[t][c];
+                                double p =
+                                    (double)x.w[(rt * CPU_ROWS + r) * COLS + c] * (double)in[t][c];
                                 y += p;
                                 size += fabs(p);
                             }
                             /* Four chains of a quarter of the columns, and two additions. */
                             assert_true(fabs((double)out[t][r] - y) <= (COLS / 4.0 + 4) * U * size);
                         }
-                        dot[0](cpu_matrix_tile(&x.m, 0, rt), COLS, in[t], 0, alone, CPU_ROWS);
+                        dot[0](&(struct cpu_dot_float){w, COLS, in[t], 0, alone, CPU_ROWS});
                         assert_memory_equal(alone, out[t], sizeof alone);
                     }
                 }
@@ -337,7 +346,8 @@ static void test_width_does_not_matter(void **state) {
                         int n = cpu_tile_width(k, m - at);
                         assert_in_range(n, 1, m - at);
                         assert_non_null(k->dot[x.m.format][planes - 1][n]);
-                        for (int t = 0; t < n; t++) k->quantize(in[at + t], COLS, planes, tile, t, n);
+                        for (int t = 0; t < n; t++)
+                            k->quantize(in[at + t], COLS, planes, tile, t, n);
                         run_dot(k->dot[x.m.format][planes - 1][n], &x.m, 0, tile, out[0]);
                         assert_memory_equal(out, alone[isa][at], (size_t)n * sizeof *out);
                         at += n;
@@ -395,7 +405,7 @@ static void test_rows(void **state) {
             float weights[3] = {0.5f, 0.25f, -0.125f}, ys[2 * MOST];
             fill_input(0, &seed, 2 * MOST, ys);
             memcpy(z, x, sizeof z);
-            k->combine(z, ys, MOST, rows, weights, 3, n);
+            k->combine(&(struct cpu_combine){z, ys, MOST, rows, weights, 3, n});
             for (int i = 0; i < n; i++) {
                 double r = 0, size = fabs((double)x[i]);
                 for (int j = 0; j < 3; j++) {
@@ -524,7 +534,8 @@ static void check_attention(const struct attention_case *c, float out[][MAX_HD])
             double size = 0;
             s[p] = 0;
             for (int i = 0; i < c->hd; i++) {
-                double x = (double)c->q[r][i] * (double)f16_to_f32(c->k[p][i]) / sqrt((double)c->hd);
+                double x =
+                    (double)c->q[r][i] * (double)f16_to_f32(c->k[p][i]) / sqrt((double)c->hd);
                 s[p] += x;
                 size += fabs(x);
             }

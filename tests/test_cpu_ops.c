@@ -37,24 +37,49 @@ static const struct model_case cases[] = {
     {.name = "k-quants",
      .shape = {2, 256, 4, 2, 64, 8, 3, 256, 300, 4096, 1e-6f, 1e6f},
      .block_tokens = 16,
-     .q = TENSOR_Q4_K, .k = TENSOR_Q5_K, .v = TENSOR_Q6_K, .out = TENSOR_Q4_K,
-     .up = TENSOR_Q4_K, .down = TENSOR_Q6_K, .head = TENSOR_Q6_K, .embed = TENSOR_Q4_K},
+     .q = TENSOR_Q4_K,
+     .k = TENSOR_Q5_K,
+     .v = TENSOR_Q6_K,
+     .out = TENSOR_Q4_K,
+     .up = TENSOR_Q4_K,
+     .down = TENSOR_Q6_K,
+     .head = TENSOR_Q6_K,
+     .embed = TENSOR_Q4_K},
     {.name = "Q8_0 and a wide head, blocks of 64",
      .shape = {2, 96, 6, 2, 80, 5, 2, 160, 77, 4096, 1e-5f, 1e4f},
      .block_tokens = 64,
-     .q = TENSOR_Q8_0, .k = TENSOR_Q8_0, .v = TENSOR_F16, .out = TENSOR_Q8_0,
-     .up = TENSOR_Q8_0, .down = TENSOR_Q8_0, .head = TENSOR_Q8_0, .embed = TENSOR_F16},
+     .q = TENSOR_Q8_0,
+     .k = TENSOR_Q8_0,
+     .v = TENSOR_F16,
+     .out = TENSOR_Q8_0,
+     .up = TENSOR_Q8_0,
+     .down = TENSOR_Q8_0,
+     .head = TENSOR_Q8_0,
+     .embed = TENSOR_F16},
     {.name = "floats of odd widths, blocks of 4",
      .shape = {1, 50, 3, 1, 22, 7, 7, 37, 41, 4096, 1e-6f, 1e6f},
      .block_tokens = 4,
-     .q = TENSOR_F32, .k = TENSOR_F16, .v = TENSOR_BF16, .out = TENSOR_F32,
-     .up = TENSOR_BF16, .down = TENSOR_F16, .head = TENSOR_BF16, .embed = TENSOR_F32,
-     .exact_up = true, .exact_down = true},
+     .q = TENSOR_F32,
+     .k = TENSOR_F16,
+     .v = TENSOR_BF16,
+     .out = TENSOR_F32,
+     .up = TENSOR_BF16,
+     .down = TENSOR_F16,
+     .head = TENSOR_BF16,
+     .embed = TENSOR_F32,
+     .exact_up = true,
+     .exact_down = true},
     {.name = "float experts behind quantised ones, blocks of 1",
      .shape = {1, 256, 2, 2, 32, 4, 1, 64, 64, 4096, 1e-6f, 1e6f},
      .block_tokens = 1,
-     .q = TENSOR_Q5_K, .k = TENSOR_F32, .v = TENSOR_Q8_0, .out = TENSOR_F16,
-     .up = TENSOR_Q5_K, .down = TENSOR_F32, .head = TENSOR_F32, .embed = TENSOR_Q8_0,
+     .q = TENSOR_Q5_K,
+     .k = TENSOR_F32,
+     .v = TENSOR_Q8_0,
+     .out = TENSOR_F16,
+     .up = TENSOR_Q5_K,
+     .down = TENSOR_F32,
+     .head = TENSOR_F32,
+     .embed = TENSOR_Q8_0,
      .exact_down = true},
 };
 enum { N_CASES = sizeof cases / sizeof *cases };
@@ -62,7 +87,8 @@ enum { N_CASES = sizeof cases / sizeof *cases };
 struct model {
     struct backend *b;
     const struct backend_ops *ops;
-    struct weight *norm, *q, *k, *v, *q_norm, *k_norm, *out, *router, *gate, *up, *down, *head, *embed;
+    struct weight *norm, *q, *k, *v, *q_norm, *k_norm, *out, *router, *gate, *up, *down, *head,
+        *embed;
     struct buf *h, *qb, *kb, *vb, *attn, *x, *act, *y, *logits;
 };
 
@@ -96,7 +122,10 @@ static void random_weights(enum tensor_type type, uint64_t *seed, struct bytes_s
         bf = (uint16_t)(bits >> 16);
         switch (type) {
         case TENSOR_F32: memcpy(s->p + at, &g, 4); break;
-        case TENSOR_F16: d[0] = f32_to_f16(g); memcpy(s->p + at, d, 2); break;
+        case TENSOR_F16:
+            d[0] = f32_to_f16(g);
+            memcpy(s->p + at, d, 2);
+            break;
         case TENSOR_BF16: memcpy(s->p + at, &bf, 2); break;
         case TENSOR_Q6_K: memcpy(s->p + at + 208, d, 2); break;
         case TENSOR_Q8_0: memcpy(s->p + at, d, 2); break;
@@ -116,9 +145,14 @@ static struct weight *load(struct model *ms, int n_models, int which, enum tenso
     struct weight *w[3] = {NULL};
     for (int i = 0; i < n_models; i++) {
         struct error e = {0};
-        struct weight_source src = {.name = "w", .type = type, .n_experts = n_experts,
-                                    .n_rows = n_rows, .n_cols = n_cols, .n_bytes = s.n,
-                                    .read = read_bytes, .ctx = &s};
+        struct weight_source src = {.name = "w",
+                                    .type = type,
+                                    .n_experts = n_experts,
+                                    .n_rows = n_rows,
+                                    .n_cols = n_cols,
+                                    .n_bytes = s.n,
+                                    .read = read_bytes,
+                                    .ctx = &s};
         assert_ok(ms[i].ops->weight_load(ms[i].b, &src, &e, &w[i]), &e);
         memcpy((uint8_t *)&ms[i] + offsetof(struct model, norm) + (size_t)which * sizeof *w, &w[i],
                sizeof *w);
@@ -129,19 +163,22 @@ static struct weight *load(struct model *ms, int n_models, int which, enum tenso
 
 static void open_models(const struct model_case *c, struct model *ms, int n, const char *isa) {
     const struct model_shape *s = &c->shape;
-    struct backend_config config = {.shape = *s,
-                                    .limits = {.max_batch_tokens = MAX_T,
-                                               .max_seqs = N_SEQS,
-                                               .max_rows = MAX_T,
-                                               .max_seq_tokens = 4096,
-                                               .block_tokens = c->block_tokens,
-                                               .n_blocks = N_SEQS * BLOCKS_PER_SEQ * 64 / c->block_tokens},
-                                    .n_threads = 3,
-                                    .cpu_isa = isa};
+    struct backend_config config = {
+        .shape = *s,
+        .limits = {.max_batch_tokens = MAX_T,
+                   .max_seqs = N_SEQS,
+                   .max_rows = MAX_T,
+                   .max_seq_tokens = 4096,
+                   .block_tokens = c->block_tokens,
+                   .n_blocks = N_SEQS * BLOCKS_PER_SEQ * 64 / c->block_tokens},
+        .n_threads = 3,
+        .cpu_isa = isa};
     for (int i = 0; i < n; i++) {
         struct error e = {0};
-        if (i == 0 && n == 2) assert_ok(backend_reference_open(&config, &e, &ms[i].b), &e);
-        else assert_ok(backend_cpu_open(&config, &e, &ms[i].b), &e);
+        if (i == 0 && n == 2)
+            assert_ok(backend_reference_open(&config, &e, &ms[i].b), &e);
+        else
+            assert_ok(backend_cpu_open(&config, &e, &ms[i].b), &e);
         ms[i].ops = backend_ops_of(ms[i].b);
     }
     int32_t qd = s->n_heads * s->head_dim, kd = s->n_kv_heads * s->head_dim, d = s->n_embd;
@@ -168,10 +205,11 @@ static void open_models(const struct model_case *c, struct model *ms, int n, con
         assert_int_equal(m->ops->buf_create(m->b, BUF_TOKENS, BUF_INNER, kd, &m->vb), ST_OK);
         assert_int_equal(m->ops->buf_create(m->b, BUF_TOKENS, BUF_INNER, qd, &m->attn), ST_OK);
         assert_int_equal(m->ops->buf_create(m->b, BUF_TOKENS, BUF_INNER, d, &m->x), ST_OK);
-        assert_int_equal(
-            m->ops->buf_create(m->b, BUF_ROUTED, BUF_INNER, s->n_ff_expert, &m->act), ST_OK);
+        assert_int_equal(m->ops->buf_create(m->b, BUF_ROUTED, BUF_INNER, s->n_ff_expert, &m->act),
+                         ST_OK);
         assert_int_equal(m->ops->buf_create(m->b, BUF_ROUTED, BUF_INNER, d, &m->y), ST_OK);
-        assert_int_equal(m->ops->buf_create(m->b, BUF_HEAD, BUF_EXACT, s->n_vocab, &m->logits), ST_OK);
+        assert_int_equal(m->ops->buf_create(m->b, BUF_HEAD, BUF_EXACT, s->n_vocab, &m->logits),
+                         ST_OK);
         assert_ok(m->ops->ready(m->b, &e, &n_blocks), &e);
         assert_int_equal(n_blocks, config.limits.n_blocks);
     }
@@ -211,7 +249,8 @@ static void end(struct model *m) {
     assert_int_equal(m->ops->step_collect(m->b, &r), ST_OK);
 }
 
-static void write(struct model *m, struct buf *b, int32_t n, int32_t cols, uint64_t seed, float size) {
+static void write(struct model *m, struct buf *b, int32_t n, int32_t cols, uint64_t seed,
+                  float size) {
     float *x = malloc((size_t)n * (size_t)cols * sizeof *x);
     for (int32_t i = 0; i < n * cols; i++) x[i] = gauss(&seed) * size;
     assert_int_equal(m->ops->buf_write(m->b, b, 0, n, x), ST_OK);
@@ -244,10 +283,10 @@ static void compare(struct model *ms, size_t field, int32_t n, int32_t cols, dou
 #define COMPARE(field, n, cols, bound) compare(ms, offsetof(struct model, field), n, cols, bound)
 
 /* The same op on n models. */
-#define BOTH(n, call) \
-    for (int i_ = 0; i_ < (n); i_++) { \
-        struct model *m = &ms[i_]; \
-        assert_int_equal((call), ST_OK); \
+#define BOTH(n, call)                                                                              \
+    for (int i_ = 0; i_ < (n); i_++) {                                                             \
+        struct model *m = &ms[i_];                                                                 \
+        assert_int_equal((call), ST_OK);                                                           \
     }
 
 static void check_case(const struct model_case *c, const char *isa) {
@@ -262,8 +301,8 @@ static void check_case(const struct model_case *c, const char *isa) {
     BOTH(2, m->ops->kv_poison(m->b, 0xff));
     for (int round = 0; round < 6; round++) {
         /* Chunks, then decoding beside chunks; sequence 3 joins late; up to 3 splits of context. */
-        static const int32_t plan[6][N_SEQS] = {
-            {40, 1, 17, 0}, {25, 20, 20, 0}, {1, 1, 62, 1}, {1, 33, 1, 30}, {64, 1, 0, 0}, {1, 1, 1, 1}};
+        static const int32_t plan[6][N_SEQS] = {{40, 1, 17, 0}, {25, 20, 20, 0}, {1, 1, 62, 1},
+                                                {1, 33, 1, 30}, {64, 1, 0, 0},   {1, 1, 1, 1}};
         int32_t t = 0;
         for (int i = 0; i < N_SEQS; i++) t += n[i] = plan[round][i];
         uint64_t seed = 100 + (uint64_t)round * 10;
@@ -331,11 +370,13 @@ static void check_case(const struct model_case *c, const char *isa) {
             write(&ms[i], ms[i].act, t * k, f, seed + 7, 1);
             write(&ms[i], ms[i].h, t, d, seed + 8, 0.01f);
         }
-        BOTH(2, m->ops->experts_down(m->b, &(struct op_experts_down){0, m->act, m->down, m->y, m->h}));
+        BOTH(2,
+             m->ops->experts_down(m->b, &(struct op_experts_down){0, m->act, m->down, m->y, m->h}));
         COMPARE(h, t, d, c->exact_down ? NMSE_FLOAT : NMSE_16);
 
         for (int i = 0; i < 2; i++) write(&ms[i], ms[i].h, t, d, seed + 9, 2);
-        BOTH(2, m->ops->head(m->b, &(struct op_head){m->h, m->norm, s->norm_eps, m->head, m->logits}));
+        BOTH(2,
+             m->ops->head(m->b, &(struct op_head){m->h, m->norm, s->norm_eps, m->head, m->logits}));
         COMPARE(logits, t, s->n_vocab,
                 c->head == TENSOR_F32 || c->head == TENSOR_BF16 ? NMSE_FLOAT : NMSE_8);
         BOTH(2, m->ops->sample(m->b, &(struct op_sample){m->logits}));
@@ -399,20 +440,31 @@ static void check_alone(const struct model_case *c, struct model *m, int32_t t, 
     for (int32_t pass = -1; pass < t; pass++) {
         int32_t rows = pass < 0 ? t : 1, at = pass < 0 ? 0 : pass;
         begin(m, c, zero, pass < 0 ? n : one, MOE_ROWS_ALL);
-        assert_int_equal(m->ops->buf_write(m->b, m->h, 0, rows, in + (size_t)at * (size_t)d), ST_OK);
-        assert_int_equal(m->ops->buf_write(m->b, m->x, 0, rows, in + (size_t)at * (size_t)d), ST_OK);
-        struct op_norm_linear qkv = {.x = m->h, .norm = m->norm, .eps = s->norm_eps, .n_out = 1,
-                                     .w = {m->q}, .out = {m->qb}};
+        assert_int_equal(m->ops->buf_write(m->b, m->h, 0, rows, in + (size_t)at * (size_t)d),
+                         ST_OK);
+        assert_int_equal(m->ops->buf_write(m->b, m->x, 0, rows, in + (size_t)at * (size_t)d),
+                         ST_OK);
+        struct op_norm_linear qkv = {.x = m->h,
+                                     .norm = m->norm,
+                                     .eps = s->norm_eps,
+                                     .n_out = 1,
+                                     .w = {m->q},
+                                     .out = {m->qb}};
         assert_int_equal(m->ops->norm_linear(m->b, &qkv), ST_OK);
-        assert_int_equal(m->ops->linear_add(m->b, &(struct op_linear_add){m->qb, m->out, m->h}), ST_OK);
+        assert_int_equal(m->ops->linear_add(m->b, &(struct op_linear_add){m->qb, m->out, m->h}),
+                         ST_OK);
         assert_int_equal(m->ops->route_write(m->b, ids + (size_t)at * (size_t)k,
-                                             weights + (size_t)at * (size_t)k), ST_OK);
+                                             weights + (size_t)at * (size_t)k),
+                         ST_OK);
         assert_int_equal(
-            m->ops->experts_up(m->b, &(struct op_experts_up){0, m->x, m->gate, m->up, m->act}), ST_OK);
-        assert_int_equal(m->ops->experts_down(
-                             m->b, &(struct op_experts_down){0, m->act, m->down, m->y, m->h}), ST_OK);
+            m->ops->experts_up(m->b, &(struct op_experts_up){0, m->x, m->gate, m->up, m->act}),
+            ST_OK);
         assert_int_equal(
-            m->ops->head(m->b, &(struct op_head){m->h, m->norm, s->norm_eps, m->head, m->logits}), ST_OK);
+            m->ops->experts_down(m->b, &(struct op_experts_down){0, m->act, m->down, m->y, m->h}),
+            ST_OK);
+        assert_int_equal(
+            m->ops->head(m->b, &(struct op_head){m->h, m->norm, s->norm_eps, m->head, m->logits}),
+            ST_OK);
         float *q = read(m, m->qb, rows, qd), *h = read(m, m->h, rows, d),
               *logits = read(m, m->logits, rows, v);
         assert_int_equal(m->ops->sample(m->b, &(struct op_sample){m->logits}), ST_OK);
@@ -469,8 +521,13 @@ static void test_opening(void **state) {
     /* A type that has no kernel, a row that is not whole blocks, bytes that do not fit. */
     struct weight *w;
     struct bytes_source s = {calloc(1, 4096), 4096};
-    struct weight_source src = {.name = "blk.0.odd", .type = (enum tensor_type)2, .n_experts = 1,
-                                .n_rows = 16, .n_cols = 256, .n_bytes = 2304, .read = read_bytes,
+    struct weight_source src = {.name = "blk.0.odd",
+                                .type = (enum tensor_type)2,
+                                .n_experts = 1,
+                                .n_rows = 16,
+                                .n_cols = 256,
+                                .n_bytes = 2304,
+                                .read = read_bytes,
                                 .ctx = &s};
     assert_int_equal(backend_ops_of(b)->weight_load(b, &src, &e, &w), ST_UNSUPPORTED);
     assert_non_null(strstr(e.text, "blk.0.odd"));

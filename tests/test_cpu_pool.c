@@ -10,7 +10,7 @@
 #include "moe/cpu_pool.h"
 
 struct job {
-    int32_t *hits;    /* [n] plain memory: the pool alone orders the accesses */
+    int32_t *hits; /* [n] plain memory: the pool alone orders the accesses */
     int32_t *threads; /* [n] who ran it */
     int64_t *scratch; /* [n_threads] plain, one thread at a time */
     int n_threads;
@@ -74,7 +74,7 @@ static void test_sleep_and_wake(void **state) {
 
 struct slow {
     atomic_int first_thread; /* whoever runs item 0 */
-    atomic_int others;       /* items that ran while item 0 was held up */
+    atomic_int others; /* items that ran while item 0 was held up */
     int32_t n;
 };
 
