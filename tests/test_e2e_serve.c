@@ -1,5 +1,6 @@
-/* The daemon as a process, on the bundled model, by way of the client library: many streams on too few blocks answer as
- * each does alone, nothing leaks, and neither killed clients, garbage, a second daemon nor SIGTERM hurt. */
+/* The daemon as a process, on the bundled model, by way of the client library: many streams on too
+ * few blocks answer as each does alone, nothing leaks, and neither killed clients, garbage, a
+ * second daemon nor SIGTERM hurt. */
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
