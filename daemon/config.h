@@ -1,5 +1,5 @@
-/* config: what the command line says. Every number is range-checked here, so that the rest of the daemon may trust
- * it. Pure but for two environment variables (see config_default_endpoint). */
+/* config: what the command line says. Every number is range-checked here, so that the rest of the
+ * daemon may trust it. Pure but for two environment variables (see config_default_endpoint). */
 #ifndef MOED_DAEMON_CONFIG_H
 #define MOED_DAEMON_CONFIG_H
 
@@ -29,7 +29,8 @@ struct config {
 enum status config_parse(int argc, char **argv, struct error *e, struct config *out);
 extern const char config_help[];
 
-/* $MOED_ENDPOINT, else ipc://$XDG_RUNTIME_DIR/moed.sock, else ipc:///tmp/moed-<uid>.sock: the client library's rule. */
+/* $MOED_ENDPOINT, else ipc://$XDG_RUNTIME_DIR/moed.sock, else ipc:///tmp/moed-<uid>.sock: the
+ * client library's rule. */
 void config_default_endpoint(char *dst, size_t cap);
 
 #endif

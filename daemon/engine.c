@@ -38,7 +38,8 @@ static void give_back(struct engine *g, struct engine_step *step, enum status st
     CHECK(ring_push(&g->results, &step));
 }
 
-/* The next job; waits for one if `wait`. False: none, or the engine is to stop. *step may be NULL. */
+/* The next job; waits for one if `wait`. False: none, or the engine is to stop. *step may be NULL.
+ */
 static bool next_job(struct engine *g, bool wait, struct engine_step **step) {
     for (;;) {
         struct engine_step *const *job = ring_peek(&g->jobs);
@@ -87,7 +88,8 @@ static void *engine_main(void *ctx) {
     CHECK(ring_push(&g->results, &opened));
     if (g->open_st == ST_OK) run(g);
     if (g->ops->close) {
-        /* The caller may still look at what a lost engine left (moe_info): close when told to stop. */
+        /* The caller may still look at what a lost engine left (moe_info): close when told to stop.
+         */
         while (!atomic_load(&g->stop)) ring_sleep(&g->jobs);
         g->ops->close(g->ctx);
     }

@@ -1,8 +1,9 @@
-/* engine: the thread that owns the model and runs steps. The loop hands it plans and gets them back with their
- * results, in order; up to MOE_MAX_IN_FLIGHT are out at a time.
+/* engine: the thread that owns the model and runs steps. The loop hands it plans and gets them back
+ * with their results, in order; up to MOE_MAX_IN_FLIGHT are out at a time.
  *
- * What the thread drives is a table of functions, so that tests can put a deterministic fake with faults in the
- * model's place; engine_moe_ops is the real one. All of them are called on the engine's thread only.
+ * What the thread drives is a table of functions, so that tests can put a deterministic fake with
+ * faults in the model's place; engine_moe_ops is the real one. All of them are called on the
+ * engine's thread only.
  *
  * No allocation after engine_start but what the model does. */
 #ifndef MOED_DAEMON_ENGINE_H
@@ -20,8 +21,9 @@ struct engine_ops {
     enum status (*submit)(void *ctx, const struct moe_step *step);
     enum status (*collect)(void *ctx, struct moe_result *out);
     void (*counters)(void *ctx, struct moe_counters *out);
-    /* Steps that may lie between submit and collect: 1 where submit computes (CPU; a second submit would only delay
-     * the first one's tokens), MOE_MAX_IN_FLIGHT where it launches (GPU). Asked after open. */
+    /* Steps that may lie between submit and collect: 1 where submit computes (CPU; a second submit
+     * would only delay the first one's tokens), MOE_MAX_IN_FLIGHT where it launches (GPU). Asked
+     * after open. */
     int (*depth)(void *ctx);
 };
 
@@ -43,9 +45,9 @@ void engine_stop(struct engine *g);
 
 /* The loop's thread. At most MOE_MAX_IN_FLIGHT steps are out. */
 void engine_push(struct engine *g, struct engine_step *step);
-/* After each engine_pop that gave a step the loop pushes the next one, or says with this that there is none for now:
- * the engine waits for that answer before it blocks on a running step, so that a GPU always has the next step queued
- * when there is one. */
+/* After each engine_pop that gave a step the loop pushes the next one, or says with this that there
+ * is none for now: the engine waits for that answer before it blocks on a running step, so that a
+ * GPU always has the next step queued when there is one. */
 void engine_push_none(struct engine *g);
 int engine_fd(const struct engine *g); /* readable: engine_clear, then pop */
 void engine_clear(struct engine *g);

@@ -18,7 +18,8 @@ static void on_signal(int signal) {
     server_stop(serving);
 }
 
-/* Until here SIGTERM and SIGINT have their default action: a daemon that is still loading just ends. */
+/* Until here SIGTERM and SIGINT have their default action: a daemon that is still loading just
+ * ends. */
 static void install_signals(void) {
     struct sigaction a = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     sigemptyset(&a.sa_mask);

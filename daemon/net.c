@@ -48,7 +48,8 @@ static enum status check_endpoint(const char *endpoint, struct error *e) {
     return ST_OK;
 }
 
-/* Lock the file beside the socket. It is removed at exit, so a lock counts only on the inode that still has the name. */
+/* Lock the file beside the socket. It is removed at exit, so a lock counts only on the inode that
+ * still has the name. */
 static enum status take_lock(struct net *n, struct error *e) {
     for (;;) {
         int fd = open(n->lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
@@ -96,8 +97,9 @@ static bool set_option(void *socket, int option, int value) {
     return zmq_setsockopt(socket, option, &value, sizeof value) == 0;
 }
 
-/* Heartbeats find peers that hang or lost power (a killed one is seen at once). The send queue holds one window of
- * TokenChunks, the answers of a full set of requests in flight, and room for a burst of small answers. */
+/* Heartbeats find peers that hang or lost power (a killed one is seen at once). The send queue
+ * holds one window of TokenChunks, the answers of a full set of requests in flight, and room for a
+ * burst of small answers. */
 static bool set_options(void *router) {
     int64_t max_frame = WIRE_MAX_BODY_BYTES;
     return set_option(router, ZMQ_ROUTER_MANDATORY, 1) &&
@@ -250,7 +252,8 @@ static int send_frame(struct net *n, struct bytes b, int flags) {
 }
 
 enum status net_send(struct net *n, struct bytes route, struct bytes header, struct bytes body) {
-    /* The first frame decides: once the route is taken, libzmq reports success for the rest whatever happens. */
+    /* The first frame decides: once the route is taken, libzmq reports success for the rest
+     * whatever happens. */
     if (send_frame(n, route, ZMQ_SNDMORE) < 0)
         return zmq_errno() == EAGAIN ? ST_OVERLOADED : ST_NOT_FOUND;
     if (send_frame(n, header, ZMQ_SNDMORE) < 0 || send_frame(n, body, 0) < 0) return ST_NOT_FOUND;

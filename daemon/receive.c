@@ -1,5 +1,5 @@
-/* receive: from frames to handlers. What is wrong with a message is told to its sender, and costs it the session only
- * when the frames themselves cannot be trusted any more. */
+/* receive: from frames to handlers. What is wrong with a message is told to its sender, and costs
+ * it the session only when the frames themselves cannot be trusted any more. */
 #include <stdio.h>
 #include <string.h>
 

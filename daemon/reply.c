@@ -1,6 +1,7 @@
-/* reply: everything the loop sends, and every end of a request. request_finish, request_fail, request_reject and
- * request_drop are the only ways out of the request table, each sends its one message (drop: none, the session is
- * gone), so an accepted request cannot end twice or silently. */
+/* reply: everything the loop sends, and every end of a request. request_finish, request_fail,
+ * request_reject and request_drop are the only ways out of the request table, each sends its one
+ * message (drop: none, the session is gone), so an accepted request cannot end twice or silently.
+ */
 #include <string.h>
 
 #include "daemon/state.h"
@@ -219,7 +220,8 @@ static void request_finish(struct server *v, struct request *r) {
 void request_end_early(struct server *v, struct request *r, enum wire_reason reason) {
     struct session *s = session_at(v->sessions, r->session);
     if (r->state == REQUEST_TOKENIZING) {
-        /* Its prompt was never counted; Accepted all the same, so that every Finished follows one. */
+        /* Its prompt was never counted; Accepted all the same, so that every Finished follows one.
+         */
         struct wire_msg m = {.type = WIRE_ACCEPTED, .request_id = r->request_id};
         send_session(v, s, &m);
         r->state = REQUEST_RUNNING;

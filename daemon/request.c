@@ -129,7 +129,8 @@ static void append_id(struct choice *c, const struct request *r, const struct mo
         struct wire_top_logprob *tops = p->tops + (size_t)c->n_ids * (size_t)n_top;
         p->logprobs[c->n_ids] = row->logprob;
         for (int32_t i = 0; i < n_top; i++) {
-            /* A vocabulary smaller than n_top leaves a shorter list: repeat nothing, say token -1. */
+            /* A vocabulary smaller than n_top leaves a shorter list: repeat nothing, say token -1.
+             */
             bool have = i < row->n_top;
             tops[i] = (struct wire_top_logprob){have ? row->top_ids[i] : -1,
                                                 have ? row->top_logprobs[i] : 0};

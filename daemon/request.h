@@ -1,12 +1,13 @@
-/* request: the table of requests and of their choices (one sequence each), and what a choice does with a token: stop
- * ids, detokenizing, stop strings, and the chunk that waits to be sent.
+/* request: the table of requests and of their choices (one sequence each), and what a choice does
+ * with a token: stop ids, detokenizing, stop strings, and the chunk that waits to be sent.
  *
  *     FREE -> TOKENIZING -> RUNNING -> FLUSHING -> FREE
  *        \_______________/                  (prompts given as ids are not tokenized)
  *
- * TOKENIZING: the text worker has the prompt. RUNNING: Accepted was sent and a choice still samples. FLUSHING: all
- * choices are over and text waits for the client to read. Leaving for FREE takes exactly one of: a Rejected (from
- * TOKENIZING only), a Finished, a Failed, or the end of the session; the loop's reply.c is the only place that does it.
+ * TOKENIZING: the text worker has the prompt. RUNNING: Accepted was sent and a choice still
+ * samples. FLUSHING: all choices are over and text waits for the client to read. Leaving for FREE
+ * takes exactly one of: a Rejected (from TOKENIZING only), a Finished, a Failed, or the end of the
+ * session; the loop's reply.c is the only place that does it.
  *
  * One thread: the loop's. No allocation after requests_create. */
 #ifndef MOED_DAEMON_REQUEST_H
@@ -22,8 +23,8 @@ enum {
     PENDING_MAX_IDS = 1024,
     PENDING_MAX_TOPS = 1024, /* so with top logprobs fewer ids fit */
     PENDING_TEXT_BYTES = 16 << 10,
-    /* The most text one token, and then the end of its choice, can add: a piece, what the stop strings held back, and
-     * the replacement characters of an unfinished one. */
+    /* The most text one token, and then the end of its choice, can add: a piece, what the stop
+     * strings held back, and the replacement characters of an unfinished one. */
     CHOICE_MAX_ADDED_BYTES = TEXT_STREAM_MAX_BYTES + STOPS_MAX_HELD_BYTES + 64
 };
 
@@ -97,8 +98,9 @@ void request_free(struct requests *t, struct request *r);
 /* The request's next choice; NULL: the table is full. */
 struct choice *choice_new(struct requests *t, struct request *r);
 
-/* One sampled token of an open choice: keep it or end on it. Sets reason, and stop or stop_id, when the choice is
- * over; the caller then takes the sequence out. n_sampled and at_limit as in sched_token. */
+/* One sampled token of an open choice: keep it or end on it. Sets reason, and stop or stop_id, when
+ * the choice is over; the caller then takes the sequence out. n_sampled and at_limit as in
+ * sched_token. */
 void choice_token(struct choice *c, struct request *r, const struct text *text,
                   const struct sched_token *token);
 /* End an open choice for another reason; what was held back becomes pending. */
@@ -110,7 +112,8 @@ static inline bool choice_has_pending(const struct choice *c) {
 /* Whether one more token might not fit. */
 bool choice_full(const struct choice *c, const struct request *r);
 size_t choice_pending_bytes(const struct choice *c, const struct request *r);
-/* The pending chunk; logprobs: room for PENDING_MAX_IDS. seq and session_seq are left for the caller. */
+/* The pending chunk; logprobs: room for PENDING_MAX_IDS. seq and session_seq are left for the
+ * caller. */
 void choice_chunk(const struct choice *c, const struct request *r,
                   struct wire_token_logprob *logprobs, struct wire_token_chunk *out);
 static inline void choice_clear_pending(struct choice *c) { c->n_ids = c->n_text_bytes = 0; }

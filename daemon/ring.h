@@ -1,9 +1,9 @@
-/* ring: a bounded queue of fixed-size items between exactly two threads, with an eventfd that wakes the
- * reader. The only way threads of the daemon talk.
+/* ring: a bounded queue of fixed-size items between exactly two threads, with an eventfd that wakes
+ * the reader. The only way threads of the daemon talk.
  *
- * One producer thread pushes, one consumer thread peeks and pops. What the producer wrote before ring_push is
- * visible to the consumer after ring_peek; what the consumer did before ring_pop is visible to the producer once it
- * sees the room. No allocation after ring_create. */
+ * One producer thread pushes, one consumer thread peeks and pops. What the producer wrote before
+ * ring_push is visible to the consumer after ring_peek; what the consumer did before ring_pop is
+ * visible to the producer once it sees the room. No allocation after ring_create. */
 #ifndef MOED_DAEMON_RING_H
 #define MOED_DAEMON_RING_H
 
@@ -26,8 +26,8 @@ void ring_destroy(struct ring *r); /* a zeroed ring is fine */
 /* Producer. Copies the item; false when the ring is full. */
 bool ring_push(struct ring *r, const void *item);
 bool ring_full(const struct ring *r);
-/* Index, 0 … n_items-1, that the next pushed item will have: names a side buffer of the producer's that
- * belongs to the item until it is popped. */
+/* Index, 0 … n_items-1, that the next pushed item will have: names a side buffer of the producer's
+ * that belongs to the item until it is popped. */
 uint32_t ring_next_idx(const struct ring *r);
 /* Wake the consumer without an item. Any thread. */
 void ring_wake(struct ring *r);

@@ -1,6 +1,6 @@
-/* server: see server.h. The loop: sleep until something is to do; take the engine's results, plan the next step,
- * take text, messages and disconnects, look at the timers, plan again, send what is ready. Every part is bounded, so
- * that none starves another. */
+/* server: see server.h. The loop: sleep until something is to do; take the engine's results, plan
+ * the next step, take text, messages and disconnects, look at the timers, plan again, send what is
+ * ready. Every part is bounded, so that none starves another. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +25,8 @@ static enum status create_tables(struct server *v, struct error *e) {
     int32_t max_sessions = v->o.max_sessions;
     enum status st = step_create(v);
     if (st == ST_OK) st = sessions_create(max_sessions, &v->sessions);
-    /* A choice that waits for its client keeps its place after its sequence is gone, hence the room beyond. */
+    /* A choice that waits for its client keeps its place after its sequence is gone, hence the room
+     * beyond. */
     if (st == ST_OK) st = requests_create(v->max_sequences, v->max_sequences * 2, &v->requests);
     if (st == ST_OK) st = textwork_create(v->o.text, TEXT_BUDGET_BYTES, &v->textwork);
     if (st == ST_OK) st = arena_create(WIRE_ARENA_BYTES, &v->decode);
@@ -126,7 +127,8 @@ void server_dirty(struct server *v, struct session *s) {
 
 /* ---- timers --------------------------------------------------------------------------------- */
 
-/* An answer that nobody asked for and every client ignores: whether it can be queued is what we want to know. */
+/* An answer that nobody asked for and every client ignores: whether it can be queued is what we
+ * want to know. */
 static void probe(struct server *v, struct session *s) {
     struct wire_msg m = {.type = WIRE_PONG};
     send_session(v, s, &m);
@@ -207,7 +209,8 @@ static void take_stop(struct server *v) {
     v->n_stops += (int)(n < 2 ? n : 2);
 }
 
-/* Whether the loop is over: engine lost, drained, or out of patience. Requests that are left fail. */
+/* Whether the loop is over: engine lost, drained, or out of patience. Requests that are left fail.
+ */
 static bool is_over(struct server *v) {
     if (v->lost != ST_OK) return true;
     if (!server_draining(v)) return false;

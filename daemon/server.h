@@ -1,5 +1,6 @@
-/* server: the daemon's event loop, for main and for tests. One `struct server` serves one model on one
- * endpoint; server_run is the loop and is what "the loop's thread" means everywhere in this room. */
+/* server: the daemon's event loop, for main and for tests. One `struct server` serves one model on
+ * one endpoint; server_run is the loop and is what "the loop's thread" means everywhere in this
+ * room. */
 #ifndef MOED_DAEMON_SERVER_H
 #define MOED_DAEMON_SERVER_H
 
@@ -24,8 +25,8 @@ struct server_options {
     uint64_t stall_ns; /* how long a client may not read; 0: 30 s */
 };
 
-/* Allocate everything and bind. Takes net and engine (opened, started) in any case: server_destroy, or a failure
- * here, closes them. */
+/* Allocate everything and bind. Takes net and engine (opened, started) in any case: server_destroy,
+ * or a failure here, closes them. */
 enum status server_create(const struct server_options *o, struct net *net, struct engine *engine,
                           struct error *e, struct server **out);
 void server_destroy(struct server *s); /* NULL is fine */

@@ -1,10 +1,11 @@
-/* session: the table of clients that have said Hello. A session is found by its routing id, which is an address and
- * not an identity; its token (16 random bytes) is what names it to people.
+/* session: the table of clients that have said Hello. A session is found by its routing id, which
+ * is an address and not an identity; its token (16 random bytes) is what names it to people.
  *
- * Flow control lives here: every TokenChunk takes the next session_seq, the client acknowledges cumulatively, and while
- * SESSION_WINDOW of them are unacknowledged none is sent. What is produced meanwhile waits with the choices
- * (request.h) and is counted here in pending_bytes; over SESSION_MAX_PENDING_BYTES the session is held: its
- * sequences leave the scheduler's running set until the client has read everything that waits.
+ * Flow control lives here: every TokenChunk takes the next session_seq, the client acknowledges
+ * cumulatively, and while SESSION_WINDOW of them are unacknowledged none is sent. What is produced
+ * meanwhile waits with the choices (request.h) and is counted here in pending_bytes; over
+ * SESSION_MAX_PENDING_BYTES the session is held: its sequences leave the scheduler's running set
+ * until the client has read everything that waits.
  *
  * One thread: the loop's. No allocation after sessions_create. */
 #ifndef MOED_DAEMON_SESSION_H
@@ -66,9 +67,10 @@ static inline bool session_window_open(const struct session *s) {
 /* Take a Credit. False: it acknowledges what was never sent. */
 bool session_credit(struct session *s, uint64_t session_seq, uint64_t now_ns);
 
-/* Its connection may be gone: probe now and a few times soon, because the word of it can come before the socket
- * knows. Returns when to probe next; 0: no more. */
+/* Its connection may be gone: probe now and a few times soon, because the word of it can come
+ * before the socket knows. */
 void session_suspect(struct session *s, uint64_t now_ns);
+/* A probe was sent. Returns when to send the next; 0: that was the last. */
 uint64_t session_probed(struct session *s, uint64_t now_ns);
 
 #endif

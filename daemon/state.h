@@ -1,8 +1,9 @@
-/* state: what the loop owns, shared by the files of the loop (server.c, receive.c, submit.c, reply.c, step.c,
- * stats.c) and by nobody else.
+/* state: what the loop owns, shared by the files of the loop (server.c, receive.c, submit.c,
+ * reply.c, step.c, stats.c) and by nobody else.
  *
- * Rule of sending: a failed send only marks the session `gone`. Sessions that are gone are cleared away by
- * server_clear_gone, between messages and steps, so that nobody's walk over requests loses its footing. */
+ * Rule of sending: a failed send only marks the session `gone`. Sessions that are gone are cleared
+ * away by server_clear_gone, between messages and steps, so that nobody's walk over requests loses
+ * its footing. */
 #ifndef MOED_DAEMON_STATE_H
 #define MOED_DAEMON_STATE_H
 

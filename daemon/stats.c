@@ -106,8 +106,8 @@ void stats_finished(struct server *v) {
     v->last_finish_ns = v->now_ns;
 }
 
-/* The backlog over the rate at which requests end, with a jitter of a fifth so that refused clients do not come back
- * all at once. A second per request until a rate is known. */
+/* The backlog over the rate at which requests end, with a jitter of a fifth so that refused clients
+ * do not come back all at once. A second per request until a rate is known. */
 uint32_t stats_retry_after_ms(struct server *v) {
     double interval_ms = v->finish_interval_ns == 0 ? 1000.0 : v->finish_interval_ns / 1e6;
     double ms = interval_ms * (1 + sched_stats(v->sched).n_waiting);

@@ -1,4 +1,5 @@
-/* step: the loop's side of the engine. Takes results, gives each token to its choice, plans the next step. */
+/* step: the loop's side of the engine. Takes results, gives each token to its choice, plans the
+ * next step. */
 #include <stdlib.h>
 
 #include "daemon/state.h"

@@ -1,8 +1,9 @@
-/* stops: stop strings over a stream of text. Text that could be the beginning of a stop string is held
- * back until it is known; text from a stop string on is never released.
+/* stops: stop strings over a stream of text. Text that could be the beginning of a stop string is
+ * held back until it is known; text from a stop string on is never released.
  *
- * Of several matches the one that ends first counts, and of those that end together the longest: what is released
- * does not depend on how the text was cut into pieces. Pieces are whole UTF-8 characters, and so is what is released.
+ * Of several matches the one that ends first counts, and of those that end together the longest:
+ * what is released does not depend on how the text was cut into pieces. Pieces are whole UTF-8
+ * characters, and so is what is released.
  *
  * Pure functions of their arguments. */
 #ifndef MOED_DAEMON_STOPS_H
@@ -29,8 +30,9 @@ struct stop_state { /* zero to start */
     uint8_t held[STOPS_MAX_HELD_BYTES];
 };
 
-/* Append n bytes; write what may be released to dst (room for n + STOPS_MAX_HELD_BYTES) and its length to
- * *n_out. Returns the index of the string that matched, or -1; after a match the stream is over. */
+/* Append n bytes; write what may be released to dst (room for n + STOPS_MAX_HELD_BYTES) and its
+ * length to *n_out. Returns the index of the string that matched, or -1; after a match the stream
+ * is over. */
 int stops_push(const struct stop_set *set, struct stop_state *s, const void *text, size_t n,
                uint8_t *dst, size_t *n_out);
 /* The text is over without a match: release what is held. Returns its length. */

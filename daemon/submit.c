@@ -1,5 +1,6 @@
-/* submit: from a Submit to Accepted or Rejected. Checks come cheapest first; a prompt in text goes to the text
- * worker and comes back by submit_tokenized; admission is last, when the prompt's length is known. */
+/* submit: from a Submit to Accepted or Rejected. Checks come cheapest first; a prompt in text goes
+ * to the text worker and comes back by submit_tokenized; admission is last, when the prompt's
+ * length is known. */
 #include <stdio.h>
 #include <string.h>
 

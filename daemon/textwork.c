@@ -1,5 +1,5 @@
-/* See textwork.h. The loop's thread owns `head` and `tail` of the byte ring; the worker only reads bytes that a
- * job names, and a job's bytes are given back when its result is popped. */
+/* See textwork.h. The loop's thread owns `head` and `tail` of the byte ring; the worker only reads
+ * bytes that a job names, and a job's bytes are given back when its result is popped. */
 #include "daemon/textwork.h"
 
 #include <pthread.h>

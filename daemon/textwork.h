@@ -1,8 +1,9 @@
-/* textwork: a thread that tokenizes prompts, renders chats and detokenizes long lists, so that a megabyte of
- * text delays other text and never a running stream.
+/* textwork: a thread that tokenizes prompts, renders chats and detokenizes long lists, so that a
+ * megabyte of text delays other text and never a running stream.
  *
- * The loop submits jobs (their input is copied into a byte ring of fixed size) and takes results in the same
- * order. No allocation of its own after textwork_create; the tokenizer uses scratch memory while it encodes. */
+ * The loop submits jobs (their input is copied into a byte ring of fixed size) and takes results in
+ * the same order. No allocation of its own after textwork_create; the tokenizer uses scratch memory
+ * while it encodes. */
 #ifndef MOED_DAEMON_TEXTWORK_H
 #define MOED_DAEMON_TEXTWORK_H
 

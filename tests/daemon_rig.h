@@ -1,10 +1,10 @@
-/* daemon_rig: a daemon in this process for tests: the real loop, text worker and sockets around a fake engine, and
- * clients that send raw frames.
+/* daemon_rig: a daemon in this process for tests: the real loop, text worker and sockets around a
+ * fake engine, and clients that send raw frames.
  *
- * The fake's model is a function of what lies in the KV cache: position p of a sequence stores a hash of the one before
- * it and the token, in the block that the step's table names, and the next token is drawn from the last hash and the
- * seed. A wrong table, a block with two owners or a lost position therefore changes the answer; fake_answer says what it
- * must be. */
+ * The fake's model is a function of what lies in the KV cache: position p of a sequence stores a
+ * hash of the one before it and the token, in the block that the step's table names, and the next
+ * token is drawn from the last hash and the seed. A wrong table, a block with two owners or a lost
+ * position therefore changes the answer; fake_answer says what it must be. */
 #ifndef MOED_TESTS_DAEMON_RIG_H
 #define MOED_TESTS_DAEMON_RIG_H
 
@@ -88,7 +88,8 @@ void fake_let(struct rig *r, int n);
 void fake_ungate(struct rig *r);
 /* What the fake answers to a prompt: n tokens. */
 void fake_answer(const int32_t *prompt, int32_t n_prompt, uint64_t seed, int32_t *out, int32_t n);
-/* Ids of ASCII text, one token per character: scripts with every boundary where the test wants it. */
+/* Ids of ASCII text, one token per character: scripts with every boundary where the test wants it.
+ */
 int32_t fake_char(const struct rig *r, char c);
 
 /* ---- clients -------------------------------------------------------------------------------- */
@@ -111,7 +112,8 @@ void peer_send_frames(struct peer *p, const struct bytes *frames, int n);
 void peer_next(struct peer *p, struct wire_msg *out);
 /* Likewise, but false if none comes within timeout_ms. */
 bool peer_poll(struct peer *p, int timeout_ms, struct wire_msg *out);
-/* The next message must be of that type (TokenChunks before it are skipped if skip_chunks) and about request_id. */
+/* The next message must be of that type (TokenChunks before it are skipped if skip_chunks) and
+ * about request_id. */
 void peer_expect(struct peer *p, enum wire_type type, uint64_t request_id, struct wire_msg *out);
 void peer_expect_after_chunks(struct peer *p, enum wire_type type, uint64_t request_id,
                               struct wire_msg *out);
@@ -124,7 +126,8 @@ double peer_stat(struct peer *p, const char *name);
 /* Wait up to 5 s until the counter has the value. */
 void peer_wait_stat(struct peer *p, const char *name, double value);
 
-/* One whole answer, put together from its chunks and checked against its Finished: gapless seq, hash, counts. */
+/* One whole answer, put together from its chunks and checked against its Finished: gapless seq,
+ * hash, counts. */
 struct answer {
     int32_t ids[1024];
     int n_ids;

@@ -1,5 +1,5 @@
-/* Flow control, disconnects, draining, a lost engine, and a ledger under random faults: every accepted request of a
- * living session ends exactly once, and nothing is left behind. */
+/* Flow control, disconnects, draining, a lost engine, and a ledger under random faults: every
+ * accepted request of a living session ends exactly once, and nothing is left behind. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,7 +75,8 @@ static void test_window(void **state) {
     stop(&r, &p);
 }
 
-/* Far behind: the sequence is taken out, its blocks serve others, and it comes back when the client has read. */
+/* Far behind: the sequence is taken out, its blocks serve others, and it comes back when the client
+ * has read. */
 static void test_hold_and_release(void **state) {
     (void)state;
     enum { LENGTH = 3000 };
@@ -205,7 +206,8 @@ static void one_step(struct rig *r, struct peer *p) {
     peer_wait_stat(p, "steps", steps + 1);
 }
 
-/* While the window is all but shut, whose turn it is moves on: nobody is served twice before the other once. */
+/* While the window is all but shut, whose turn it is moves on: nobody is served twice before the
+ * other once. */
 static void test_turns(void **state) {
     (void)state;
     struct rig r;
@@ -237,7 +239,8 @@ static void test_turns(void **state) {
     stop(&r, &p);
 }
 
-/* A client that reads nothing at all and asks for ever: its queue fills, it loses its session, others do not care. */
+/* A client that reads nothing at all and asks for ever: its queue fills, it loses its session,
+ * others do not care. */
 static void test_deaf_client(void **state) {
     (void)state;
     struct rig r;
@@ -290,7 +293,8 @@ static void test_disconnect(void **state) {
         peer_next(&gone, &m);
     } while (m.type == WIRE_TOKEN_CHUNK);
     assert_int_equal(m.type, WIRE_GOODBYE);
-    peer_wait_stat(&watch, "requests_dropped", 7); /* Goodbye is sent before the session is cleared */
+    peer_wait_stat(&watch, "requests_dropped",
+                   7); /* Goodbye is sent before the session is cleared */
     assert_true(peer_stat(&watch, "kv_blocks_held") == 0);
     peer_close(&gone);
     stop(&r, &watch);

@@ -1,4 +1,5 @@
-/* The daemon against raw clients, without load: handshake, every refusal, garbage frames, questions. */
+/* The daemon against raw clients, without load: handshake, every refusal, garbage frames,
+ * questions. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

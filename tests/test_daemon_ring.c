@@ -1,5 +1,5 @@
-/* Rings between two threads: order, nothing lost or doubled, no lost wake-up. Meant to run under the thread sanitizer
- * too. */
+/* Rings between two threads: order, nothing lost or doubled, no lost wake-up. Meant to run under
+ * the thread sanitizer too. */
 #include <pthread.h>
 #include <sched.h>
 #include <string.h>
@@ -22,7 +22,8 @@ static void *produce(void *ctx) {
     return NULL;
 }
 
-/* Sleeping proves the wake-ups; spinning leaves the ring's own ordering as the only one, for the sanitizer to judge. */
+/* Sleeping proves the wake-ups; spinning leaves the ring's own ordering as the only one, for the
+ * sanitizer to judge. */
 static void consume(bool sleeps) {
     struct ring r;
     assert_int_equal(ring_create(64, sizeof(struct item), &r), ST_OK);

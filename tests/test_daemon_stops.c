@@ -1,4 +1,5 @@
-/* Stop strings: what is released must not depend on how the text was cut. The oracle searches the whole text. */
+/* Stop strings: what is released must not depend on how the text was cut. The oracle searches the
+ * whole text. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,7 +15,8 @@ static void set_of(struct stop_set *set, const char *const *strings, int n) {
     }
 }
 
-/* The definition: the match that ends first, of those the longest. Returns the length of text before it. */
+/* The definition: the match that ends first, of those the longest. Returns the length of text
+ * before it. */
 static size_t oracle(const struct stop_set *set, const char *text, size_t n, int *which) {
     for (size_t end = 1; end <= n; end++) {
         int best = -1;

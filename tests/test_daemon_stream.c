@@ -1,5 +1,5 @@
-/* Answers: tokens, text, stop rules, choices, log-probabilities, cancellation and deadlines, on a fake engine whose
- * every token is known. */
+/* Answers: tokens, text, stop rules, choices, log-probabilities, cancellation and deadlines, on a
+ * fake engine whose every token is known. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,4 +1,5 @@
-/* The text worker: every job's result, in order, through a byte ring that wraps; refusals when it is full. */
+/* The text worker: every job's result, in order, through a byte ring that wraps; refusals when it
+ * is full. */
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
