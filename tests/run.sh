@@ -20,7 +20,9 @@ summary=()
 
 build() { # preset [target…]
   cmake --preset "$1" >"build/$1.configure.log" 2>&1 || { cat "build/$1.configure.log"; return 1; }
-  cmake --build --preset "$1" -j "$jobs" >"build/$1.build.log" 2>&1 || { tail -60 "build/$1.build.log"; return 1; }
+  local targets=()
+  [ $# -lt 2 ] || targets=(--target "${@:2}")
+  cmake --build --preset "$1" -j "$jobs" "${targets[@]}" >"build/$1.build.log" 2>&1 || { tail -60 "build/$1.build.log"; return 1; }
 }
 
 run_ctest() { # preset [ctest arguments…]
@@ -53,7 +55,7 @@ stage_release() {
 
 # Seconds per target; longer runs: cmake --preset fuzz, then build/fuzz/bin/fuzz_<name>.
 stage_fuzz() {
-  build fuzz
+  build fuzz fuzz_gguf fuzz_text fuzz_wire
   local ran=0 f
   for f in build/fuzz/bin/fuzz_*; do
     [ -x "$f" ] || continue

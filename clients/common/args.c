@@ -110,7 +110,7 @@ static int set_value(const struct command *c, const struct arg *a, const char *v
     case ARG_SECTION:
     case ARG_FLAG: break;
     }
-    CHECK(!"an option with a value");
+    CHECK(false && "an option with a value");
     return EXIT_USAGE;
 }
 
