@@ -71,7 +71,7 @@ stage_cuda() {
     summary+=("cuda      not built: no nvcc here (the CUDA toolkit is optional)")
     return 0
   fi
-  build cuda
+  build cuda moed test_panel_layout test_cuda_{ops,attention,sample,model,open}
   run_ctest cuda -R 'cuda|panel'
 }
 
