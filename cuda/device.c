@@ -113,7 +113,7 @@ static enum status create_kv(struct cuda *c, struct error *e, int32_t *n_blocks)
 static enum status ready(struct backend *b, struct error *e, int32_t *n_blocks) {
     struct cuda *c = of(b);
     if (c->lost) return ST_ENGINE_LOST;
-    enum status st = step_create(c, e);
+    enum status st = cuda_step_create(c, e);
     if (st == ST_OK) st = create_kv(c, e, n_blocks);
     if (st == ST_OK) st = device_check(c, cudaStreamSynchronize(c->queue.stream));
     c->ready = st == ST_OK;
@@ -148,7 +148,7 @@ static void counters(const struct backend *b, struct moe_counters *out) { *out =
 static void close_backend(struct backend *b) {
     struct cuda *c = of(b);
     if (c->queue.stream) (void)cudaStreamSynchronize(c->queue.stream);
-    step_destroy(c);
+    cuda_step_destroy(c);
     for (int i = 0; i < c->n_allocations; i++) (void)cudaFree(c->allocations[i]);
     for (int i = 0; i < 2; i++) {
         if (c->staging[i]) (void)cudaFreeHost(c->staging[i]);

@@ -147,8 +147,8 @@ enum status load_weight(struct backend *b, const struct weight_source *source, s
                         struct weight **out);
 
 /* step.c */
-enum status step_create(struct cuda *c, struct error *e);
-void step_destroy(struct cuda *c);
+enum status cuda_step_create(struct cuda *c, struct error *e);
+void cuda_step_destroy(struct cuda *c);
 enum status step_slot_start(struct backend *b, const struct moe_slot_start *start);
 enum status step_begin(struct backend *b, const struct moe_step *step, bool *issue);
 enum status step_end(struct backend *b);

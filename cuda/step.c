@@ -109,7 +109,7 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
     return ST_OK;
 }
 
-enum status step_create(struct cuda *c, struct error *e) {
+enum status cuda_step_create(struct cuda *c, struct error *e) {
     TRY(create_scratch(c, e));
     TRY(create_rope_table(c, e));
     size_t result_bytes = 2 * (size_t)c->limits.max_rows * sizeof *c->results;
@@ -131,7 +131,7 @@ enum status step_create(struct cuda *c, struct error *e) {
     return ST_OK;
 }
 
-void step_destroy(struct cuda *c) {
+void cuda_step_destroy(struct cuda *c) {
     for (int i = 0; i < c->n_graphs; i++) (void)cudaGraphExecDestroy(c->graphs[i].exec);
     for (int i = 0; i < MOE_MAX_IN_FLIGHT; i++) {
         struct flight *f = &c->flights[i];
