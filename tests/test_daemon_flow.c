@@ -275,7 +275,14 @@ static void test_disconnect(void **state) {
     atomic_store(&r.fake.step_us, 2000);
     peer_open(&gone, &r);
     peer_hello(&gone);
-    for (uint64_t i = 1; i <= 6; i++) submit(&gone, i, 200); /* two run, four wait */
+    for (uint64_t i = 1; i <= 6; i++) { /* two run, four wait; the first answers come meanwhile */
+        m = submit_ids(i, prompt, N_PROMPT, 200);
+        peer_send(&gone, &m);
+        do {
+            peer_next(&gone, &m);
+        } while (m.type == WIRE_TOKEN_CHUNK);
+        assert_int_equal(m.type, WIRE_ACCEPTED);
+    }
     peer_wait_stat(&watch, "sequences_running", 2);
     assert_true(peer_stat(&watch, "kv_blocks_held") > 0);
     peer_close(&gone); /* no Bye */
