@@ -2,10 +2,13 @@
  * the B operand (8 columns), so that a group of 8 tokens costs one column of tensor work, however few experts
  * share a batch.
  *
- * One order of summation for every kernel and every batch: the columns are cut into gemm_parts(k) parts at
- * panel borders; a part is summed unit by unit in the matrix units; parts are added in order in f32. The split
- * kernel gives each part to a warp and adds them in shared memory; the tile kernel runs them one after the other.
- * Which of them runs, and how wide its tiles are, is therefore free to follow the batch.
+ * One order of summation for every kernel and every batch: the columns of a row are summed 16 at a time, first to last,
+ * in one f32 accumulator of the matrix units. wgmma and mma.sync give the same bits for that (test_cuda_ops holds them
+ * against each other). Which kernel runs, and how wide its tiles are, is therefore free to follow the batch.
+ *
+ * Every warp has two 16-row blocks: two neighbours, or for SiLU one of gate and the same one of up. A block of W warps
+ * shares the activations of up to 128 tokens in shared memory, rows of 64 columns (128 bytes) with their 16-byte chunks
+ * permuted by the row (chunk c of row r lies at c ^ (r & 7)), as wgmma's 128-byte swizzle has it.
  *
  * Work: dense products take blocks of rows x tiles of tokens from the grid; expert products take blocks of
  * rows x items from the routing's work list, and leave when their item does not exist. */
@@ -14,29 +17,21 @@
 
 #include "cuda/fragment.cuh"
 
-/* Parts of the columns; at least one panel each. */
-__host__ DEVICE int gemm_parts(int n_panels) {
-    if (n_panels % 4 == 0) return 4;
-    if (n_panels % 3 == 0) return 3;
-    if (n_panels % 2 == 0) return 2;
-    return n_panels < 4 ? n_panels : 4;
-}
+enum : int { ROW_BLOCKS = 2 /* of a warp */, X_ROW = 128 /* bytes of one token's 64 columns */ };
 
-/* What a block works on. */
+/* What a warp works on. */
 struct gemm_work {
-    const uint8_t *w[2];  /* first panels of the rows' lower and upper half */
-    size_t row_block;     /* bytes from one 16-row block to the next */
-    int n_valid[2];       /* row blocks that exist, of each half */
-    int segment, first_row;
-    int n, first;         /* tokens; row of the first one in x (dense, or in routing order) */
+    const uint8_t *w[ROW_BLOCKS]; /* first panels of its row blocks */
+    bool stored[ROW_BLOCKS];      /* the row block exists */
+    int row[ROW_BLOCKS];          /* its first row */
+    int segment;
+    int n, first; /* tokens; row of the first one in x (dense, or in routing order) */
     const int32_t *token_of;
 };
 
-/* false: nothing to do. ROW_BLOCKS: 16-row blocks of a tile, half of them gate and half up for SiLU. Dense work
- * may be asked for before depend_wait, expert work only after. */
-template <int ROW_BLOCKS>
+/* false: nothing to do. Dense work may be asked for before depend_wait, expert work only after. */
 DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w) {
-    int tile, expert = 0;
+    int tile, expert = 0, warp = (int)threadIdx.x >> 5, n_warps = (int)blockDim.x >> 5;
     w.token_of = NULL;
     if (a.items) {
         if ((int)blockIdx.y >= *a.n_items) return false;
@@ -55,46 +50,114 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     while (!silu && w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile)
         w.segment++;
     const struct gemm_segment &s = a.segments[w.segment];
-    const int half = ROW_BLOCKS / 2;
     int n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    int block = (tile - s.first_tile) * (silu ? half : ROW_BLOCKS);
-    w.row_block = (size_t)(a.n_cols / PANEL_K) * (size_t)panel_bytes(s.type);
-    size_t at = ((size_t)expert * (size_t)n_blocks + (size_t)block) * w.row_block;
-    w.first_row = block * PANEL_ROWS;
-    w.w[0] = s.w + at;
-    w.w[1] = silu ? a.segments[1].w + at : w.w[0] + half * w.row_block;
-    w.n_valid[0] = n_blocks - block;
-    w.n_valid[1] = silu ? n_blocks - block : n_blocks - block - half;
+    int block = (tile - s.first_tile) * n_warps + warp;
+    if (!silu) block *= ROW_BLOCKS;
+    size_t row_block = (size_t)(a.n_cols / PANEL_K) * (size_t)panel_bytes(s.type);
+#pragma unroll
+    for (int m = 0; m < ROW_BLOCKS; m++) {
+        int b = silu ? block : block + m;
+        w.w[m] = (silu ? a.segments[m].w : s.w) + ((size_t)expert * (size_t)n_blocks + (size_t)b) * row_block;
+        w.stored[m] = b < n_blocks;
+        w.row[m] = b * PANEL_ROWS;
+    }
     return true;
 }
 
-/* Where token i of the work (a column) is in x; columns beyond n read nothing and count as zeros. */
-DEVICE const uint8_t *token_row(const struct gemm_args &a, const struct gemm_work &w, int i) {
-    int row = i >= w.n ? 0 : w.token_of ? w.token_of[i] : w.first + i;
-    return (const uint8_t *)a.x + (size_t)row * (size_t)a.n_cols * 2;
+/* Which row of x token i of the work (a column) is. */
+DEVICE int token_row(const struct gemm_work &w, int i) {
+    return w.token_of ? w.token_of[i] : w.first + i;
+}
+
+/* n 16-byte pieces by one warp. */
+template <int BYTES> DEVICE void copy_piece(uint8_t *dst, const uint8_t *src, int lane) {
+#pragma unroll
+    for (int at = 0; at < BYTES; at += 512)
+        if (at + 512 <= BYTES || at + lane * 16 < BYTES)
+            copy16(dst + at + lane * 16, src + at + lane * 16);
+}
+
+/* B operands of 64 columns of tokens 8 n … 8 n + 7: step s has b[2 s], b[2 s + 1]. */
+DEVICE void load_tokens(h2 (&b)[8], const uint8_t *x, int n, int lane) {
+    const uint8_t *row = x + (8 * n + (lane & 7)) * X_ROW;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        load_matrices(*(h2(*)[4])(b + 4 * half), row + ((4 * half + (lane >> 3)) ^ (lane & 7)) * 16);
 }
 
 DEVICE float silu_mul(float gate, float up) {
     return __fdiv_rn(gate, 1.0f + exp2_fast(gate * -1.44269504f)) * up;
 }
 
-/* Sizes of the split kernel's shared memory, per warp. The float-like formats are too large to be held twice. */
-template <int TYPE, int DEPTH> __host__ DEVICE constexpr int split_depth() {
-    return TYPE == PANEL_Q8_0 || TYPE == PANEL_F16 ? 1 : DEPTH;
+/* One 16 x 8 tile of results, f16: after a transposition a lane has two neighbouring rows of token g. */
+DEVICE void store_f16(const struct gemm_segment &s, const struct gemm_work &w, int row, int n, int lane,
+                      const float (&v)[4]) {
+    int token = 8 * n + (lane >> 2);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        h2 pair = transpose_8x8(h2_pack(v[2 * j], v[2 * j + 1]));
+        int r = row + 8 * j + 2 * (lane & 3);
+        if (token >= w.n || r >= s.n_rows) continue;
+        uint16_t *to = (uint16_t *)s.out + (size_t)(w.first + token) * (size_t)s.n_rows + r;
+        if (s.n_rows % 2 == 0) {
+            *(h2 *)to = pair;
+        } else {
+            to[0] = (uint16_t)pair;
+            if (r + 1 < s.n_rows) to[1] = (uint16_t)(pair >> 16);
+        }
+    }
 }
 
-/* The launchers of the instances; each in a file of its own, to be compiled side by side. */
-cudaError_t gemm_split8(const struct gemm_args &a, dim3 grid, size_t shared,
-                        const struct cuda_queue *q);
-cudaError_t gemm_split16(const struct gemm_args &a, dim3 grid, size_t shared,
-                         const struct cuda_queue *q);
-cudaError_t gemm_split32(const struct gemm_args &a, dim3 grid, size_t shared,
-                         const struct cuda_queue *q);
-cudaError_t gemm_tile64(const struct gemm_args &a, dim3 grid, size_t shared,
-                        const struct cuda_queue *q);
-cudaError_t gemm_split8_prepare(size_t max_shared);
-cudaError_t gemm_split16_prepare(size_t max_shared);
-cudaError_t gemm_split32_prepare(size_t max_shared);
-cudaError_t gemm_tile64_prepare(size_t max_shared);
+/* Results of a warp: D fragments hold rows g, g + 8 and tokens 2 t, 2 t + 1. */
+template <int NG>
+DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int lane,
+                       const float (&acc)[ROW_BLOCKS][NG][4]) {
+    const struct gemm_segment &s = a.segments[w.segment];
+    bool silu = a.epilogue == GEMM_SILU_F16;
+    bool wide = a.epilogue == GEMM_ADD_F32 || a.epilogue == GEMM_STORE_F32;
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+        if (8 * n >= w.n) break;
+#pragma unroll
+        for (int m = 0; m < ROW_BLOCKS; m++) {
+            if ((silu && m > 0) || w.row[m] >= s.n_rows) break;
+            float v[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                v[j] = acc[m][n][j] * s.scale;
+                if (silu) v[j] = silu_mul(v[j], acc[1][n][j] * a.segments[1].scale);
+            }
+            if (!wide) {
+                store_f16(s, w, w.row[m], n, lane, v);
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                int token = 8 * n + 2 * (lane & 3) + (j & 1), r = w.row[m] + (lane >> 2) + 8 * (j >> 1);
+                if (token >= w.n || r >= s.n_rows) continue;
+                float *to = (float *)s.out + (size_t)(w.first + token) * (size_t)s.n_rows + r;
+                *to = a.epilogue == GEMM_ADD_F32 ? *to + v[j] : v[j];
+            }
+        }
+    }
+}
+
+/* Run body<TYPE>(…) for a segment's type. */
+#define GEMM_BY_TYPE(type, body, ...) \
+    switch (type) { \
+    case PANEL_Q4_K: body<PANEL_Q4_K>(__VA_ARGS__); break; \
+    case PANEL_Q5_K: body<PANEL_Q5_K>(__VA_ARGS__); break; \
+    case PANEL_Q6_K: body<PANEL_Q6_K>(__VA_ARGS__); break; \
+    case PANEL_Q8_0: body<PANEL_Q8_0>(__VA_ARGS__); break; \
+    default: body<PANEL_F16>(__VA_ARGS__); break; \
+    }
+
+/* The kernels, by tile width. shared: bytes that a launch of `warps` warps needs for weights of a type. */
+struct gemm_kernel {
+    int width;
+    void (*kernel)(struct gemm_args);
+    size_t (*shared)(int type, int warps);
+};
+extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_many32, gemm_many64, gemm_many128;
 
 #endif

@@ -33,7 +33,7 @@ enum {
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
     ROUTE_SLICE = 256,      /* columns of one partial sum of the router */
-    N_WIDTHS = 4            /* token tiles of 8, 16, 32 and 64 */
+    N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
 struct cuda_queue {
@@ -155,12 +155,17 @@ struct gemm_args {
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
 };
 
-/* The tile width, 8 << result, that cuda_gemm will use for `bucket` rows (dense) or for `bucket` tokens spread
- * over n_experts experts (n_experts > 0, n_used each). */
-int cuda_gemm_width(const struct gemm_args *a, int bucket, int n_experts, int n_used,
-                    const struct cuda_queue *q);
-/* width: what cuda_gemm_width said; max_items bounds the work list (experts only). */
-cudaError_t cuda_gemm(const struct gemm_args *a, int width, int bucket, int max_items,
+/* Which kernel, and how many warps to a block. */
+struct gemm_plan {
+    int width; /* tiles of 8 << width tokens, and for experts the work list of that width */
+    int warps;
+};
+/* The plan for `bucket` rows (dense) or for `bucket` tokens spread over n_experts experts (n_experts > 0, n_used
+ * each). */
+struct gemm_plan cuda_gemm_plan(const struct gemm_args *a, int bucket, int n_experts, int n_used,
+                                const struct cuda_queue *q);
+/* p: what cuda_gemm_plan said; max_items bounds the work list (experts only). */
+cudaError_t cuda_gemm(const struct gemm_args *a, struct gemm_plan p, int bucket, int max_items,
                       const struct cuda_queue *q);
 
 /* ---- attention ------------------------------------------------------------------------------------------- */

@@ -32,8 +32,8 @@ static struct gemm_segment segment(const struct weight *w, const struct buf *out
 
 /* x [n][n_cols] times the segments; n is read through n_rows on the device and bounded by `bucket`. */
 static enum status dense(struct cuda *c, struct gemm_args *a, int32_t bucket) {
-    int width = cuda_gemm_width(a, bucket, 0, 0, &c->queue);
-    return device_check(c, cuda_gemm(a, width, bucket, 0, &c->queue));
+    struct gemm_plan p = cuda_gemm_plan(a, bucket, 0, 0, &c->queue);
+    return device_check(c, cuda_gemm(a, p, bucket, 0, &c->queue));
 }
 
 /* x = rmsnorm(h), and before it whatever is pending for h. */
@@ -170,13 +170,12 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
 static enum status grouped(struct cuda *c, struct gemm_args *a) {
     int32_t n_tokens = c->bucket.n_tokens, used = c->shape.n_experts_used;
     int32_t n_pairs = n_tokens * used, experts = c->shape.n_experts;
-    int width = cuda_gemm_width(a, n_tokens, experts, used, &c->queue);
-    int list = width == 8 ? 0 : width == 16 ? 1 : width == 32 ? 2 : 3;
-    a->items = c->lists.items[list];
-    a->n_items = c->lists.n_items + list;
+    struct gemm_plan p = cuda_gemm_plan(a, n_tokens, experts, used, &c->queue);
+    a->items = c->lists.items[p.width];
+    a->n_items = c->lists.n_items + p.width;
     /* A group has at most one tile that is not full. */
-    int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / width;
-    return device_check(c, cuda_gemm(a, width, n_tokens, max_items, &c->queue));
+    int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / (8 << p.width);
+    return device_check(c, cuda_gemm(a, p, n_tokens, max_items, &c->queue));
 }
 
 enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
