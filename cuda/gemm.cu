@@ -16,7 +16,7 @@ static size_t shared_bytes_of(const struct gemm_args &a, int width, int warps) {
 /* Fills first_tile. */
 static int count_tiles(struct gemm_args &a, int warps) {
     bool silu = a.epilogue == GEMM_SILU_F16;
-    int n = 0, rows = warps * PANEL_ROWS * (silu ? 1 : ROW_BLOCKS);
+    int n = 0, rows = warps * PANEL_ROWS / (silu ? 2 : 1);
     for (int i = 0; i < (silu ? 1 : a.n_segments); i++) {
         a.segments[i].first_tile = n;
         n += (a.segments[i].n_rows + rows - 1) / rows;
@@ -31,23 +31,19 @@ static int blocks_of(struct gemm_args &a, int width, int warps, int bucket) {
 
 static bool is_few(int width) { return kernels[width]->width <= 16; }
 
-/* Dense: as many tokens and rows to a block as leave every processor one. */
+static bool fits(const struct gemm_args &a, struct gemm_plan p, const struct cuda_queue *q) {
+    return shared_bytes_of(a, p.width, p.warps) <= q->max_shared;
+}
+
+/* Dense: as many tokens and rows to a block as leave most processors one. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
-    struct gemm_plan p = {N_WIDTHS - 1, 8};
+    struct gemm_plan p = {N_WIDTHS - 1, 0};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
-    while (!is_few(p.width)) {
-        p.warps = 8;
-        if (shared_bytes_of(a, p.width, 8) <= q->max_shared && blocks_of(a, p.width, 8, bucket) * 4 >= q->n_sm * 3)
-            return p;
-        p.warps = 4;
-        if (shared_bytes_of(a, p.width, 4) <= q->max_shared && blocks_of(a, p.width, 4, bucket) * 4 >= q->n_sm * 3)
-            return p;
-        p.width--;
-    }
-    p.warps = 4;
-    while (p.warps > 1 && (blocks_of(a, p.width, p.warps, bucket) < q->n_sm ||
-                           shared_bytes_of(a, p.width, p.warps) > q->max_shared))
-        p.warps /= 2;
+    for (; !is_few(p.width); p.width--)
+        for (p.warps = 16; p.warps >= 4; p.warps /= 2)
+            if (fits(a, p, q) && blocks_of(a, p.width, p.warps, bucket) * 4 >= q->n_sm * 3) return p;
+    p.warps = 8;
+    while (p.warps > 1 && (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) < q->n_sm)) p.warps /= 2;
     return p;
 }
 
@@ -58,12 +54,11 @@ static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_expe
     struct gemm_plan p = {0, 0};
     while (p.width < N_WIDTHS - 1 && bucket * n_used > most[p.width] * n_experts) p.width++;
     if (bucket <= 8) p.width = 0; /* no group can be larger */
-    for (;;) {
-        p.warps = is_few(p.width) ? (bucket <= 8 ? 2 : 4) : 8;
-        while (p.warps > (is_few(p.width) ? 1 : 4) && shared_bytes_of(a, p.width, p.warps) > q->max_shared)
-            p.warps /= 2;
-        if (p.width == 0 || shared_bytes_of(a, p.width, p.warps) <= q->max_shared) return p;
-        p.width--;
+    for (;; p.width--) {
+        int least = is_few(p.width) ? 2 : 4;
+        p.warps = bucket <= 8 ? 2 : is_few(p.width) ? 8 : 16;
+        while (p.warps > least && !fits(a, p, q)) p.warps /= 2;
+        if (p.width == 0 || fits(a, p, q)) return p;
     }
 }
 

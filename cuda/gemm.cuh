@@ -6,9 +6,9 @@
  * in one f32 accumulator of the matrix units. wgmma and mma.sync give the same bits for that (test_cuda_ops holds them
  * against each other). Which kernel runs, and how wide its tiles are, is therefore free to follow the batch.
  *
- * Every warp has two 16-row blocks: two neighbours, or for SiLU one of gate and the same one of up. A block of W warps
- * shares the activations of up to 128 tokens in shared memory, rows of 64 columns (128 bytes) with their 16-byte chunks
- * permuted by the row (chunk c of row r lies at c ^ (r & 7)), as wgmma's 128-byte swizzle has it.
+ * Every warp has one block of 16 rows; for SiLU the first half of a block's warps has rows of gate, the second the same
+ * rows of up. A block shares the activations of up to 128 tokens in shared memory, rows of 64 columns (128 bytes) with
+ * their 16-byte chunks permuted by the row (chunk c of row r lies at c ^ (r & 7)), as wgmma's 128-byte swizzle has it.
  *
  * Work: dense products take blocks of rows x tiles of tokens from the grid; expert products take blocks of
  * rows x items from the routing's work list, and leave when their item does not exist. */
@@ -17,13 +17,13 @@
 
 #include "cuda/fragment.cuh"
 
-enum : int { ROW_BLOCKS = 2 /* of a warp */, X_ROW = 128 /* bytes of one token's 64 columns */ };
+enum : int { X_ROW = 128 /* bytes of one token's 64 columns */ };
 
 /* What a warp works on. */
 struct gemm_work {
-    const uint8_t *w[ROW_BLOCKS]; /* first panels of its row blocks */
-    bool stored[ROW_BLOCKS];      /* the row block exists */
-    int row[ROW_BLOCKS];          /* its first row */
+    const uint8_t *w; /* first panel of its row block */
+    bool stored;      /* the row block exists */
+    int row;          /* its first row */
     int segment;
     int n, first; /* tokens; row of the first one in x (dense, or in routing order) */
     const int32_t *token_of;
@@ -46,21 +46,19 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
         tile = (int)blockIdx.y;
     }
     w.segment = 0;
-    bool silu = a.epilogue == GEMM_SILU_F16;
-    while (!silu && w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile)
-        w.segment++;
+    if (a.epilogue == GEMM_SILU_F16) {
+        n_warps /= 2;
+        if (warp >= n_warps) w.segment = 1, warp -= n_warps;
+    } else {
+        while (w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile) w.segment++;
+    }
     const struct gemm_segment &s = a.segments[w.segment];
     int n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
     int block = (tile - s.first_tile) * n_warps + warp;
-    if (!silu) block *= ROW_BLOCKS;
     size_t row_block = (size_t)(a.n_cols / PANEL_K) * (size_t)panel_bytes(s.type);
-#pragma unroll
-    for (int m = 0; m < ROW_BLOCKS; m++) {
-        int b = silu ? block : block + m;
-        w.w[m] = (silu ? a.segments[m].w : s.w) + ((size_t)expert * (size_t)n_blocks + (size_t)b) * row_block;
-        w.stored[m] = b < n_blocks;
-        w.row[m] = b * PANEL_ROWS;
-    }
+    w.w = s.w + ((size_t)expert * (size_t)n_blocks + (size_t)block) * row_block;
+    w.stored = block < n_blocks;
+    w.row = block * PANEL_ROWS;
     return true;
 }
 
@@ -108,49 +106,52 @@ DEVICE void store_f16(const struct gemm_segment &s, const struct gemm_work &w, i
     }
 }
 
-/* Results of a warp: D fragments hold rows g, g + 8 and tokens 2 t, 2 t + 1. */
+/* Results of a warp: D fragments hold rows g, g + 8 and tokens 2 t, 2 t + 1. For SiLU the warps of up hand theirs over
+ * through shared memory, which nobody may still be reading: 32 NG floats per thread of half a block. */
 template <int NG>
-DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int lane,
-                       const float (&acc)[ROW_BLOCKS][NG][4]) {
+DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, float *shared, int lane,
+                       const float (&acc)[NG][4]) {
     const struct gemm_segment &s = a.segments[w.segment];
     bool silu = a.epilogue == GEMM_SILU_F16;
     bool wide = a.epilogue == GEMM_ADD_F32 || a.epilogue == GEMM_STORE_F32;
+    int half = (int)blockDim.x / 2;
+    float4 *up = (float4 *)shared + (int)threadIdx.x % half;
+    if (silu) {
+        __syncthreads();
+        if (w.segment == 1) {
+#pragma unroll
+            for (int n = 0; n < NG; n++)
+                up[n * half] = make_float4(acc[n][0] * s.scale, acc[n][1] * s.scale, acc[n][2] * s.scale,
+                                           acc[n][3] * s.scale);
+        }
+        __syncthreads();
+        if (w.segment == 1) return;
+    }
+    if (w.row >= s.n_rows) return;
 #pragma unroll
     for (int n = 0; n < NG; n++) {
         if (8 * n >= w.n) break;
+        float v[4];
 #pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; m++) {
-            if ((silu && m > 0) || w.row[m] >= s.n_rows) break;
-            float v[4];
+        for (int j = 0; j < 4; j++) v[j] = acc[n][j] * s.scale;
+        if (silu) {
+            float4 u = up[n * half];
+            v[0] = silu_mul(v[0], u.x), v[1] = silu_mul(v[1], u.y);
+            v[2] = silu_mul(v[2], u.z), v[3] = silu_mul(v[3], u.w);
+        }
+        if (!wide) {
+            store_f16(s, w, w.row, n, lane, v);
+            continue;
+        }
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                v[j] = acc[m][n][j] * s.scale;
-                if (silu) v[j] = silu_mul(v[j], acc[1][n][j] * a.segments[1].scale);
-            }
-            if (!wide) {
-                store_f16(s, w, w.row[m], n, lane, v);
-                continue;
-            }
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                int token = 8 * n + 2 * (lane & 3) + (j & 1), r = w.row[m] + (lane >> 2) + 8 * (j >> 1);
-                if (token >= w.n || r >= s.n_rows) continue;
-                float *to = (float *)s.out + (size_t)(w.first + token) * (size_t)s.n_rows + r;
-                *to = a.epilogue == GEMM_ADD_F32 ? *to + v[j] : v[j];
-            }
+        for (int j = 0; j < 4; j++) {
+            int token = 8 * n + 2 * (lane & 3) + (j & 1), r = w.row + (lane >> 2) + 8 * (j >> 1);
+            if (token >= w.n || r >= s.n_rows) continue;
+            float *to = (float *)s.out + (size_t)(w.first + token) * (size_t)s.n_rows + r;
+            *to = a.epilogue == GEMM_ADD_F32 ? *to + v[j] : v[j];
         }
     }
 }
-
-/* Run body<TYPE>(…) for a segment's type. */
-#define GEMM_BY_TYPE(type, body, ...) \
-    switch (type) { \
-    case PANEL_Q4_K: body<PANEL_Q4_K>(__VA_ARGS__); break; \
-    case PANEL_Q5_K: body<PANEL_Q5_K>(__VA_ARGS__); break; \
-    case PANEL_Q6_K: body<PANEL_Q6_K>(__VA_ARGS__); break; \
-    case PANEL_Q8_0: body<PANEL_Q8_0>(__VA_ARGS__); break; \
-    default: body<PANEL_F16>(__VA_ARGS__); break; \
-    }
 
 /* The kernels, by tile width. shared: bytes that a launch of `warps` warps needs for weights of a type. */
 struct gemm_kernel {

@@ -1,21 +1,21 @@
-/* gemm_few: the product for few tokens, up to 8 or 16 to a tile. A block of W warps has 32 W rows; whole panels (256
+/* gemm_few: the product for few tokens, up to 8 or 16 to a tile. A block of W warps has 16 W rows; whole panels (256
  * columns) come through a ring in shared memory, weights copied by the warp that uses them, activations by all. Bound
  * by the bytes of the weights: what counts is how many are under way. */
 #include "cuda/gemm.cuh"
 
-enum : int { STAGES = 4, MAX_WARPS = 4 };
+enum : int { STAGES = 4, MAX_WARPS = 8 };
 
 extern __shared__ __align__(1024) uint8_t shared_bytes[];
 
 /* Bytes of one panel's activations, and of what a warp has to itself. */
 template <int NG> __host__ DEVICE constexpr int x_bytes() { return PANEL_UNITS * 8 * NG * X_ROW; }
 template <int TYPE> DEVICE constexpr int warp_bytes() {
-    return ROW_BLOCKS * (STAGES * format<TYPE>::bytes + TABLE_BYTES);
+    return STAGES * format<TYPE>::bytes + TABLE_BYTES;
 }
 
 template <int NG> static size_t few_shared(int type, int warps) {
     return (size_t)(STAGES * x_bytes<NG>() + 8 * NG * 4 +
-                    warps * ROW_BLOCKS * (STAGES * panel_bytes(type) + TABLE_BYTES));
+                    warps * (STAGES * panel_bytes(type) + TABLE_BYTES));
 }
 
 template <int TYPE, int NG> struct few_ring {
@@ -26,12 +26,8 @@ template <int TYPE, int NG> struct few_ring {
     int lane, warp, n_warps, n_panels;
 
     DEVICE void copy_weights(int p) const {
-        if (p >= n_panels) return;
-#pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; m++)
-            if (w.stored[m])
-                copy_piece<f::bytes>(panels + (p % STAGES * ROW_BLOCKS + m) * f::bytes,
-                                     w.w[m] + (size_t)p * f::bytes, lane);
+        if (p < n_panels && w.stored)
+            copy_piece<f::bytes>(panels + p % STAGES * f::bytes, w.w + (size_t)p * f::bytes, lane);
     }
 
     /* A warp takes whole rows, lane l the l-th chunk of a token's 256 columns. rows: the tokens' places in x. */
@@ -45,24 +41,22 @@ template <int TYPE, int NG> struct few_ring {
     }
 };
 
-/* acc += one unit of both row blocks times the tokens. */
+/* acc += one panel times the tokens. */
 template <int TYPE, int NG>
-static DEVICE void few_unit(float (&acc)[ROW_BLOCKS][NG][4], const uint8_t *panels, const uint8_t *tables,
-                            const uint8_t *x, int u, int lane) {
+static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const uint8_t *table,
+                             const uint8_t *x, int lane) {
     using f = format<TYPE>;
-    h2 a[ROW_BLOCKS][4][4];
 #pragma unroll
-    for (int m = 0; m < ROW_BLOCKS; m++)
-        load_fragments<TYPE>(a[m], panels + m * f::bytes + f::header + u * f::unit,
-                             tables + m * TABLE_BYTES, u, lane);
+    for (int u = 0; u < PANEL_UNITS; u++) {
+        h2 a[4][4];
+        load_fragments<TYPE>(a, panel + f::header + u * f::unit, table, u, lane);
 #pragma unroll
-    for (int n = 0; n < NG; n++) {
-        h2 b[8];
-        load_tokens(b, x + u * (8 * NG * X_ROW), n, lane);
+        for (int n = 0; n < NG; n++) {
+            h2 b[8];
+            load_tokens(b, x + u * (8 * NG * X_ROW), n, lane);
 #pragma unroll
-        for (int s = 0; s < 4; s++)
-#pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; m++) mma_f16(acc[m][n], a[m][s], b[2 * s], b[2 * s + 1]);
+            for (int s = 0; s < 4; s++) mma_f16(acc[n], a[s], b[2 * s], b[2 * s + 1]);
+        }
     }
 }
 
@@ -72,7 +66,7 @@ static DEVICE void few_tile(const struct gemm_args &a, const struct gemm_work &w
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, n_warps = (int)blockDim.x >> 5;
     int *rows = (int *)(shared_bytes + STAGES * x_bytes<NG>());
     uint8_t *own = (uint8_t *)(rows + 8 * NG) + warp * warp_bytes<TYPE>();
-    uint8_t *tables = own + ROW_BLOCKS * STAGES * f::bytes;
+    uint8_t *table = own + STAGES * f::bytes;
     const struct few_ring<TYPE, NG> ring = {a,    w,    shared_bytes, own,
                                             lane, warp, n_warps,      a.n_cols / PANEL_K};
 #pragma unroll
@@ -85,12 +79,8 @@ static DEVICE void few_tile(const struct gemm_args &a, const struct gemm_work &w
         ring.copy_activations(rows, p);
         copy_commit(); /* the first group has all of the weights so far */
     }
-    struct scaling c[ROW_BLOCKS];
-    bool silu = a.epilogue == GEMM_SILU_F16;
-#pragma unroll
-    for (int m = 0; m < ROW_BLOCKS; m++)
-        c[m] = scaling_of(silu ? a.segments[m].scale : a.segments[w.segment].scale, lane);
-    float acc[ROW_BLOCKS][NG][4] = {};
+    struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
+    float acc[NG][4] = {};
 #pragma unroll 1
     for (int p = 0; p < ring.n_panels; p++) {
         copy_wait<STAGES - 2>();
@@ -98,17 +88,13 @@ static DEVICE void few_tile(const struct gemm_args &a, const struct gemm_work &w
         ring.copy_weights(p + STAGES - 1);
         ring.copy_activations(rows, p + STAGES - 1);
         copy_commit();
-        const uint8_t *panels = own + p % STAGES * (ROW_BLOCKS * f::bytes);
-#pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; m++)
-            unpack_scales<TYPE>(panels + m * f::bytes, tables + m * TABLE_BYTES, lane, c[m]);
+        const uint8_t *panel = own + p % STAGES * f::bytes;
+        unpack_scales<TYPE>(panel, table, lane, c);
         __syncwarp();
-#pragma unroll 2
-        for (int u = 0; u < PANEL_UNITS; u++)
-            few_unit<TYPE, NG>(acc, panels, tables, shared_bytes + p % STAGES * x_bytes<NG>(), u, lane);
+        few_panel<TYPE, NG>(acc, panel, table, shared_bytes + p % STAGES * x_bytes<NG>(), lane);
     }
     copy_wait<0>();
-    write_tile<NG>(a, w, lane, acc);
+    write_tile<NG>(a, w, (float *)shared_bytes, lane, acc);
 }
 
 template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
@@ -125,12 +111,12 @@ template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
     }
 }
 
-static __global__ void __launch_bounds__(32 * MAX_WARPS, 4)
+static __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
     k_gemm_few8_f16(const __grid_constant__ struct gemm_args a) {
     few_block<1>(a);
 }
 
-static __global__ void __launch_bounds__(32 * MAX_WARPS, 4)
+static __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
     k_gemm_few16_f16(const __grid_constant__ struct gemm_args a) {
     few_block<2>(a);
 }

@@ -1,26 +1,25 @@
-/* gemm_many: the product for many tokens, up to 32, 64 or 128 to a tile. A block of four or eight warps has 128 or 256 rows;
- * units of 64 columns come through a ring in shared memory, weights copied by the warp that uses them, activations by
- * all. On Hopper four warps multiply together (wgmma), each with the operands that it unpacked in its registers;
- * while the matrix units work on one row block, the warps unpack the other. Elsewhere every warp multiplies for
- * itself. Bound by the matrix units. */
+/* gemm_many: the product for many tokens, up to 32, 64 or 128 to a tile. A block of W warps has 16 W rows; units of 64
+ * columns come through a ring in shared memory, weights copied by the warp that uses them, activations by all. On
+ * Hopper four warps multiply together (wgmma), each with the operands that it unpacked in its registers; while the
+ * matrix units work for some fours of warps, the others unpack. Elsewhere every warp multiplies for itself. Bound by
+ * the matrix units. */
 #ifndef MOED_CUDA_GEMM_MANY_CUH
 #define MOED_CUDA_GEMM_MANY_CUH
 
 #include "cuda/gemm.cuh"
 
-enum : int { STAGES = 6, AHEAD = STAGES - 2 /* units copied in advance: see many_tile */, MAX_WARPS = 8 };
+enum : int { STAGES = 6, AHEAD = STAGES - 2 /* units copied in advance: see many_tile */, MAX_WARPS = 16 };
 
 template <int TYPE> DEVICE constexpr int warp_bytes() {
-    return ROW_BLOCKS * (STAGES * format<TYPE>::unit + 2 * format<TYPE>::header + TABLE_BYTES);
+    return STAGES * format<TYPE>::unit + 2 * format<TYPE>::header + TABLE_BYTES;
 }
 
 template <int WIDTH> static size_t many_shared(int type, int warps) {
-    size_t own = ROW_BLOCKS * (size_t)(STAGES * panel_unit_bytes(type) + 2 * panel_header_bytes(type) +
-                                       TABLE_BYTES);
-    return STAGES * WIDTH * X_ROW + WIDTH * 4 + (size_t)warps * own;
+    int own = STAGES * panel_unit_bytes(type) + 2 * panel_header_bytes(type) + TABLE_BYTES;
+    return (size_t)(STAGES * WIDTH * X_ROW + WIDTH * 4 + warps * own);
 }
 
-/* x: [STAGES][WIDTH][X_ROW]. own: [STAGES][ROW_BLOCKS] units, then [2][ROW_BLOCKS] headers, then the tables. */
+/* x: [STAGES][WIDTH][X_ROW]. own: [STAGES] units, then [2] headers, then the table. */
 template <int TYPE, int WIDTH> struct many_ring {
     using f = format<TYPE>;
     const struct gemm_args &a;
@@ -29,17 +28,11 @@ template <int TYPE, int WIDTH> struct many_ring {
     int lane, n_units;
 
     DEVICE void copy_weights(int i, int slot) const {
-        if (i >= n_units) return;
+        if (i >= n_units || !w.stored) return;
         int p = i / PANEL_UNITS, u = i % PANEL_UNITS;
-#pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; m++) {
-            if (!w.stored[m]) continue;
-            const uint8_t *panel = w.w[m] + (size_t)p * f::bytes;
-            copy_piece<f::unit>(units + (slot * ROW_BLOCKS + m) * f::unit, panel + f::header + u * f::unit,
-                                lane);
-            if (f::header > 0 && u == 0)
-                copy_piece<f::header>(headers + ((p & 1) * ROW_BLOCKS + m) * f::header, panel, lane);
-        }
+        const uint8_t *panel = w.w + (size_t)p * f::bytes;
+        copy_piece<f::unit>(units + slot * f::unit, panel + f::header + u * f::unit, lane);
+        if (f::header > 0 && u == 0) copy_piece<f::header>(headers + (p & 1) * f::header, panel, lane);
     }
 
     /* Eight threads take a token's 64 columns. */
@@ -82,7 +75,7 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     int *rows = (int *)(shared + STAGES * WIDTH * X_ROW);
     uint8_t *own = (uint8_t *)(rows + WIDTH) + warp * warp_bytes<TYPE>();
-    uint8_t *headers = own + STAGES * ROW_BLOCKS * f::unit, *tables = headers + 2 * ROW_BLOCKS * f::header;
+    uint8_t *headers = own + STAGES * f::unit, *table = headers + 2 * f::header;
     const struct many_ring<TYPE, WIDTH> ring = {a,    w, shared, own, headers,
                                                 lane, a.n_cols / PANEL_UNIT_K};
     for (int i = 0; i < AHEAD; i++) ring.copy_weights(i, i); /* they do not depend on the kernels before */
@@ -93,14 +86,9 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         ring.copy_activations(rows, i, i);
         copy_commit(); /* the first group has all of the weights so far */
     }
-    struct scaling c[ROW_BLOCKS];
-    bool silu = a.epilogue == GEMM_SILU_F16;
-#pragma unroll
-    for (int m = 0; m < ROW_BLOCKS; m++)
-        c[m] = scaling_of(silu ? a.segments[m].scale : a.segments[w.segment].scale, lane);
-    float acc[ROW_BLOCKS][NG][4] = {};
-#pragma unroll
-    for (int m = 0; m < ROW_BLOCKS; m++) wgmma_pin(acc[m]);
+    struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
+    float acc[NG][4] = {};
+    wgmma_pin(acc);
     int slot = 0, next = AHEAD;
 #pragma unroll 1
     for (int i = 0; i < ring.n_units; i++) {
@@ -112,28 +100,20 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         ring.copy_activations(rows, i + AHEAD, next);
         copy_commit();
         if (u == 0 && f::header > 0) {
-#pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; m++)
-                unpack_scales<TYPE>(headers + ((i / PANEL_UNITS & 1) * ROW_BLOCKS + m) * f::header,
-                                    tables + m * TABLE_BYTES, lane, c[m]);
+            unpack_scales<TYPE>(headers + (i / PANEL_UNITS & 1) * f::header, table, lane, c);
             __syncwarp();
         }
-        h2 operands[ROW_BLOCKS][4][4];
-#pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; m++) {
-            wgmma_wait<ROW_BLOCKS - 1>(); /* this row block's last products: its operands are free */
-            load_fragments<TYPE>(operands[m], own + (slot * ROW_BLOCKS + m) * f::unit,
-                                 tables + m * TABLE_BYTES, u, lane);
-            many_product<NG>(acc[m], operands[m], shared + slot * WIDTH * X_ROW, lane);
-        }
+        h2 operands[4][4];
+        wgmma_wait<0>(); /* the last unit's products: the operands are free */
+        load_fragments<TYPE>(operands, own + slot * f::unit, table, u, lane);
+        many_product<NG>(acc, operands, shared + slot * WIDTH * X_ROW, lane);
         slot = slot == STAGES - 1 ? 0 : slot + 1;
         next = next == STAGES - 1 ? 0 : next + 1;
     }
     wgmma_wait<0>();
-#pragma unroll
-    for (int m = 0; m < ROW_BLOCKS; m++) wgmma_pin(acc[m]);
+    wgmma_pin(acc);
     copy_wait<0>();
-    write_tile<NG>(a, w, lane, acc);
+    write_tile<NG>(a, w, (float *)shared, lane, acc);
 }
 
 /* Bodies for fewer groups of 8 tokens for the common formats, one for the others. */

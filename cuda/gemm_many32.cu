@@ -3,7 +3,7 @@
 
 extern __shared__ __align__(1024) uint8_t shared_bytes[];
 
-static __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
+static __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
     k_gemm_many32_f16(const __grid_constant__ struct gemm_args a) {
     many_block<32>(a, shared_bytes);
 }
