@@ -94,8 +94,7 @@ DEVICE void load_matrices(h2 (&d)[4], const void *row) {
     uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(at)
-                 : "memory");
+                 : "r"(at));
 }
 
 /* An 8 x 8 matrix of halves across the warp, lane 4 g + t holding row g, columns 2 t and 2 t + 1: transposed. */

@@ -7,7 +7,7 @@ static const struct gemm_kernel *const kernels[N_WIDTHS] = {&gemm_few8, &gemm_fe
 static size_t shared_bytes_of(const struct gemm_args &a, int width, int warps) {
     size_t most = 0;
     for (int i = 0; i < a.n_segments; i++) {
-        size_t n = kernels[width]->shared(a.segments[i].type, warps);
+        size_t n = kernels[width]->shared(a.segments[i].type, warps, gemm_parts(a.n_cols));
         if (n > most) most = n;
     }
     return most;
@@ -16,7 +16,7 @@ static size_t shared_bytes_of(const struct gemm_args &a, int width, int warps) {
 /* Fills first_tile. */
 static int count_tiles(struct gemm_args &a, int warps) {
     bool silu = a.epilogue == GEMM_SILU_F16;
-    int n = 0, rows = warps * PANEL_ROWS / (silu ? 2 : 1);
+    int n = 0, rows = warps / gemm_parts(a.n_cols) * PANEL_ROWS / (silu ? 2 : 1);
     for (int i = 0; i < (silu ? 1 : a.n_segments); i++) {
         a.segments[i].first_tile = n;
         n += (a.segments[i].n_rows + rows - 1) / rows;
@@ -35,15 +35,28 @@ static bool fits(const struct gemm_args &a, struct gemm_plan p, const struct cud
     return shared_bytes_of(a, p.width, p.warps) <= q->max_shared;
 }
 
+static bool fits(const struct gemm_args &a, struct gemm_plan p, const struct cuda_queue *q) {
+    return shared_bytes_of(a, p.width, p.warps) <= q->max_shared;
+}
+
+/* The fewest warps that make sense: a row block for every part (and of gate and of up), and four rows of blocks for
+ * those that multiply together. */
+static int least_warps(const struct gemm_args &a, int width) {
+    int n = gemm_parts(a.n_cols) * (a.epilogue == GEMM_SILU_F16 ? 2 : 1);
+    return is_few(width) ? n : 4 * gemm_parts(a.n_cols);
+}
+
 /* Dense: as many tokens and rows to a block as leave most processors one. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
     struct gemm_plan p = {N_WIDTHS - 1, 0};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
     for (; !is_few(p.width); p.width--)
-        for (p.warps = 16; p.warps >= 4; p.warps /= 2)
+        for (p.warps = 16; p.warps >= 8; p.warps /= 2)
             if (fits(a, p, q) && blocks_of(a, p.width, p.warps, bucket) * 4 >= q->n_sm * 3) return p;
     p.warps = 8;
-    while (p.warps > 1 && (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) < q->n_sm)) p.warps /= 2;
+    while (p.warps > least_warps(a, p.width) &&
+           (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) < q->n_sm))
+        p.warps /= 2;
     return p;
 }
 
@@ -55,8 +68,8 @@ static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_expe
     while (p.width < N_WIDTHS - 1 && bucket * n_used > most[p.width] * n_experts) p.width++;
     if (bucket <= 8) p.width = 0; /* no group can be larger */
     for (;; p.width--) {
-        int least = is_few(p.width) ? 2 : 4;
-        p.warps = bucket <= 8 ? 2 : is_few(p.width) ? 8 : 16;
+        int least = least_warps(a, p.width);
+        p.warps = bucket <= 8 ? least : is_few(p.width) ? 8 : 16;
         while (p.warps > least && !fits(a, p, q)) p.warps /= 2;
         if (p.width == 0 || fits(a, p, q)) return p;
     }

@@ -2,12 +2,13 @@
  * the B operand (8 columns), so that a group of 8 tokens costs one column of tensor work, however few experts
  * share a batch.
  *
- * One order of summation for every kernel and every batch: the columns of a row are summed 16 at a time, first to last,
- * in one f32 accumulator of the matrix units. wgmma and mma.sync give the same bits for that (test_cuda_ops holds them
- * against each other). Which kernel runs, and how wide its tiles are, is therefore free to follow the batch.
+ * One order of summation for every kernel and every batch: the columns are cut into gemm_parts(k) parts; a part is summed
+ * 16 columns at a time, first to last, in one f32 accumulator of the matrix units; parts are added in order. wgmma and
+ * mma.sync give the same bits for that (test_cuda_ops holds them against each other). Which kernel runs, and how wide
+ * its tiles are, is therefore free to follow the batch.
  *
- * Every warp has one block of 16 rows; for SiLU the first half of a block's warps has rows of gate, the second the same
- * rows of up. A block shares the activations of up to 128 tokens in shared memory, rows of 64 columns (128 bytes) with
+ * Every warp has one block of 16 rows and one part. Of the warps of a part the first half has rows of gate, the second the
+ * same rows of up, if it is a product for SiLU. A block shares the activations of up to 128 tokens in shared memory, rows of 64 columns (128 bytes) with
  * their 16-byte chunks permuted by the row (chunk c of row r lies at c ^ (r & 7)), as wgmma's 128-byte swizzle has it.
  *
  * Work: dense products take blocks of rows x tiles of tokens from the grid; expert products take blocks of
@@ -19,11 +20,18 @@
 
 enum : int { X_ROW = 128 /* bytes of one token's 64 columns */ };
 
+/* Parts of the columns: two where one chain of sums would be the longest wait. */
+__host__ DEVICE int gemm_parts(int n_cols) {
+    return n_cols >= 4096 && n_cols % (2 * PANEL_K) == 0 ? 2 : 1;
+}
+
 /* What a warp works on. */
 struct gemm_work {
-    const uint8_t *w; /* first panel of its row block */
+    const uint8_t *w; /* first panel of its row block and part */
     bool stored;      /* the row block exists */
-    int row;          /* its first row */
+    int warp, n_warps, n_parts; /* its place among the n_warps of its part */
+    int part, n_panels;         /* of the part */
+    int first_row;    /* of the block */
     int segment;
     int n, first; /* tokens; row of the first one in x (dense, or in routing order) */
     const int32_t *token_of;
@@ -31,7 +39,7 @@ struct gemm_work {
 
 /* false: nothing to do. Dense work may be asked for before depend_wait, expert work only after. */
 DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w) {
-    int tile, expert = 0, warp = (int)threadIdx.x >> 5, n_warps = (int)blockDim.x >> 5;
+    int tile, expert = 0;
     w.token_of = NULL;
     if (a.items) {
         if ((int)blockIdx.y >= *a.n_items) return false;
@@ -45,20 +53,26 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
         if (w.n <= 0) return false;
         tile = (int)blockIdx.y;
     }
+    w.n_parts = gemm_parts(a.n_cols);
+    w.n_warps = ((int)blockDim.x >> 5) / w.n_parts;
+    w.part = ((int)threadIdx.x >> 5) / w.n_warps;
+    w.warp = ((int)threadIdx.x >> 5) % w.n_warps;
     w.segment = 0;
+    int rows = w.n_warps, block = w.warp; /* in row blocks */
     if (a.epilogue == GEMM_SILU_F16) {
-        n_warps /= 2;
-        if (warp >= n_warps) w.segment = 1, warp -= n_warps;
+        rows /= 2;
+        if (block >= rows) w.segment = 1, block -= rows;
     } else {
         while (w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile) w.segment++;
     }
     const struct gemm_segment &s = a.segments[w.segment];
-    int n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    int block = (tile - s.first_tile) * n_warps + warp;
-    size_t row_block = (size_t)(a.n_cols / PANEL_K) * (size_t)panel_bytes(s.type);
-    w.w = s.w + ((size_t)expert * (size_t)n_blocks + (size_t)block) * row_block;
+    int n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS, n_panels = a.n_cols / PANEL_K;
+    w.first_row = (tile - s.first_tile) * rows * PANEL_ROWS;
+    block += (tile - s.first_tile) * rows;
+    w.n_panels = n_panels / w.n_parts;
+    w.w = s.w + (((size_t)expert * (size_t)n_blocks + (size_t)block) * (size_t)n_panels +
+                 (size_t)(w.part * w.n_panels)) * (size_t)panel_bytes(s.type);
     w.stored = block < n_blocks;
-    w.row = block * PANEL_ROWS;
     return true;
 }
 
@@ -87,78 +101,89 @@ DEVICE float silu_mul(float gate, float up) {
     return __fdiv_rn(gate, 1.0f + exp2_fast(gate * -1.44269504f)) * up;
 }
 
-/* One 16 x 8 tile of results, f16: after a transposition a lane has two neighbouring rows of token g. */
-DEVICE void store_f16(const struct gemm_segment &s, const struct gemm_work &w, int row, int n, int lane,
-                      const float (&v)[4]) {
-    int token = 8 * n + (lane >> 2);
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        h2 pair = transpose_8x8(h2_pack(v[2 * j], v[2 * j + 1]));
-        int r = row + 8 * j + 2 * (lane & 3);
-        if (token >= w.n || r >= s.n_rows) continue;
-        uint16_t *to = (uint16_t *)s.out + (size_t)(w.first + token) * (size_t)s.n_rows + r;
-        if (s.n_rows % 2 == 0) {
-            *(h2 *)to = pair;
-        } else {
-            to[0] = (uint16_t)pair;
-            if (r + 1 < s.n_rows) to[1] = (uint16_t)(pair >> 16);
-        }
-    }
+/* Floats of a block's sums: [parts][tokens][rows + 4]. */
+__host__ DEVICE constexpr int sums_floats(int n_tokens, int n_warps, int n_parts) {
+    return n_tokens * (n_warps * PANEL_ROWS + 4 * n_parts);
 }
 
-/* Results of a warp: D fragments hold rows g, g + 8 and tokens 2 t, 2 t + 1. For SiLU the warps of up hand theirs over
- * through shared memory, which nobody may still be reading: 32 NG floats per thread of half a block. */
+/* Four rows of one token: stored, or added to what is there; rows beyond the matrix are not. */
+DEVICE void store_rows(const struct gemm_args &a, const struct gemm_segment &s, size_t token, int row,
+                       float4 v) {
+    size_t to = token * (size_t)s.n_rows + (size_t)row;
+    const float f[4] = {v.x, v.y, v.z, v.w};
+    bool whole = s.n_rows % 4 == 0;
+    if (a.epilogue == GEMM_ADD_F32 || a.epilogue == GEMM_STORE_F32) {
+        float *out = (float *)s.out + to;
+        if (whole) {
+            float4 h = a.epilogue == GEMM_ADD_F32 ? *(const float4 *)out : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            *(float4 *)out = a.epilogue == GEMM_ADD_F32 ? make_float4(h.x + v.x, h.y + v.y, h.z + v.z, h.w + v.w) : v;
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (row + i < s.n_rows) out[i] = a.epilogue == GEMM_ADD_F32 ? out[i] + f[i] : f[i];
+        return;
+    }
+    uint16_t *out = (uint16_t *)s.out + to;
+    if (whole) {
+        *(uint2 *)out = make_uint2(h2_pack(v.x, v.y), h2_pack(v.z, v.w));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (row + i < s.n_rows) out[i] = (uint16_t)h2_pack(f[i], 0.0f);
+}
+
+DEVICE float4 add_parts(const float *at, int n_parts, int size, float scale) {
+    float4 v = *(const float4 *)at;
+    for (int p = 1; p < n_parts; p++) {
+        float4 u = *(const float4 *)(at + p * size);
+        v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+    }
+    return make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+}
+
+/* Results of a block, by way of its shared memory, whose former use is over for this thread. A warp's D fragments hold
+ * rows g, g + 8 and tokens 2 t, 2 t + 1. */
 template <int NG>
-DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, float *shared, int lane,
+DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, float *sums, int lane,
                        const float (&acc)[NG][4]) {
-    const struct gemm_segment &s = a.segments[w.segment];
     bool silu = a.epilogue == GEMM_SILU_F16;
-    bool wide = a.epilogue == GEMM_ADD_F32 || a.epilogue == GEMM_STORE_F32;
-    int half = (int)blockDim.x / 2;
-    float4 *up = (float4 *)shared + (int)threadIdx.x % half;
-    if (silu) {
-        __syncthreads();
-        if (w.segment == 1) {
+    int stride = w.n_warps * PANEL_ROWS + 4, size = 8 * NG * stride;
+    float *own = sums + w.part * size + 2 * (lane & 3) * stride + w.warp * PANEL_ROWS + (lane >> 2);
+    __syncthreads();
 #pragma unroll
-            for (int n = 0; n < NG; n++)
-                up[n * half] = make_float4(acc[n][0] * s.scale, acc[n][1] * s.scale, acc[n][2] * s.scale,
-                                           acc[n][3] * s.scale);
-        }
-        __syncthreads();
-        if (w.segment == 1) return;
-    }
-    if (w.row >= s.n_rows) return;
+    for (int n = 0; n < NG; n++)
 #pragma unroll
-    for (int n = 0; n < NG; n++) {
-        if (8 * n >= w.n) break;
-        float v[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) v[j] = acc[n][j] * s.scale;
+        for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * stride + 8 * (j >> 1)] = acc[n][j];
+    __syncthreads();
+    const struct gemm_segment &s = a.segments[silu ? 0 : w.segment];
+    int rows = w.n_warps * PANEL_ROWS / (silu ? 2 : 1), quads = rows / 4;
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < w.n * quads; i += (int)blockDim.x) {
+        int token = i / quads, row = i % quads * 4;
+        if (w.first_row + row >= s.n_rows) continue;
+        const float *at = sums + token * stride + row;
+        float4 v = add_parts(at, w.n_parts, size, s.scale);
         if (silu) {
-            float4 u = up[n * half];
-            v[0] = silu_mul(v[0], u.x), v[1] = silu_mul(v[1], u.y);
-            v[2] = silu_mul(v[2], u.z), v[3] = silu_mul(v[3], u.w);
+            float4 u = add_parts(at + rows, w.n_parts, size, a.segments[1].scale);
+            v = make_float4(silu_mul(v.x, u.x), silu_mul(v.y, u.y), silu_mul(v.z, u.z), silu_mul(v.w, u.w));
         }
-        if (!wide) {
-            store_f16(s, w, w.row, n, lane, v);
-            continue;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int token = 8 * n + 2 * (lane & 3) + (j & 1), r = w.row + (lane >> 2) + 8 * (j >> 1);
-            if (token >= w.n || r >= s.n_rows) continue;
-            float *to = (float *)s.out + (size_t)(w.first + token) * (size_t)s.n_rows + r;
-            *to = a.epilogue == GEMM_ADD_F32 ? *to + v[j] : v[j];
-        }
+        store_rows(a, s, (size_t)(w.first + token), w.first_row + row, v);
     }
 }
 
-/* The kernels, by tile width. shared: bytes that a launch of `warps` warps needs for weights of a type. */
+/* The kernels, by tile width. shared: bytes that a launch of `warps` warps and `parts` parts needs for weights of a
+ * type. */
 struct gemm_kernel {
     int width;
     void (*kernel)(struct gemm_args);
-    size_t (*shared)(int type, int warps);
+    size_t (*shared)(int type, int warps, int parts);
 };
+static inline size_t gemm_shared(size_t rings, int n_tokens, int warps, int parts) {
+    size_t sums = sizeof(float) * (size_t)sums_floats(n_tokens, warps, parts);
+    return rings > sums ? rings : sums;
+}
 extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_many32, gemm_many64, gemm_many128;
 
 #endif

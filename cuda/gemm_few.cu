@@ -13,31 +13,34 @@ template <int TYPE> DEVICE constexpr int warp_bytes() {
     return STAGES * format<TYPE>::bytes + TABLE_BYTES;
 }
 
-template <int NG> static size_t few_shared(int type, int warps) {
-    return (size_t)(STAGES * x_bytes<NG>() + 8 * NG * 4 +
-                    warps * (STAGES * panel_bytes(type) + TABLE_BYTES));
+template <int NG> static size_t few_shared(int type, int warps, int parts) {
+    int rings = parts * STAGES * x_bytes<NG>() + 8 * NG * 4 + warps * (STAGES * panel_bytes(type) + TABLE_BYTES);
+    return gemm_shared((size_t)rings, 8 * NG, warps, parts);
 }
 
+/* x: of this warp's part. panels, table: its own. rows: the tokens' places in the activations. */
 template <int TYPE, int NG> struct few_ring {
     using f = format<TYPE>;
     const struct gemm_args &a;
     const struct gemm_work &w;
-    uint8_t *x, *panels;
-    int lane, warp, n_warps, n_panels;
+    uint8_t *x, *panels, *table;
+    int *rows;
+    int lane;
 
     DEVICE void copy_weights(int p) const {
-        if (p < n_panels && w.stored)
+        if (p < w.n_panels && w.stored)
             copy_piece<f::bytes>(panels + p % STAGES * f::bytes, w.w + (size_t)p * f::bytes, lane);
     }
 
-    /* A warp takes whole rows, lane l the l-th chunk of a token's 256 columns. rows: the tokens' places in x. */
-    DEVICE void copy_activations(const int *rows, int p) const {
-        if (p >= n_panels) return;
+    /* A warp takes whole rows, lane l the l-th chunk of a token's 256 columns. */
+    DEVICE void copy_activations(int p) const {
+        if (p >= w.n_panels) return;
         uint8_t *dst = x + p % STAGES * x_bytes<NG>() + (lane >> 3) * (8 * NG * X_ROW);
-        for (int i = warp; i < w.n; i += n_warps) {
-            const uint8_t *src = (const uint8_t *)a.x + (size_t)rows[i] * (size_t)a.n_cols * 2;
-            copy16(dst + i * X_ROW + ((lane & 7) ^ (i & 7)) * 16, src + p * (PANEL_K * 2) + lane * 16);
-        }
+        const uint8_t *src = (const uint8_t *)a.x + (w.part * w.n_panels + p) * (PANEL_K * 2) + lane * 16;
+#pragma unroll 1
+        for (int i = w.warp; i < w.n; i += w.n_warps)
+            copy16(dst + i * X_ROW + ((lane & 7) ^ (i & 7)) * 16,
+                   src + (size_t)rows[i] * (size_t)a.n_cols * 2);
     }
 };
 
@@ -46,7 +49,7 @@ template <int TYPE, int NG>
 static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const uint8_t *table,
                              const uint8_t *x, int lane) {
     using f = format<TYPE>;
-#pragma unroll
+#pragma unroll 2
     for (int u = 0; u < PANEL_UNITS; u++) {
         h2 a[4][4];
         load_fragments<TYPE>(a, panel + f::header + u * f::unit, table, u, lane);
@@ -63,35 +66,34 @@ static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const ui
 template <int TYPE, int NG>
 static DEVICE void few_tile(const struct gemm_args &a, const struct gemm_work &w) {
     using f = format<TYPE>;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, n_warps = (int)blockDim.x >> 5;
-    int *rows = (int *)(shared_bytes + STAGES * x_bytes<NG>());
-    uint8_t *own = (uint8_t *)(rows + 8 * NG) + warp * warp_bytes<TYPE>();
-    uint8_t *table = own + STAGES * f::bytes;
-    const struct few_ring<TYPE, NG> ring = {a,    w,    shared_bytes, own,
-                                            lane, warp, n_warps,      a.n_cols / PANEL_K};
-#pragma unroll
+    int lane = (int)threadIdx.x & 31;
+    int *rows = (int *)(shared_bytes + w.n_parts * STAGES * x_bytes<NG>());
+    uint8_t *own = (uint8_t *)(rows + 8 * NG) + (int)(threadIdx.x >> 5) * warp_bytes<TYPE>();
+    const struct few_ring<TYPE, NG> ring = {
+        a, w, shared_bytes + w.part * STAGES * x_bytes<NG>(), own, own + STAGES * f::bytes, rows, lane};
+#pragma unroll 1
     for (int p = 0; p < STAGES - 1; p++) ring.copy_weights(p); /* they do not depend on the kernels before */
     if (!a.items) depend_wait();
     for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x) rows[i] = token_row(w, i);
     __syncthreads();
-#pragma unroll
+#pragma unroll 1
     for (int p = 0; p < STAGES - 1; p++) {
-        ring.copy_activations(rows, p);
+        ring.copy_activations(p);
         copy_commit(); /* the first group has all of the weights so far */
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
     float acc[NG][4] = {};
 #pragma unroll 1
-    for (int p = 0; p < ring.n_panels; p++) {
+    for (int p = 0; p < w.n_panels; p++) {
         copy_wait<STAGES - 2>();
         __syncthreads(); /* panel p is here, and panel p - 1's place is free */
         ring.copy_weights(p + STAGES - 1);
-        ring.copy_activations(rows, p + STAGES - 1);
+        ring.copy_activations(p + STAGES - 1);
         copy_commit();
         const uint8_t *panel = own + p % STAGES * f::bytes;
-        unpack_scales<TYPE>(panel, table, lane, c);
+        unpack_scales<TYPE>(panel, ring.table, lane, c);
         __syncwarp();
-        few_panel<TYPE, NG>(acc, panel, table, shared_bytes + p % STAGES * x_bytes<NG>(), lane);
+        few_panel<TYPE, NG>(acc, panel, ring.table, ring.x + p % STAGES * x_bytes<NG>(), lane);
     }
     copy_wait<0>();
     write_tile<NG>(a, w, (float *)shared_bytes, lane, acc);

@@ -14,36 +14,38 @@ template <int TYPE> DEVICE constexpr int warp_bytes() {
     return STAGES * format<TYPE>::unit + 2 * format<TYPE>::header + TABLE_BYTES;
 }
 
-template <int WIDTH> static size_t many_shared(int type, int warps) {
+template <int WIDTH> static size_t many_shared(int type, int warps, int parts) {
     int own = STAGES * panel_unit_bytes(type) + 2 * panel_header_bytes(type) + TABLE_BYTES;
-    return (size_t)(STAGES * WIDTH * X_ROW + WIDTH * 4 + warps * own);
+    int rings = parts * STAGES * WIDTH * X_ROW + WIDTH * 4 + warps * own;
+    return gemm_shared((size_t)rings, WIDTH, warps, parts);
 }
 
-/* x: [STAGES][WIDTH][X_ROW]. own: [STAGES] units, then [2] headers, then the table. */
+/* x: of this warp's part, [STAGES][WIDTH][X_ROW]. units, headers, table: its own, [STAGES], [2] and one. rows: the tokens'
+ * places in the activations. */
 template <int TYPE, int WIDTH> struct many_ring {
     using f = format<TYPE>;
     const struct gemm_args &a;
     const struct gemm_work &w;
-    uint8_t *x, *units, *headers;
-    int lane, n_units;
+    uint8_t *x, *units, *headers, *table;
+    int *rows;
+    int lane;
 
     DEVICE void copy_weights(int i, int slot) const {
-        if (i >= n_units || !w.stored) return;
         int p = i / PANEL_UNITS, u = i % PANEL_UNITS;
+        if (p >= w.n_panels || !w.stored) return;
         const uint8_t *panel = w.w + (size_t)p * f::bytes;
         copy_piece<f::unit>(units + slot * f::unit, panel + f::header + u * f::unit, lane);
         if (f::header > 0 && u == 0) copy_piece<f::header>(headers + (p & 1) * f::header, panel, lane);
     }
 
     /* Eight threads take a token's 64 columns. */
-    DEVICE void copy_activations(const int *rows, int i, int slot) const {
-        if (i >= n_units) return;
-        int c = (int)threadIdx.x & 7;
-        for (int r = (int)threadIdx.x >> 3; r < w.n; r += (int)blockDim.x >> 3) {
-            const uint8_t *src = (const uint8_t *)a.x + (size_t)rows[r] * (size_t)a.n_cols * 2;
+    DEVICE void copy_activations(int i, int slot) const {
+        if (i >= w.n_panels * PANEL_UNITS) return;
+        int c = lane & 7;
+        const uint8_t *src = (const uint8_t *)a.x + (w.part * w.n_panels * PANEL_UNITS + i) * (PANEL_UNIT_K * 2) + c * 16;
+        for (int r = w.warp * 4 + (lane >> 3); r < w.n; r += w.n_warps * 4)
             copy16(x + (slot * WIDTH + r) * X_ROW + (c ^ (r & 7)) * 16,
-                   src + i * (PANEL_UNIT_K * 2) + c * 16);
-        }
+                   src + (size_t)rows[r] * (size_t)a.n_cols * 2);
     }
 };
 
@@ -72,18 +74,20 @@ static DEVICE void many_product(float (&acc)[NG][4], h2 (&a)[4][4], const uint8_
 template <int TYPE, int WIDTH, int NG>
 static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &w, uint8_t *shared) {
     using f = format<TYPE>;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    int *rows = (int *)(shared + STAGES * WIDTH * X_ROW);
-    uint8_t *own = (uint8_t *)(rows + WIDTH) + warp * warp_bytes<TYPE>();
-    uint8_t *headers = own + STAGES * f::unit, *table = headers + 2 * f::header;
-    const struct many_ring<TYPE, WIDTH> ring = {a,    w, shared, own, headers,
-                                                lane, a.n_cols / PANEL_UNIT_K};
+    int lane = (int)threadIdx.x & 31;
+    int *rows = (int *)(shared + w.n_parts * STAGES * WIDTH * X_ROW);
+    uint8_t *own = (uint8_t *)(rows + WIDTH) + (int)(threadIdx.x >> 5) * warp_bytes<TYPE>();
+    uint8_t *headers = own + STAGES * f::unit;
+    const struct many_ring<TYPE, WIDTH> ring = {
+        a, w, shared + w.part * STAGES * WIDTH * X_ROW, own, headers, headers + 2 * f::header, rows, lane};
+#pragma unroll 1
     for (int i = 0; i < AHEAD; i++) ring.copy_weights(i, i); /* they do not depend on the kernels before */
     if (!a.items) depend_wait();
     for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x) rows[i] = token_row(w, i);
     __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < AHEAD; i++) {
-        ring.copy_activations(rows, i, i);
+        ring.copy_activations(i, i);
         copy_commit(); /* the first group has all of the weights so far */
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
@@ -91,22 +95,22 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
     wgmma_pin(acc);
     int slot = 0, next = AHEAD;
 #pragma unroll 1
-    for (int i = 0; i < ring.n_units; i++) {
+    for (int i = 0; i < w.n_panels * PANEL_UNITS; i++) {
         int u = i % PANEL_UNITS;
         copy_wait<AHEAD - 1>();
         matrix_fence(); /* what this thread copied, before the others' matrix units read it */
         __syncthreads();
         ring.copy_weights(i + AHEAD, next);
-        ring.copy_activations(rows, i + AHEAD, next);
+        ring.copy_activations(i + AHEAD, next);
         copy_commit();
         if (u == 0 && f::header > 0) {
-            unpack_scales<TYPE>(headers + (i / PANEL_UNITS & 1) * f::header, table, lane, c);
+            unpack_scales<TYPE>(headers + (i / PANEL_UNITS & 1) * f::header, ring.table, lane, c);
             __syncwarp();
         }
         h2 operands[4][4];
         wgmma_wait<0>(); /* the last unit's products: the operands are free */
-        load_fragments<TYPE>(operands, own + slot * f::unit, table, u, lane);
-        many_product<NG>(acc, operands, shared + slot * WIDTH * X_ROW, lane);
+        load_fragments<TYPE>(operands, own + slot * f::unit, ring.table, u, lane);
+        many_product<NG>(acc, operands, ring.x + slot * WIDTH * X_ROW, lane);
         slot = slot == STAGES - 1 ? 0 : slot + 1;
         next = next == STAGES - 1 ? 0 : next + 1;
     }
