@@ -102,9 +102,9 @@ struct cuda {
     uint32_t *attn_tickets;
     float *router_partials;
     struct route_lists lists;
-    uint32_t *route_ticket;
+    uint32_t *route_tickets;
     uint64_t *n_reads;      /* device */
-    uint64_t *host_reads;   /* pinned [2] */
+    uint64_t *host_reads;   /* pinned [2]: n_reads after a step */
 
     /* Sampling. */
     struct slot_state *slots; /* [max_seqs] */

@@ -32,7 +32,8 @@ enum {
     MAX_EMBD = 16384,
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
-    ROUTE_SLICE = 256,      /* columns of one partial sum of the router */
+    ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
+    ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
@@ -224,11 +225,10 @@ struct route_args {
     int32_t n_cols, n_experts, n_used;
     bool renormalize;
     void *x;             /* f16 [T][D] written */
-    float *partials;     /* [D / 256][T][E] */
+    float *partials;     /* [ROUTE_GROUPS][T][E] */
     struct route_lists lists;
-    uint32_t *ticket;    /* zero between launches */
+    uint32_t *tickets;   /* [1 + chunks of ROUTE_CHUNK tokens], zero between launches */
     uint64_t *n_reads;   /* groups so far */
-    uint64_t *host_reads; /* [2], pinned host memory: n_reads as the step `result` left it */
 };
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
 /* Only the sort, of ids and weights already in place; reads are not counted. */

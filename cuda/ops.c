@@ -160,9 +160,8 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .x = op->x->p,
                                    .partials = c->router_partials,
                                    .lists = c->lists,
-                                   .ticket = c->route_ticket,
-                                   .n_reads = c->n_reads,
-                                   .host_reads = c->host_reads};
+                                   .tickets = c->route_tickets,
+                                   .n_reads = c->n_reads};
     return device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue));
 }
 

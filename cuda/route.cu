@@ -1,311 +1,388 @@
-/* route: which experts each token goes to. Three stages in two launches: partial sums of the logits in true f32
- * (k_router); softmax and top-k per token (k_route_topk), whose last block sorts when the batch is small; otherwise
- * k_route_sort does.
+/* route: the experts' input x, and which experts each token goes to: logits in true f32, softmax, top-k, and the sort
+ * of the pairs by expert (route_sort.cuh).
  *
- * A logit is the sum of D / 256 partial sums in order, each over 256 columns in order with fused multiply-adds, of
- * h * norm with the row's 1 / rms applied at the end: one order, whatever tile a token falls into. The sort is a
- * stable counting sort: within an expert, rows stand in the order of their tokens. */
+ * A logit is 1 / rms times the sum, in a fixed tree, of 32 slices of the columns: slice l has columns 128 j + 4 l
+ * + {0 … 3} for all j, added up in that order with fused multiply-adds of h and (router * norm). A lane of a
+ * warp takes a slice (k_route_few), or a thread takes four slices of several tokens and experts (k_router_many): the
+ * same sums either way.
+ *
+ * Small steps are one launch: a block has WARPS experts and ROUTE_CHUNK tokens (a chunk), the last block of a chunk chooses, one token
+ * per warp, and the last chunk sorts. Large ones are k_router_many, then k_route_choose, whose last block sorts up
+ * to SORT_HERE pairs; k_route_sort does the rest. */
 #include "cuda/common.cuh"
+#include "cuda/route_sort.cuh"
 
-/* ---- logits --------------------------------------------------------------------------------------- */
+enum : int {
+    WARPS = 8,
+    HELD = 16,          /* 128 columns each: of the router, in registers */
+    FEW_TOKENS = 64,    /* that k_route_few takes */
+    SORT_WARPS = 32,
+    SORT_HERE = 4096    /* pairs that the last block sorts at once */
+};
 
-enum : int { SLICE_STEP = 32 };
-
-/* Tiles of TT tokens x TE experts, TM x EM of them per thread, over one slice of the columns. */
-template <int TT, int TE, int TM, int EM>
-static DEVICE void router_tile(const struct route_args &a) {
-    constexpr int threads = TT / TM * (TE / EM);
-    __shared__ float xs[SLICE_STEP][TT + 4], ws[SLICE_STEP][TE + 4];
-    int n_tokens = a.header->n_tokens, t0 = (int)blockIdx.x * TT, e0 = (int)blockIdx.y * TE;
-    int first = (int)blockIdx.z * ROUTE_SLICE, last = min(first + ROUTE_SLICE, a.n_cols);
-    if (t0 >= n_tokens) return;
-    int te = (int)threadIdx.x % (TE / EM) * EM, tt = (int)threadIdx.x / (TE / EM) * TM;
-    float acc[TM][EM] = {};
-    for (int k0 = first; k0 < last; k0 += SLICE_STEP) {
-        __syncthreads();
-        for (int i = (int)threadIdx.x; i < TT * SLICE_STEP / 4; i += threads) {
-            int t = i / (SLICE_STEP / 4), k = i % (SLICE_STEP / 4) * 4;
-            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (t0 + t < n_tokens)
-                v = *(const float4 *)(a.h + (size_t)(t0 + t) * (size_t)a.n_cols + (size_t)(k0 + k));
-            float4 n = *(const float4 *)(a.norm + k0 + k);
-            xs[k][t] = v.x * n.x, xs[k + 1][t] = v.y * n.y;
-            xs[k + 2][t] = v.z * n.z, xs[k + 3][t] = v.w * n.w;
-        }
-        for (int i = (int)threadIdx.x; i < TE * SLICE_STEP / 4; i += threads) {
-            int e = i / (SLICE_STEP / 4), k = i % (SLICE_STEP / 4) * 4;
-            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (e0 + e < a.n_experts)
-                v = *(const float4 *)(a.router + (size_t)(e0 + e) * (size_t)a.n_cols + (size_t)(k0 + k));
-            ws[k][e] = v.x, ws[k + 1][e] = v.y, ws[k + 2][e] = v.z, ws[k + 3][e] = v.w;
-        }
-        __syncthreads();
-#pragma unroll 8
-        for (int k = 0; k < SLICE_STEP; k++) {
-            float x[TM], w[EM];
-#pragma unroll
-            for (int i = 0; i < TM; i++) x[i] = xs[k][tt + i];
-#pragma unroll
-            for (int j = 0; j < EM; j++) w[j] = ws[k][te + j];
-#pragma unroll
-            for (int i = 0; i < TM; i++)
-#pragma unroll
-                for (int j = 0; j < EM; j++) acc[i][j] = fmaf(x[i], w[j], acc[i][j]);
-        }
-    }
-    float *out = a.partials + (size_t)blockIdx.z * (size_t)n_tokens * (size_t)a.n_experts;
-#pragma unroll
-    for (int i = 0; i < TM; i++)
-#pragma unroll
-        for (int j = 0; j < EM; j++)
-            if (t0 + tt + i < n_tokens && e0 + te + j < a.n_experts)
-                out[(size_t)(t0 + tt + i) * (size_t)a.n_experts + (size_t)(e0 + te + j)] = acc[i][j];
-}
-
-static __global__ void __launch_bounds__(128) k_router_few_f32(const __grid_constant__ struct route_args a) {
-    depend_release();
-    depend_wait();
-    router_tile<8, 16, 1, 1>(a);
-}
-
-static __global__ void __launch_bounds__(128) k_router_f32(const __grid_constant__ struct route_args a) {
-    depend_release();
-    depend_wait();
-    router_tile<32, 64, 4, 4>(a);
-}
-
-/* ---- the stable sort, by one block --------------------------------------------------------------------- */
-
-/* Exclusive prefix sums of counts[n] by one warp; returns the total. */
-static DEVICE int warp_prefix(const int *counts, int *before, int n, int lane) {
-    int total = 0;
-    for (int i0 = 0; i0 < n; i0 += 32) {
-        int i = i0 + lane, v = i < n ? counts[i] : 0, sum = v;
-        for (int d = 1; d < 32; d <<= 1) {
-            int up = __shfl_up_sync(ALL_LANES, sum, d);
-            if (lane >= d) sum += up;
-        }
-        if (i < n) before[i] = total + sum - v;
-        total += __shfl_sync(ALL_LANES, sum, 31);
-    }
-    return total;
-}
-
-/* Groups cut into tiles of at most `width` tokens, as even as multiples of 8 allow. */
-static DEVICE int tile_tokens(int n, int width) {
-    int n_tiles = (n + width - 1) / width, even = (n + n_tiles - 1) / n_tiles;
-    return (even + 7) / 8 * 8;
-}
-
-/* shared: [WARPS][E] cursors, then [E] counts and [E] a spare, then the list lengths' base. */
-template <int WARPS> static DEVICE void route_sort(const struct route_args &a, int *shared, bool count_reads) {
-    int n_experts = a.n_experts, n_pairs = a.header->n_tokens * a.n_used;
-    int tid = (int)threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    int *cursors = shared, *counts = shared + WARPS * n_experts, *first = counts + n_experts;
-    int chunk = (n_pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;
-    int begin = warp * chunk, end = min(begin + chunk, n_pairs);
-    for (int i = tid; i < WARPS * n_experts; i += WARPS * 32) cursors[i] = 0;
-    __syncthreads();
-    int *own = cursors + warp * n_experts;
-    for (int i = begin + lane; i - lane < end; i += 32) {
-        int e = i < end ? __ldcg(a.lists.ids + i) : -1;
-        uint32_t same = __match_any_sync(ALL_LANES, e);
-        if (e >= 0 && (same & ((1u << lane) - 1u)) == 0) own[e] += __popc(same);
-        __syncwarp();
-    }
-    __syncthreads();
-    for (int e = tid; e < n_experts; e += WARPS * 32) {
-        int n = 0;
-        for (int w = 0; w < WARPS; w++) {
-            int c = cursors[w * n_experts + e];
-            cursors[w * n_experts + e] = n;
-            n += c;
-        }
-        counts[e] = n;
-    }
-    __syncthreads();
-    if (warp == 0) {
-        warp_prefix(counts, first, n_experts, lane);
-        if (lane == 0) a.lists.expert_first[n_experts] = n_pairs;
-    }
-    __syncthreads();
-    for (int e = tid; e < n_experts; e += WARPS * 32) a.lists.expert_first[e] = first[e];
-    for (int i = begin + lane; i - lane < end; i += 32) {
-        int e = i < end ? __ldcg(a.lists.ids + i) : -1;
-        uint32_t same = __match_any_sync(ALL_LANES, e);
-        int row = e >= 0 ? first[e] + own[e] + __popc(same & ((1u << lane) - 1u)) : 0;
-        __syncwarp();
-        if (e >= 0 && (same & ((1u << lane) - 1u)) == 0) own[e] += __popc(same);
-        __syncwarp();
-        if (e < 0) continue;
-        a.lists.token_of[row] = i / a.n_used;
-        a.lists.row_of[i] = row;
-    }
-    __syncthreads();
-    int *n_tiles = cursors, *tiles_before = cursors + n_experts; /* the cursors are done with */
-    for (int list = 0; list < N_WIDTHS; list++) {
-        int width = 8 << list;
-        for (int e = tid; e < n_experts; e += WARPS * 32) {
-            int n = counts[e], w = n > 0 ? tile_tokens(n, width) : 1;
-            n_tiles[e] = (n + w - 1) / w;
-        }
-        __syncthreads();
-        if (warp == 0) {
-            int total = warp_prefix(n_tiles, tiles_before, n_experts, lane);
-            if (lane == 0) a.lists.n_items[list] = total;
-        }
-        __syncthreads();
-        for (int e = tid; e < n_experts; e += WARPS * 32) {
-            int n = counts[e], w = n > 0 ? tile_tokens(n, width) : 1;
-            struct gemm_item *to = a.lists.items[list] + tiles_before[e];
-            for (int at = 0; at < n; at += w)
-                *to++ = {e, first[e] + at, min(w, n - at), 0};
-        }
-        __syncthreads();
-    }
-    if (!count_reads || warp != 0) return;
-    int groups = 0;
-    for (int e = lane; e < n_experts; e += 32) groups += counts[e] > 0;
-    groups = warp_sum(groups);
-    if (lane == 0) {
-        uint64_t n = *a.n_reads + (uint64_t)groups;
-        *a.n_reads = n;
-        a.host_reads[a.header->result] = n;
-    }
-}
-
-/* ---- softmax and top-k ---------------------------------------------------------------------------------- */
-
-enum : int { TOPK_WARPS = 8, SORT_WARPS = 32, SORT_HERE = 4096 /* pairs that the last block of top-k sorts */ };
-
-/* One warp, one token: probabilities stay in the lanes, expert 32 i + lane in p[i]. */
-static DEVICE void choose(const struct route_args &a, int t, float inverse, int lane) {
-    constexpr int per_lane = MAX_EXPERTS / 32;
-    size_t plane = (size_t)a.header->n_tokens * (size_t)a.n_experts;
-    const float *logits = a.partials + (size_t)t * (size_t)a.n_experts;
-    int n_slices = (a.n_cols + ROUTE_SLICE - 1) / ROUTE_SLICE, n = (a.n_experts + 31) / 32;
-    float p[per_lane], max = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < per_lane; i++) {
-        if (i >= n) break;
-        int e = 32 * i + lane;
-        p[i] = -INFINITY;
-        if (e >= a.n_experts) continue;
-        float sum = __ldcg(logits + e);
-        for (int s = 1; s < n_slices; s++) sum += __ldcg(logits + s * plane + e);
-        p[i] = sum * inverse;
-        max = fmaxf(max, p[i]);
-    }
-    max = warp_max(max);
-    float all = 0.0f, kept = 0.0f;
-#pragma unroll
-    for (int i = 0; i < per_lane; i++)
-        if (i < n) all += expf(p[i] - max);
-    all = warp_sum(all);
-    float mine = 0.0f; /* lane k keeps the weight of rank k */
-    int id = 0;
-    uint32_t taken = 0; /* bit i: expert 32 i + lane */
-    for (int k = 0; k < a.n_used; k++) {
-        float best = -INFINITY;
-        int at = MAX_EXPERTS;
-#pragma unroll
-        for (int i = 0; i < per_lane; i++) {
-            int e = 32 * i + lane;
-            if (i >= n || e >= a.n_experts || (taken >> i & 1u)) continue;
-            /* NaN loses to everything but an empty place, so that k distinct ids come out in any case. */
-            if (at == MAX_EXPERTS || p[i] > best || (best != best && p[i] == p[i])) best = p[i], at = e;
-        }
-        for (int d = 16; d > 0; d >>= 1) {
-            float other = __shfl_xor_sync(ALL_LANES, best, d);
-            int other_at = __shfl_xor_sync(ALL_LANES, at, d);
-            bool nan = best != best, other_nan = other != other;
-            bool better = other_at != MAX_EXPERTS &&
-                          (at == MAX_EXPERTS || other > best || (nan && !other_nan) ||
-                           ((other == best || (nan && other_nan)) && other_at < at));
-            if (better) best = other, at = other_at;
-        }
-        if ((at & 31) == lane) taken |= 1u << (at >> 5);
-        float w = expf(best - max);
-        kept += w;
-        if (lane == k) mine = w, id = at;
-    }
-    if (lane < a.n_used) {
-        a.lists.ids[t * a.n_used + lane] = id;
-        a.lists.weights[t * a.n_used + lane] = mine / (a.renormalize ? kept : all);
-    }
-}
+static_assert((int)ROUTE_CHUNK == (int)WARPS && (int)ROUTE_CHUNK <= (int)SMALL_TOKENS,
+              "a warp chooses for one token of a chunk");
 
 extern __shared__ __align__(16) int shared_ints[];
 
-/* One block per token: the row's norm, x for the experts, and by one warp the choice. */
-static __global__ void __launch_bounds__(32 * TOPK_WARPS)
-    k_route_topk_f32(const __grid_constant__ struct route_args a) {
-    __shared__ float sums[TOPK_WARPS];
-    __shared__ bool is_last;
-    depend_release();
-    depend_wait();
-    int t = (int)blockIdx.x, n_tokens = a.header->n_tokens, lane = (int)threadIdx.x & 31;
-    if (t >= n_tokens) return;
-    const float4 *h = (const float4 *)(a.h + (size_t)t * (size_t)a.n_cols);
-    const float4 *norm = (const float4 *)a.norm;
+/* ---- one row, by one warp ------------------------------------------------------------------------------ */
+
+static DEVICE float row_inverse(const struct route_args &a, const float4 *h, int lane) {
     float squares = 0.0f;
-    for (int i = (int)threadIdx.x; i < a.n_cols / 4; i += 32 * TOPK_WARPS) {
+#pragma unroll 8
+    for (int i = lane; i < a.n_cols / 4; i += 32) {
         float4 v = h[i];
         squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
     }
-    squares = warp_sum(squares);
-    if (lane == 0) sums[threadIdx.x >> 5] = squares;
-    __syncthreads();
-    squares = sums[0];
-    for (int i = 1; i < TOPK_WARPS; i++) squares += sums[i];
-    float inverse = 1.0f / sqrtf(squares / (float)a.n_cols + a.eps);
-    if (threadIdx.x < 32) choose(a, t, inverse, lane);
+    return 1.0f / sqrtf(warp_sum(squares) / (float)a.n_cols + a.eps);
+}
+
+/* x of a row, columns 128 i … for i = first, first + step, …. */
+static DEVICE void write_x(const struct route_args &a, const float4 *h, int t, float inverse, int first, int step,
+                           int lane) {
+    const float4 *norm = (const float4 *)a.norm;
     uint2 *x = (uint2 *)((uint16_t *)a.x + (size_t)t * (size_t)a.n_cols);
-    for (int i = (int)threadIdx.x; i < a.n_cols / 4; i += 32 * TOPK_WARPS) {
+#pragma unroll 4
+    for (int i = 32 * first + lane; i < a.n_cols / 4; i += 32 * step) {
         float4 v = h[i], w = norm[i];
         x[i] = make_uint2(h2_pack(v.x * inverse * w.x, v.y * inverse * w.y),
                           h2_pack(v.z * inverse * w.z, v.w * inverse * w.w));
     }
-    if (n_tokens * a.n_used > SORT_HERE) return;
+}
+
+/* Floats as integers of the same order; NaN loses to everything but an empty place (0). */
+static DEVICE uint32_t order_key(float x) {
+    uint32_t u = __float_as_uint(x + 0.0f); /* -0 is 0 */
+    return x != x ? 1u : u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+static DEVICE float key_value(uint32_t key) {
+    return key == 1u ? NAN : __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+/* The token's experts and weights from its logits, of which lane l has expert 32 i + l in p[i]. ids: in shared
+ * memory too, unless NULL. */
+template <int PER_LANE>
+static DEVICE void choose(const struct route_args &a, int t, const float (&p)[PER_LANE], int *ids, int lane) {
+    uint32_t keys[PER_LANE];
+    float max = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        keys[i] = 32 * i + lane < a.n_experts ? order_key(p[i]) : 0u;
+        max = fmaxf(max, p[i]);
+    }
+    max = warp_max(max);
+    float value = 0.0f; /* lane k: of rank k */
+    int id = 0;
+    for (int k = 0; k < a.n_used; k++) {
+        uint32_t best = 0;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) best = keys[i] > best ? keys[i] : best;
+        best = __reduce_max_sync(ALL_LANES, best);
+        uint32_t at = MAX_EXPERTS;
+#pragma unroll
+        for (int i = PER_LANE - 1; i >= 0; i--)
+            if (keys[i] == best) at = (uint32_t)(32 * i + lane);
+        at = __reduce_min_sync(ALL_LANES, at);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+            if (at == (uint32_t)(32 * i + lane)) keys[i] = 0;
+        if (lane == k) value = key_value(best), id = (int)at;
+    }
+    bool kept = lane < a.n_used;
+    float weight = kept ? expf(value - max) : 0.0f, sum;
+    if (a.renormalize) {
+        sum = warp_sum(weight);
+    } else {
+        sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+            if (32 * i + lane < a.n_experts) sum += expf(p[i] - max);
+        sum = warp_sum(sum);
+    }
+    if (!kept) return;
+    a.lists.ids[t * a.n_used + lane] = id;
+    a.lists.weights[t * a.n_used + lane] = weight / sum;
+    if (ids) ids[lane] = id;
+}
+
+/* choose() from logits in memory: n_groups planes of partial sums, 1 or 8. */
+template <int PER_LANE>
+static DEVICE void choose_from(const struct route_args &a, int t, int n_groups, float inverse, int *ids, int lane) {
+    const float *logits = a.partials + (size_t)t * (size_t)a.n_experts;
+    size_t plane = (size_t)a.header->n_tokens * (size_t)a.n_experts;
+    float p[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        int e = 32 * i + lane;
+        p[i] = -INFINITY;
+        if (e >= a.n_experts) continue;
+        float s[ROUTE_GROUPS];
+#pragma unroll
+        for (int g = 0; g < ROUTE_GROUPS; g++) s[g] = g < n_groups ? __ldcg(logits + g * plane + e) : 0.0f;
+        if (n_groups > 1) s[0] = (s[0] + s[1] + (s[2] + s[3])) + (s[4] + s[5] + (s[6] + s[7]));
+        p[i] = s[0] * inverse;
+    }
+    choose<PER_LANE>(a, t, p, ids, lane);
+}
+
+static DEVICE void choose_any(const struct route_args &a, int t, int n_groups, float inverse, int *ids, int lane) {
+    if (a.n_experts <= 128) choose_from<4>(a, t, n_groups, inverse, ids, lane);
+    else choose_from<MAX_EXPERTS / 32>(a, t, n_groups, inverse, ids, lane);
+}
+
+/* ---- blocks that finish last ------------------------------------------------------------------------------- */
+
+/* What this block wrote is to be seen by the last of n blocks: all threads, then draw() by thread 0. */
+static DEVICE void publish() {
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(a.ticket, 1u) == (uint32_t)n_tokens - 1u;
-        if (is_last) *a.ticket = 0;
+}
+static DEVICE bool draw(uint32_t *ticket, int n) {
+    bool last = atomicAdd(ticket, 1u) == (uint32_t)n - 1u;
+    if (last) *ticket = 0;
+    return last;
+}
+
+/* ---- few tokens: everything at once ------------------------------------------------------------------------- */
+
+static DEVICE void fetch_router(const struct route_args &a, int e, int first, int lane, float4 (&w)[HELD]) {
+    const float4 *row = (const float4 *)a.router + (size_t)e * (size_t)(a.n_cols / 4);
+    const float4 *norm = (const float4 *)a.norm;
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+        int i = first + 32 * j;
+        w[j] = i < a.n_cols / 4 && e < a.n_experts ? row[i + lane] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+        int i = first + 32 * j;
+        if (i >= a.n_cols / 4) break;
+        float4 n = norm[i + lane];
+        w[j] = make_float4(w[j].x * n.x, w[j].y * n.y, w[j].z * n.z, w[j].w * n.w);
+    }
+}
+
+static DEVICE float dot(float4 h, float4 w, float sum) {
+    return fmaf(h.w, w.w, fmaf(h.z, w.z, fmaf(h.y, w.y, fmaf(h.x, w.x, sum))));
+}
+
+/* Pairs first: slices 4 g … 4 g + 3, as k_router_many has them, then the groups. */
+static DEVICE float slice_sum(float x) {
+    for (int i = 1; i < 32; i <<= 1) x += __shfl_xor_sync(ALL_LANES, x, i);
+    return x;
+}
+
+static __global__ void __launch_bounds__(32 * WARPS, 1)
+    k_route_few_f32(const __grid_constant__ struct route_args a) {
+    __shared__ int ids[SMALL_PAIRS];
+    __shared__ uint32_t present[MAX_EXPERTS / 32];
+    __shared__ bool last;
+    depend_release();
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, quads = a.n_cols / 4;
+    int e = (int)blockIdx.x * WARPS + warp, t0 = (int)blockIdx.y * ROUTE_CHUNK, n_tokens = a.header->n_tokens;
+    if (t0 >= n_tokens) return;
+    float4 w[HELD];
+    fetch_router(a, e, 0, lane, w);
+    depend_wait();
+    const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads;
+    int n_here = min(n_tokens - t0, (int)ROUTE_CHUNK), t = t0 + warp;
+    float sums[ROUTE_CHUNK] = {};
+    for (int first = 0; first < quads; first += 32 * HELD) {
+        if (first > 0) fetch_router(a, e, first, lane, w);
+#pragma unroll
+        for (int i = 0; i < ROUTE_CHUNK; i++) {
+            if (i >= n_here) break;
+#pragma unroll
+            for (int j = 0; j < HELD; j++) {
+                int at = first + 32 * j;
+                if (at < quads) sums[i] = dot(h[(size_t)i * (size_t)quads + (size_t)(at + lane)], w[j], sums[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROUTE_CHUNK; i++) {
+        if (i >= n_here) break;
+        float logit = slice_sum(sums[i]);
+        if (lane == i && e < a.n_experts)
+            __stcg(a.partials + (size_t)(t0 + i) * (size_t)a.n_experts + (size_t)e, logit);
+    }
+    publish();
+    if (threadIdx.x == 0) last = draw(a.tickets + 1 + blockIdx.y, (int)gridDim.x);
+    float inverse = 0.0f;
+    if (warp < n_here) {
+        const float4 *row = h + (size_t)warp * (size_t)quads;
+        inverse = row_inverse(a, row, lane);
+        write_x(a, row, t, inverse, (int)blockIdx.x, (int)gridDim.x, lane);
     }
     __syncthreads();
-    if (!is_last) return;
+    if (!last) return;
     __threadfence();
-    route_sort<TOPK_WARPS>(a, shared_ints, true);
+    if (warp < n_here) choose_any(a, t, 1, inverse, ids + warp * a.n_used, lane);
+    if (n_tokens <= ROUTE_CHUNK) {
+        __syncthreads();
+        return route_sort_small<32 * WARPS>(a, ids, present, n_tokens * a.n_used);
+    }
+    publish();
+    if (threadIdx.x == 0) last = draw(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    route_sort<WARPS>(a, shared_ints, true);
+}
+
+/* ---- many tokens ---------------------------------------------------------------------------------------------- */
+
+enum : int {
+    TILE_T = 32,
+    TILE_E = 64,
+    THREADS = 128,
+    STEP_QUADS = 16,              /* float4 of a row in a step: of 4 slices each, 4 of 128 columns */
+    ROW = 4 * STEP_QUADS + 4      /* floats, padded */
+};
+
+struct many_shared {
+    float x[TILE_T][ROW], w[TILE_E][ROW];
+};
+
+/* A thread's share of a step on its way to shared memory: quad `threadIdx.x % 16` of every 8th row. */
+struct many_step {
+    float4 x[TILE_T / 8], w[TILE_E / 8], norm;
+};
+
+static DEVICE void fetch_step(const struct route_args &a, struct many_step &s, int step, bool weights, bool inputs) {
+    int row = (int)threadIdx.x / STEP_QUADS, quad = (int)threadIdx.x % STEP_QUADS;
+    int t0 = (int)blockIdx.x * TILE_T, e0 = (int)blockIdx.y * TILE_E, n_tokens = a.header->n_tokens;
+    int at = 32 * (4 * step + quad / 4) + 4 * (int)blockIdx.z + quad % 4, quads = a.n_cols / 4;
+    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    bool inside = at < quads;
+    if (weights) {
+        s.norm = inside ? ((const float4 *)a.norm)[at] : zero;
+#pragma unroll
+        for (int i = 0; i < TILE_E / 8; i++) {
+            int e = e0 + row + 8 * i;
+            bool real = inside && e < a.n_experts;
+            s.w[i] = real ? ((const float4 *)a.router)[(size_t)e * (size_t)quads + (size_t)at] : zero;
+        }
+    }
+    if (!inputs) return;
+#pragma unroll
+    for (int i = 0; i < TILE_T / 8; i++) {
+        int t = t0 + row + 8 * i;
+        bool real = inside && t < n_tokens;
+        s.x[i] = real ? ((const float4 *)a.h)[(size_t)t * (size_t)quads + (size_t)at] : zero;
+    }
+}
+
+static DEVICE void store_step(struct many_shared &b, const struct many_step &s) {
+    int row = (int)threadIdx.x / STEP_QUADS, quad = (int)threadIdx.x % STEP_QUADS;
+#pragma unroll
+    for (int i = 0; i < TILE_T / 8; i++) *(float4 *)&b.x[row + 8 * i][4 * quad] = s.x[i];
+#pragma unroll
+    for (int i = 0; i < TILE_E / 8; i++)
+        *(float4 *)&b.w[row + 8 * i][4 * quad] =
+            make_float4(s.w[i].x * s.norm.x, s.w[i].y * s.norm.y, s.w[i].z * s.norm.z, s.w[i].w * s.norm.w);
+}
+
+/* A block: TILE_T tokens, TILE_E experts, slices 4 g … 4 g + 3 with g = blockIdx.z. A thread: tokens tt + 8 i, experts
+ * te + 16 j. */
+static __global__ void __launch_bounds__(THREADS, 2)
+    k_router_many_f32(const __grid_constant__ struct route_args a) {
+    __shared__ struct many_shared b;
+    depend_release();
+    int n_tokens = a.header->n_tokens, t0 = (int)blockIdx.x * TILE_T, e0 = (int)blockIdx.y * TILE_E;
+    if (t0 >= n_tokens) return;
+    int tt = (int)threadIdx.x / 16, te = (int)threadIdx.x % 16;
+    int n_steps = (a.n_cols / 128 + 3) / 4;
+    struct many_step next;
+    fetch_step(a, next, 0, true, false);
+    depend_wait();
+    fetch_step(a, next, 0, false, true);
+    float acc[4][4][4] = {}; /* [slice][i][j] */
+    for (int step = 0; step < n_steps; step++) {
+        __syncthreads();
+        store_step(b, next);
+        __syncthreads();
+        if (step + 1 < n_steps) fetch_step(a, next, step + 1, true, true);
+#pragma unroll 1
+        for (int k = 0; k < STEP_QUADS; k += 4)
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                float4 x[4], w[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) x[i] = *(const float4 *)&b.x[tt + 8 * i][4 * (k + s)];
+#pragma unroll
+                for (int j = 0; j < 4; j++) w[j] = *(const float4 *)&b.w[te + 16 * j][4 * (k + s)];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) acc[s][i][j] = dot(x[i], w[j], acc[s][i][j]);
+            }
+    }
+    float *out = a.partials + (size_t)blockIdx.z * (size_t)n_tokens * (size_t)a.n_experts;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int t = t0 + tt + 8 * i, e = e0 + te + 16 * j;
+            if (t < n_tokens && e < a.n_experts)
+                out[(size_t)t * (size_t)a.n_experts + (size_t)e] =
+                    acc[0][i][j] + acc[1][i][j] + (acc[2][i][j] + acc[3][i][j]);
+        }
+}
+
+static __global__ void __launch_bounds__(32 * WARPS)
+    k_route_choose_f32(const __grid_constant__ struct route_args a) {
+    __shared__ bool last;
+    depend_release();
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int t = (int)blockIdx.x * ROUTE_CHUNK + warp, n_tokens = a.header->n_tokens;
+    if ((int)blockIdx.x * ROUTE_CHUNK >= n_tokens) return;
+    depend_wait();
+    if (t < n_tokens) {
+        const float4 *h = (const float4 *)(a.h + (size_t)t * (size_t)a.n_cols);
+        float inverse = row_inverse(a, h, lane);
+        choose_any(a, t, ROUTE_GROUPS, inverse, NULL, lane);
+        write_x(a, h, t, inverse, 0, 1, lane);
+    }
+    if (n_tokens * a.n_used > SORT_HERE) return;
+    publish();
+    if (threadIdx.x == 0) last = draw(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    route_sort<WARPS>(a, shared_ints, true);
 }
 
 static __global__ void __launch_bounds__(32 * SORT_WARPS)
     k_route_sort_i32(const __grid_constant__ struct route_args a, bool count_reads) {
     depend_release();
     depend_wait();
-    if (count_reads && a.header->n_tokens * a.n_used <= SORT_HERE) return; /* k_route_topk did it */
+    if (count_reads && a.header->n_tokens * a.n_used <= SORT_HERE) return; /* k_route_choose did it */
     route_sort<SORT_WARPS>(a, shared_ints, count_reads);
 }
 
-static size_t sort_shared(const struct route_args *a, int warps) {
-    return (size_t)(warps + 2) * (size_t)a->n_experts * sizeof(int);
+/* ---- launching ------------------------------------------------------------------------------------------------- */
+
+template <int N> static size_t sort_shared(int n_experts) {
+    return (size_t)sort_shared_ints<N>(n_experts) * sizeof(int);
 }
 
 static cudaError_t launch_sort(const struct route_args *a, bool count_reads, const struct cuda_queue *q) {
-    return launch(k_route_sort_i32, dim3(1, 1, 1), 32 * SORT_WARPS, sort_shared(a, SORT_WARPS), q, *a,
+    return launch(k_route_sort_i32, dim3(1, 1, 1), 32 * SORT_WARPS, sort_shared<SORT_WARPS>(a->n_experts), q, *a,
                   count_reads);
 }
 
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q) {
-    bool few = bucket <= 64;
-    int tt = few ? 8 : 32, te = few ? 16 : 64;
-    dim3 grid((unsigned)((bucket + tt - 1) / tt), (unsigned)((a->n_experts + te - 1) / te),
-              (unsigned)((a->n_cols + ROUTE_SLICE - 1) / ROUTE_SLICE));
-    cudaError_t e = few ? launch(k_router_few_f32, grid, 128, 0, q, *a)
-                        : launch(k_router_f32, grid, 128, 0, q, *a);
+    size_t shared = sort_shared<WARPS>(a->n_experts);
+    unsigned chunks = (unsigned)((bucket + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    if (bucket <= FEW_TOKENS)
+        return launch(k_route_few_f32, dim3((unsigned)((a->n_experts + WARPS - 1) / WARPS), chunks, 1), 32 * WARPS,
+                      shared, q, *a);
+    dim3 grid((unsigned)((bucket + TILE_T - 1) / TILE_T), (unsigned)((a->n_experts + TILE_E - 1) / TILE_E),
+              ROUTE_GROUPS);
+    cudaError_t e = launch(k_router_many_f32, grid, THREADS, 0, q, *a);
     if (e != cudaSuccess) return e;
-    e = launch(k_route_topk_f32, dim3((unsigned)bucket, 1, 1), 32 * TOPK_WARPS,
-               sort_shared(a, TOPK_WARPS), q, *a);
+    e = launch(k_route_choose_f32, dim3(chunks, 1, 1), 32 * WARPS, shared, q, *a);
     if (e != cudaSuccess || bucket * a->n_used <= SORT_HERE) return e;
     return launch_sort(a, true, q);
 }
@@ -316,12 +393,12 @@ cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue 
 
 cudaError_t route_prepare(size_t max_shared) {
     cudaFuncAttributes ignored;
-    cudaError_t e = cudaFuncGetAttributes(&ignored, k_router_few_f32);
-    if (e == cudaSuccess) e = cudaFuncGetAttributes(&ignored, k_router_f32);
+    cudaError_t e = cudaFuncGetAttributes(&ignored, k_router_many_f32);
     if (e != cudaSuccess) return e;
-    e = cudaFuncSetAttribute(k_route_sort_i32, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)max_shared);
+    e = cudaFuncSetAttribute(k_route_sort_i32, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)max_shared);
     if (e != cudaSuccess) return e;
-    return cudaFuncSetAttribute(k_route_topk_f32, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (TOPK_WARPS + 2) * MAX_EXPERTS * (int)sizeof(int));
+    int most = (int)sort_shared<WARPS>(MAX_EXPERTS);
+    e = cudaFuncSetAttribute(k_route_few_f32, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (e != cudaSuccess) return e;
+    return cudaFuncSetAttribute(k_route_choose_f32, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
