@@ -13,10 +13,10 @@ static size_t shared_bytes_of(const struct gemm_args &a, int width, int warps) {
     return most;
 }
 
-/* Fills first_tile. */
-static int count_tiles(struct gemm_args &a, int warps) {
+/* Blocks along the rows. Fills first_tile. */
+static int count_tiles(struct gemm_args &a, int warps, int n_tiles) {
     bool silu = a.epilogue == GEMM_SILU_F16;
-    int n = 0, rows = warps / gemm_parts(a.n_cols) * PANEL_ROWS / (silu ? 2 : 1);
+    int n = 0, rows = n_tiles * (warps / gemm_parts(a.n_cols) * PANEL_ROWS / (silu ? 2 : 1));
     for (int i = 0; i < (silu ? 1 : a.n_segments); i++) {
         a.segments[i].first_tile = n;
         n += (a.segments[i].n_rows + rows - 1) / rows;
@@ -26,14 +26,10 @@ static int count_tiles(struct gemm_args &a, int warps) {
 
 static int blocks_of(struct gemm_args &a, int width, int warps, int bucket) {
     int tokens = kernels[width]->width;
-    return (bucket + tokens - 1) / tokens * count_tiles(a, warps);
+    return (bucket + tokens - 1) / tokens * count_tiles(a, warps, 1);
 }
 
 static bool is_few(int width) { return kernels[width]->width <= 16; }
-
-static bool fits(const struct gemm_args &a, struct gemm_plan p, const struct cuda_queue *q) {
-    return shared_bytes_of(a, p.width, p.warps) <= q->max_shared;
-}
 
 static bool fits(const struct gemm_args &a, struct gemm_plan p, const struct cuda_queue *q) {
     return shared_bytes_of(a, p.width, p.warps) <= q->max_shared;
@@ -46,33 +42,37 @@ static int least_warps(const struct gemm_args &a, int width) {
     return is_few(width) ? n : 4 * gemm_parts(a.n_cols);
 }
 
-/* Dense: as many tokens and rows to a block as leave most processors one. */
+/* Dense: all tokens to a block, up to a tile's width, since every further tile unpacks the weights again; and as many rows
+ * as leave most processors a block. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
-    struct gemm_plan p = {N_WIDTHS - 1, 0};
+    struct gemm_plan p = {N_WIDTHS - 1, 0, 1};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
-    for (; !is_few(p.width); p.width--)
-        for (p.warps = 16; p.warps >= 8; p.warps /= 2)
-            if (fits(a, p, q) && blocks_of(a, p.width, p.warps, bucket) * 4 >= q->n_sm * 3) return p;
-    p.warps = 8;
-    while (p.warps > least_warps(a, p.width) &&
-           (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) < q->n_sm))
-        p.warps /= 2;
-    return p;
+    for (;; p.width--) {
+        int least = least_warps(a, p.width);
+        p.warps = is_few(p.width) ? 8 : 16;
+        if (!is_few(p.width) && !fits(a, p, q)) continue;
+        while (p.warps > least && (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) * 4 < q->n_sm * 3))
+            p.warps /= 2;
+        if (p.width == 0 || blocks_of(a, p.width, p.warps, bucket) * 4 >= q->n_sm) return p;
+    }
 }
 
-/* Experts: tiles that hold most groups whole. */
+/* Experts: tiles that hold most groups whole; few panels to a row are made one stream with those of the next rows. */
 static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_experts, int n_used,
                                      const struct cuda_queue *q) {
     static const int most[N_WIDTHS - 1] = {6, 12, 26, 56}; /* mean group, with room for its spread */
-    struct gemm_plan p = {0, 0};
+    struct gemm_plan p = {0, 0, 1};
     while (p.width < N_WIDTHS - 1 && bucket * n_used > most[p.width] * n_experts) p.width++;
     if (bucket <= 8) p.width = 0; /* no group can be larger */
     for (;; p.width--) {
         int least = least_warps(a, p.width);
-        p.warps = bucket <= 8 ? least : is_few(p.width) ? 8 : 16;
+        p.warps = bucket == 1 ? least : is_few(p.width) ? 8 : 16;
         while (p.warps > least && !fits(a, p, q)) p.warps /= 2;
-        if (p.width == 0 || fits(a, p, q)) return p;
+        if (p.width == 0 || fits(a, p, q)) break;
     }
+    int n_panels = a.n_cols / PANEL_K / gemm_parts(a.n_cols);
+    if (is_few(p.width) && bucket > 1) p.tiles = n_panels < 8 ? 8 / n_panels : 1;
+    return p;
 }
 
 struct gemm_plan cuda_gemm_plan(const struct gemm_args *args, int bucket, int n_experts, int n_used,
@@ -84,7 +84,8 @@ struct gemm_plan cuda_gemm_plan(const struct gemm_args *args, int bucket, int n_
 cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int bucket, int max_items,
                       const struct cuda_queue *q) {
     struct gemm_args a = *args;
-    unsigned tiles = (unsigned)count_tiles(a, p.warps);
+    a.n_tiles = p.tiles;
+    unsigned tiles = (unsigned)count_tiles(a, p.warps, p.tiles);
     unsigned width = (unsigned)kernels[p.width]->width;
     dim3 grid = a.items ? dim3(tiles, (unsigned)max_items, 1)
                         : dim3(((unsigned)bucket + width - 1) / width, tiles, 1);

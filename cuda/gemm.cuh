@@ -28,10 +28,10 @@ __host__ DEVICE int gemm_parts(int n_cols) {
 /* What a warp works on. */
 struct gemm_work {
     const uint8_t *w; /* first panel of its row block and part */
-    bool stored;      /* the row block exists */
     int warp, n_warps, n_parts; /* its place among the n_warps of its part */
     int part, n_panels;         /* of the part */
-    int first_row;    /* of the block */
+    int first_row, n_tiles; /* of the block: its first tile of rows, and how many it has */
+    int block, n_blocks;    /* this warp's row block of the matrix, in the first tile; and of how many */
     int segment;
     int n, first; /* tokens; row of the first one in x (dense, or in routing order) */
     const int32_t *token_of;
@@ -58,35 +58,40 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     w.part = ((int)threadIdx.x >> 5) / w.n_warps;
     w.warp = ((int)threadIdx.x >> 5) % w.n_warps;
     w.segment = 0;
-    int rows = w.n_warps, block = w.warp; /* in row blocks */
+    w.block = w.warp;
+    int rows = w.n_warps; /* of a tile, in row blocks */
     if (a.epilogue == GEMM_SILU_F16) {
         rows /= 2;
-        if (block >= rows) w.segment = 1, block -= rows;
+        if (w.block >= rows) w.segment = 1, w.block -= rows;
     } else {
         while (w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile) w.segment++;
     }
     const struct gemm_segment &s = a.segments[w.segment];
-    int n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS, n_panels = a.n_cols / PANEL_K;
-    w.first_row = (tile - s.first_tile) * rows * PANEL_ROWS;
-    block += (tile - s.first_tile) * rows;
+    int n_panels = a.n_cols / PANEL_K;
+    tile = (tile - s.first_tile) * a.n_tiles;
+    w.n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    w.n_tiles = min(a.n_tiles, (w.n_blocks + rows - 1) / rows - tile);
+    w.first_row = tile * rows * PANEL_ROWS;
+    w.block += tile * rows;
     w.n_panels = n_panels / w.n_parts;
-    w.w = s.w + (((size_t)expert * (size_t)n_blocks + (size_t)block) * (size_t)n_panels +
+    w.w = s.w + (((size_t)expert * (size_t)w.n_blocks + (size_t)w.block) * (size_t)n_panels +
                  (size_t)(w.part * w.n_panels)) * (size_t)panel_bytes(s.type);
-    w.stored = block < n_blocks;
     return true;
 }
 
-/* Which row of x token i of the work (a column) is. */
-DEVICE int token_row(const struct gemm_work &w, int i) {
-    return w.token_of ? w.token_of[i] : w.first + i;
+/* Where tokens of the work (columns) are in x, in pieces of 16 bytes; by the whole block, which meets afterwards. */
+DEVICE void find_rows(const struct gemm_args &a, const struct gemm_work &w, uint32_t *rows) {
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x)
+        rows[i] = (uint32_t)(w.token_of ? w.token_of[i] : w.first + i) * (uint32_t)(a.n_cols / 8);
+    __syncthreads();
 }
 
-/* n 16-byte pieces by one warp. */
+/* 16-byte pieces by one warp. dst, src: of this lane's first piece. */
 template <int BYTES> DEVICE void copy_piece(uint8_t *dst, const uint8_t *src, int lane) {
 #pragma unroll
     for (int at = 0; at < BYTES; at += 512)
-        if (at + 512 <= BYTES || at + lane * 16 < BYTES)
-            copy16(dst + at + lane * 16, src + at + lane * 16);
+        if (at + 512 <= BYTES || at + lane * 16 < BYTES) copy16(dst + at, src + at);
 }
 
 /* B operands of 64 columns of tokens 8 n … 8 n + 7: step s has b[2 s], b[2 s + 1]. */
@@ -143,10 +148,10 @@ DEVICE float4 add_parts(const float *at, int n_parts, int size, float scale) {
     return make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
 }
 
-/* Results of a block, by way of its shared memory, whose former use is over for this thread. A warp's D fragments hold
+/* Results of a block's tile, by way of shared memory, whose former use is over for this thread. A warp's D fragments hold
  * rows g, g + 8 and tokens 2 t, 2 t + 1. */
 template <int NG>
-DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, float *sums, int lane,
+DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int first_row, float *sums, int lane,
                        const float (&acc)[NG][4]) {
     bool silu = a.epilogue == GEMM_SILU_F16;
     int stride = w.n_warps * PANEL_ROWS + 4, size = 8 * NG * stride;
@@ -162,14 +167,14 @@ DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, flo
 #pragma unroll 1
     for (int i = (int)threadIdx.x; i < w.n * quads; i += (int)blockDim.x) {
         int token = i / quads, row = i % quads * 4;
-        if (w.first_row + row >= s.n_rows) continue;
+        if (first_row + row >= s.n_rows) continue;
         const float *at = sums + token * stride + row;
         float4 v = add_parts(at, w.n_parts, size, s.scale);
         if (silu) {
             float4 u = add_parts(at + rows, w.n_parts, size, a.segments[1].scale);
             v = make_float4(silu_mul(v.x, u.x), silu_mul(v.y, u.y), silu_mul(v.z, u.z), silu_mul(v.w, u.w));
         }
-        store_rows(a, s, (size_t)(w.first + token), w.first_row + row, v);
+        store_rows(a, s, (size_t)(w.first + token), first_row + row, v);
     }
 }
 
@@ -180,9 +185,8 @@ struct gemm_kernel {
     void (*kernel)(struct gemm_args);
     size_t (*shared)(int type, int warps, int parts);
 };
-static inline size_t gemm_shared(size_t rings, int n_tokens, int warps, int parts) {
-    size_t sums = sizeof(float) * (size_t)sums_floats(n_tokens, warps, parts);
-    return rings > sums ? rings : sums;
+static inline size_t gemm_sums_bytes(int n_tokens, int warps, int parts) {
+    return sizeof(float) * (size_t)sums_floats(n_tokens, warps, parts);
 }
 extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_many32, gemm_many64, gemm_many128;
 

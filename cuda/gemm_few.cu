@@ -15,88 +15,131 @@ template <int TYPE> DEVICE constexpr int warp_bytes() {
 
 template <int NG> static size_t few_shared(int type, int warps, int parts) {
     int rings = parts * STAGES * x_bytes<NG>() + 8 * NG * 4 + warps * (STAGES * panel_bytes(type) + TABLE_BYTES);
-    return gemm_shared((size_t)rings, 8 * NG, warps, parts);
+    return (size_t)rings + gemm_sums_bytes(8 * NG, warps, parts);
 }
 
-/* x: of this warp's part. panels, table: its own. rows: the tokens' places in the activations. */
+/* Where a warp copies from and to: its part's activations and its own panels, from this lane's first piece on. */
 template <int TYPE, int NG> struct few_ring {
     using f = format<TYPE>;
-    const struct gemm_args &a;
     const struct gemm_work &w;
-    uint8_t *x, *panels, *table;
-    int *rows;
+    const uint32_t *rows;
+    uint8_t *x, *panels;
+    int tile_blocks; /* row blocks of a tile */
+    size_t tile_skip; /* bytes from the end of a tile's panels to the next tile's */
     int lane;
-
-    DEVICE void copy_weights(int p) const {
-        if (p < w.n_panels && w.stored)
-            copy_piece<f::bytes>(panels + p % STAGES * f::bytes, w.w + (size_t)p * f::bytes, lane);
-    }
-
-    /* A warp takes whole rows, lane l the l-th chunk of a token's 256 columns. */
-    DEVICE void copy_activations(int p) const {
-        if (p >= w.n_panels) return;
-        uint8_t *dst = x + p % STAGES * x_bytes<NG>() + (lane >> 3) * (8 * NG * X_ROW);
-        const uint8_t *src = (const uint8_t *)a.x + (w.part * w.n_panels + p) * (PANEL_K * 2) + lane * 16;
-#pragma unroll 1
-        for (int i = w.warp; i < w.n; i += w.n_warps)
-            copy16(dst + i * X_ROW + ((lane & 7) ^ (i & 7)) * 16,
-                   src + (size_t)rows[i] * (size_t)a.n_cols * 2);
-    }
 };
 
-/* acc += one panel times the tokens. */
+/* The panel that comes next: those of a tile, then those of the next tile's rows. */
+struct few_next {
+    const uint8_t *w, *x;
+    int panel, tile, slot;
+};
+
+template <int TYPE, int NG>
+static DEVICE void copy_weights(const struct few_ring<TYPE, NG> &r, const struct few_next &next) {
+    using f = format<TYPE>;
+    if (next.tile < r.w.n_tiles && r.w.block + next.tile * r.tile_blocks < r.w.n_blocks)
+        copy_piece<f::bytes>(r.panels + next.slot * f::bytes, next.w, r.lane);
+}
+
+/* A warp takes whole rows, lane l the l-th piece of a token's 256 columns. */
+template <int TYPE, int NG>
+static DEVICE void copy_activations(const struct few_ring<TYPE, NG> &r, const struct few_next &next) {
+    if (next.tile >= r.w.n_tiles) return;
+    uint8_t *dst = r.x + next.slot * x_bytes<NG>();
+#pragma unroll 1
+    for (int i = r.w.warp; i < r.w.n; i += r.w.n_warps)
+        copy16(dst + i * X_ROW + ((r.lane & 7) ^ (i & 7)) * 16, next.x + (size_t)r.rows[i] * 16);
+}
+
+template <int TYPE, int NG>
+static DEVICE void advance(const struct few_ring<TYPE, NG> &r, struct few_next &next) {
+    next.w += format<TYPE>::bytes, next.x += PANEL_K * 2;
+    next.slot = next.slot == STAGES - 1 ? 0 : next.slot + 1;
+    if (++next.panel < r.w.n_panels) return;
+    next.panel = 0, next.tile++;
+    next.w += r.tile_skip, next.x -= r.w.n_panels * (PANEL_K * 2);
+}
+
+/* acc += one panel times the tokens. Everything is read before anything waits for it, as far as registers go. */
 template <int TYPE, int NG>
 static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const uint8_t *table,
                              const uint8_t *x, int lane) {
     using f = format<TYPE>;
-#pragma unroll 2
-    for (int u = 0; u < PANEL_UNITS; u++) {
-        h2 a[4][4];
-        load_fragments<TYPE>(a, panel + f::header + u * f::unit, table, u, lane);
+    constexpr int together = NG == 1 && (TYPE == PANEL_Q4_K || TYPE == PANEL_Q6_K) ? 4 : 1;
+#pragma unroll 1
+    for (int u0 = 0; u0 < PANEL_UNITS; u0 += together) {
+        struct lane_unit<TYPE> unit[together];
+        h2 b[together][NG][8];
 #pragma unroll
-        for (int n = 0; n < NG; n++) {
-            h2 b[8];
-            load_tokens(b, x + u * (8 * NG * X_ROW), n, lane);
+        for (int i = 0; i < together; i++) {
+            load_unit<TYPE>(unit[i], panel + f::header + (u0 + i) * f::unit, table, u0 + i, lane);
 #pragma unroll
-            for (int s = 0; s < 4; s++) mma_f16(acc[n], a[s], b[2 * s], b[2 * s + 1]);
+            for (int n = 0; n < NG; n++) load_tokens(b[i][n], x + (u0 + i) * (8 * NG * X_ROW), n, lane);
         }
+#pragma unroll
+        for (int i = 0; i < together; i++)
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                h2 a[4];
+                load_fragment<TYPE>(a, unit[i], s);
+#pragma unroll
+                for (int n = 0; n < NG; n++) mma_f16(acc[n], a, b[i][n][2 * s], b[i][n][2 * s + 1]);
+            }
     }
 }
 
 template <int TYPE, int NG>
-static DEVICE void few_tile(const struct gemm_args &a, const struct gemm_work &w) {
+static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &w) {
     using f = format<TYPE>;
-    int lane = (int)threadIdx.x & 31;
-    int *rows = (int *)(shared_bytes + w.n_parts * STAGES * x_bytes<NG>());
-    uint8_t *own = (uint8_t *)(rows + 8 * NG) + (int)(threadIdx.x >> 5) * warp_bytes<TYPE>();
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    uint8_t *x = shared_bytes + w.part * STAGES * x_bytes<NG>();
+    uint32_t *rows = (uint32_t *)(shared_bytes + w.n_parts * STAGES * x_bytes<NG>());
+    uint8_t *own = (uint8_t *)(rows + 8 * NG) + warp * warp_bytes<TYPE>(), *table = own + STAGES * f::bytes;
+    float *sums = (float *)((uint8_t *)(rows + 8 * NG) + (int)(blockDim.x >> 5) * warp_bytes<TYPE>());
+    int blocks = w.n_warps / (a.epilogue == GEMM_SILU_F16 ? 2 : 1);
     const struct few_ring<TYPE, NG> ring = {
-        a, w, shared_bytes + w.part * STAGES * x_bytes<NG>(), own, own + STAGES * f::bytes, rows, lane};
+        w,    rows, x + (lane >> 3) * (8 * NG * X_ROW), own + lane * 16, blocks,
+        (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * f::bytes), lane};
+    const struct few_next first = {w.w + lane * 16,
+                                   (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + lane * 16, 0, 0, 0};
+    struct few_next next = first;
 #pragma unroll 1
-    for (int p = 0; p < STAGES - 1; p++) ring.copy_weights(p); /* they do not depend on the kernels before */
+    for (int i = 0; i < STAGES - 1; i++) { /* weights do not depend on the kernels before */
+        copy_weights(ring, next);
+        advance(ring, next);
+    }
     if (!a.items) depend_wait();
-    for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x) rows[i] = token_row(w, i);
-    __syncthreads();
+    find_rows(a, w, rows);
+    next = first;
 #pragma unroll 1
-    for (int p = 0; p < STAGES - 1; p++) {
-        ring.copy_activations(p);
+    for (int i = 0; i < STAGES - 1; i++) {
+        copy_activations(ring, next);
         copy_commit(); /* the first group has all of the weights so far */
+        advance(ring, next);
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
-    float acc[NG][4] = {};
+    int slot = 0;
 #pragma unroll 1
-    for (int p = 0; p < w.n_panels; p++) {
-        copy_wait<STAGES - 2>();
-        __syncthreads(); /* panel p is here, and panel p - 1's place is free */
-        ring.copy_weights(p + STAGES - 1);
-        ring.copy_activations(p + STAGES - 1);
-        copy_commit();
-        const uint8_t *panel = own + p % STAGES * f::bytes;
-        unpack_scales<TYPE>(panel, ring.table, lane, c);
-        __syncwarp();
-        few_panel<TYPE, NG>(acc, panel, ring.table, ring.x + p % STAGES * x_bytes<NG>(), lane);
+    for (int tile = 0; tile < w.n_tiles; tile++) {
+        float acc[NG][4] = {};
+#pragma unroll 1
+        for (int p = 0; p < w.n_panels; p++) {
+            copy_wait<STAGES - 2>();
+            __syncthreads(); /* this panel is here, and the last one's place is free */
+            copy_weights(ring, next);
+            copy_activations(ring, next);
+            copy_commit();
+            advance(ring, next);
+            const uint8_t *panel = own + slot * f::bytes;
+            unpack_scales<TYPE>(panel, table, lane, c);
+            __syncwarp();
+            few_panel<TYPE, NG>(acc, panel, table, x + slot * x_bytes<NG>(), lane);
+            slot = slot == STAGES - 1 ? 0 : slot + 1;
+        }
+        write_tile<NG>(a, w, w.first_row + tile * blocks * PANEL_ROWS, sums, lane, acc);
     }
     copy_wait<0>();
-    write_tile<NG>(a, w, (float *)shared_bytes, lane, acc);
 }
 
 template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
@@ -105,11 +148,11 @@ template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
     if (a.items) depend_wait();
     if (!find_work(a, 8 * NG, w)) return;
     switch (a.segments[w.segment].type) {
-    case PANEL_Q4_K: return few_tile<PANEL_Q4_K, NG>(a, w);
-    case PANEL_Q5_K: return few_tile<PANEL_Q5_K, NG>(a, w);
-    case PANEL_Q6_K: return few_tile<PANEL_Q6_K, NG>(a, w);
-    case PANEL_Q8_0: return few_tile<PANEL_Q8_0, NG>(a, w);
-    default: return few_tile<PANEL_F16, NG>(a, w);
+    case PANEL_Q4_K: return few_tiles<PANEL_Q4_K, NG>(a, w);
+    case PANEL_Q5_K: return few_tiles<PANEL_Q5_K, NG>(a, w);
+    case PANEL_Q6_K: return few_tiles<PANEL_Q6_K, NG>(a, w);
+    case PANEL_Q8_0: return few_tiles<PANEL_Q8_0, NG>(a, w);
+    default: return few_tiles<PANEL_F16, NG>(a, w);
     }
 }
 

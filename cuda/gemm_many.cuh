@@ -17,37 +17,52 @@ template <int TYPE> DEVICE constexpr int warp_bytes() {
 template <int WIDTH> static size_t many_shared(int type, int warps, int parts) {
     int own = STAGES * panel_unit_bytes(type) + 2 * panel_header_bytes(type) + TABLE_BYTES;
     int rings = parts * STAGES * WIDTH * X_ROW + WIDTH * 4 + warps * own;
-    return gemm_shared((size_t)rings, WIDTH, warps, parts);
+    size_t sums = gemm_sums_bytes(WIDTH, warps, parts); /* where the rings were */
+    return (size_t)rings > sums ? (size_t)rings : sums;
 }
 
-/* x: of this warp's part, [STAGES][WIDTH][X_ROW]. units, headers, table: its own, [STAGES], [2] and one. rows: the tokens'
- * places in the activations. */
-template <int TYPE, int WIDTH> struct many_ring {
-    using f = format<TYPE>;
-    const struct gemm_args &a;
-    const struct gemm_work &w;
-    uint8_t *x, *units, *headers, *table;
-    int *rows;
-    int lane;
-
-    DEVICE void copy_weights(int i, int slot) const {
-        int p = i / PANEL_UNITS, u = i % PANEL_UNITS;
-        if (p >= w.n_panels || !w.stored) return;
-        const uint8_t *panel = w.w + (size_t)p * f::bytes;
-        copy_piece<f::unit>(units + slot * f::unit, panel + f::header + u * f::unit, lane);
-        if (f::header > 0 && u == 0) copy_piece<f::header>(headers + (p & 1) * f::header, panel, lane);
-    }
-
-    /* Eight threads take a token's 64 columns. */
-    DEVICE void copy_activations(int i, int slot) const {
-        if (i >= w.n_panels * PANEL_UNITS) return;
-        int c = lane & 7;
-        const uint8_t *src = (const uint8_t *)a.x + (w.part * w.n_panels * PANEL_UNITS + i) * (PANEL_UNIT_K * 2) + c * 16;
-        for (int r = w.warp * 4 + (lane >> 3); r < w.n; r += w.n_warps * 4)
-            copy16(x + (slot * WIDTH + r) * X_ROW + (c ^ (r & 7)) * 16,
-                   src + (size_t)rows[r] * (size_t)a.n_cols * 2);
-    }
+/* Where a warp copies from and to: its part's activations, of the tokens that this lane copies for, and its own units,
+ * from this lane's first piece on. */
+struct many_ring {
+    const uint32_t *rows;  /* of this lane's first token */
+    uint8_t *x, *units, *headers;
+    int lane, n_rows, stride; /* how many tokens, and from one to the next */
+    bool stored;              /* the row block exists */
 };
+
+/* The unit that comes next. */
+struct many_next {
+    const uint8_t *w, *x;
+    int unit, slot, left, parity; /* of the panel, in which its header lies */
+};
+
+template <int TYPE>
+static DEVICE void copy_weights(const struct many_ring &r, const struct many_next &next) {
+    using f = format<TYPE>;
+    if (next.left <= 0 || !r.stored) return;
+    copy_piece<f::unit>(r.units + next.slot * f::unit, next.w + f::header + next.unit * f::unit, r.lane);
+    if (f::header > 0 && next.unit == 0)
+        copy_piece<f::header>(r.headers + next.parity * f::header, next.w, r.lane);
+}
+
+/* Eight lanes take a token's 64 columns. */
+template <int WIDTH>
+static DEVICE void copy_activations(const struct many_ring &r, const struct many_next &next) {
+    if (next.left <= 0) return;
+    uint8_t *dst = r.x + next.slot * WIDTH * X_ROW;
+#pragma unroll 1
+    for (int i = 0; i < r.n_rows; i++)
+        copy16(dst + i * r.stride * X_ROW, next.x + (size_t)r.rows[i * r.stride] * 16);
+}
+
+template <int TYPE> static DEVICE void advance(struct many_next &next) {
+    next.x += PANEL_UNIT_K * 2;
+    next.slot = next.slot == STAGES - 1 ? 0 : next.slot + 1;
+    next.left--;
+    if (++next.unit < PANEL_UNITS) return;
+    next.unit = 0, next.parity ^= 1;
+    next.w += format<TYPE>::bytes;
+}
 
 /* acc += a (16 rows of each warp, 64 columns) times 8 NG tokens. */
 template <int NG>
@@ -74,50 +89,67 @@ static DEVICE void many_product(float (&acc)[NG][4], h2 (&a)[4][4], const uint8_
 template <int TYPE, int WIDTH, int NG>
 static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &w, uint8_t *shared) {
     using f = format<TYPE>;
-    int lane = (int)threadIdx.x & 31;
-    int *rows = (int *)(shared + w.n_parts * STAGES * WIDTH * X_ROW);
-    uint8_t *own = (uint8_t *)(rows + WIDTH) + (int)(threadIdx.x >> 5) * warp_bytes<TYPE>();
-    uint8_t *headers = own + STAGES * f::unit;
-    const struct many_ring<TYPE, WIDTH> ring = {
-        a, w, shared + w.part * STAGES * WIDTH * X_ROW, own, headers, headers + 2 * f::header, rows, lane};
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    uint8_t *x = shared + w.part * STAGES * WIDTH * X_ROW;
+    uint32_t *rows = (uint32_t *)(shared + w.n_parts * STAGES * WIDTH * X_ROW);
+    uint8_t *own = (uint8_t *)(rows + WIDTH) + warp * warp_bytes<TYPE>();
+    uint8_t *headers = own + STAGES * f::unit, *table = headers + 2 * f::header;
+    int token = w.warp * 4 + (lane >> 3), stride = w.n_warps * 4; /* a multiple of 8: all of its chunks lie alike */
+    const struct many_ring ring = {rows + token,
+                                   x + token * X_ROW + ((lane ^ token) & 7) * 16,
+                                   own + lane * 16,
+                                   headers + lane * 16,
+                                   lane,
+                                   (w.n - token + stride - 1) / stride,
+                                   stride,
+                                   w.block < w.n_blocks};
+    const struct many_next first = {
+        w.w + lane * 16,
+        (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + (lane & 7) * 16, 0, 0,
+        w.n_panels * PANEL_UNITS, 0};
+    struct many_next next = first;
 #pragma unroll 1
-    for (int i = 0; i < AHEAD; i++) ring.copy_weights(i, i); /* they do not depend on the kernels before */
+    for (int i = 0; i < AHEAD; i++) { /* weights do not depend on the kernels before */
+        copy_weights<TYPE>(ring, next);
+        advance<TYPE>(next);
+    }
     if (!a.items) depend_wait();
-    for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x) rows[i] = token_row(w, i);
-    __syncthreads();
+    find_rows(a, w, rows);
+    next = first;
 #pragma unroll 1
     for (int i = 0; i < AHEAD; i++) {
-        ring.copy_activations(i, i);
+        copy_activations<WIDTH>(ring, next);
         copy_commit(); /* the first group has all of the weights so far */
+        advance<TYPE>(next);
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
     float acc[NG][4] = {};
     wgmma_pin(acc);
-    int slot = 0, next = AHEAD;
+    int slot = 0;
 #pragma unroll 1
     for (int i = 0; i < w.n_panels * PANEL_UNITS; i++) {
         int u = i % PANEL_UNITS;
         copy_wait<AHEAD - 1>();
         matrix_fence(); /* what this thread copied, before the others' matrix units read it */
         __syncthreads();
-        ring.copy_weights(i + AHEAD, next);
-        ring.copy_activations(i + AHEAD, next);
+        copy_weights<TYPE>(ring, next);
+        copy_activations<WIDTH>(ring, next);
         copy_commit();
+        advance<TYPE>(next);
         if (u == 0 && f::header > 0) {
-            unpack_scales<TYPE>(headers + (i / PANEL_UNITS & 1) * f::header, ring.table, lane, c);
+            unpack_scales<TYPE>(headers + (i / PANEL_UNITS & 1) * f::header, table, lane, c);
             __syncwarp();
         }
         h2 operands[4][4];
         wgmma_wait<0>(); /* the last unit's products: the operands are free */
-        load_fragments<TYPE>(operands, own + slot * f::unit, ring.table, u, lane);
-        many_product<NG>(acc, operands, ring.x + slot * WIDTH * X_ROW, lane);
+        load_fragments<TYPE>(operands, own + slot * f::unit, table, u, lane);
+        many_product<NG>(acc, operands, x + slot * WIDTH * X_ROW, lane);
         slot = slot == STAGES - 1 ? 0 : slot + 1;
-        next = next == STAGES - 1 ? 0 : next + 1;
     }
     wgmma_wait<0>();
     wgmma_pin(acc);
     copy_wait<0>();
-    write_tile<NG>(a, w, (float *)shared, lane, acc);
+    write_tile<NG>(a, w, w.first_row, (float *)shared, lane, acc);
 }
 
 /* Bodies for fewer groups of 8 tokens for the common formats, one for the others. */

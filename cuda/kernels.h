@@ -149,6 +149,7 @@ struct gemm_args {
     int32_t epilogue;
     const void *x;  /* f16 [rows][n_cols] */
     int32_t n_cols; /* a multiple of 256 */
+    int32_t n_tiles;                /* of rows, one after the other, to a block; filled by the launcher */
     const int32_t *n_tokens;        /* dense: how many rows of x */
     /* Expert products; all NULL when dense: */
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
@@ -160,6 +161,7 @@ struct gemm_args {
 struct gemm_plan {
     int width; /* tiles of 8 << width tokens, and for experts the work list of that width */
     int warps;
+    int tiles; /* of rows to a block */
 };
 /* The plan for `bucket` rows (dense) or for `bucket` tokens spread over n_experts experts (n_experts > 0, n_used
  * each). */
