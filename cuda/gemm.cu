@@ -1,7 +1,7 @@
 /* gemm: chooses a kernel and a grid for a product. The choice follows the bucket; results do not depend on it. */
 #include "cuda/gemm.cuh"
 
-static const struct gemm_kernel *const kernels[N_WIDTHS] = {&gemm_few8, &gemm_few16, &gemm_many32,
+static const struct gemm_kernel *const kernels[N_WIDTHS] = {&gemm_few8, &gemm_few16, &gemm_few32,
                                                             &gemm_many64, &gemm_many128};
 
 static size_t shared_bytes_of(const struct gemm_args &a, int width, int warps) {
@@ -29,17 +29,17 @@ static int blocks_of(struct gemm_args &a, int width, int warps, int bucket) {
     return (bucket + tokens - 1) / tokens * count_tiles(a, warps, 1);
 }
 
-static bool is_few(int width) { return kernels[width]->width <= 16; }
+static bool is_few(int width) { return kernels[width]->width <= 32; }
 
 static bool fits(const struct gemm_args &a, struct gemm_plan p, const struct cuda_queue *q) {
     return shared_bytes_of(a, p.width, p.warps) <= q->max_shared;
 }
 
-/* The fewest warps that make sense: a row block for every part (and of gate and of up), and four rows of blocks for
- * those that multiply together. */
+/* The fewest warps that make sense: a row block for every part (and of gate and of up), and all that multiply
+ * together. */
 static int least_warps(const struct gemm_args &a, int width) {
-    int n = gemm_parts(a.n_cols) * (a.epilogue == GEMM_SILU_F16 ? 2 : 1);
-    return is_few(width) ? n : 4 * gemm_parts(a.n_cols);
+    int n = a.epilogue == GEMM_SILU_F16 ? 2 : 1, least = kernels[width]->least_warps;
+    return gemm_parts(a.n_cols) * (n > least ? n : least);
 }
 
 /* Dense: all tokens to a block, up to a tile's width, since every further tile unpacks the weights again; and as many rows
@@ -49,7 +49,7 @@ static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
     for (;; p.width--) {
         int least = least_warps(a, p.width);
-        p.warps = is_few(p.width) ? 8 : 16;
+        p.warps = kernels[p.width]->most_warps;
         if (!is_few(p.width) && !fits(a, p, q)) continue;
         while (p.warps > least && (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) * 4 < q->n_sm * 3))
             p.warps /= 2;
@@ -66,7 +66,7 @@ static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_expe
     if (bucket <= 8) p.width = 0; /* no group can be larger */
     for (;; p.width--) {
         int least = least_warps(a, p.width);
-        p.warps = bucket == 1 ? least : is_few(p.width) ? 8 : 16;
+        p.warps = bucket == 1 ? least : kernels[p.width]->most_warps;
         while (p.warps > least && !fits(a, p, q)) p.warps /= 2;
         if (p.width == 0 || fits(a, p, q)) break;
     }
@@ -85,6 +85,7 @@ cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int buck
                       const struct cuda_queue *q) {
     struct gemm_args a = *args;
     a.n_tiles = p.tiles;
+    for (a.warps_shift = 0; 1 << a.warps_shift < p.warps;) a.warps_shift++;
     unsigned tiles = (unsigned)count_tiles(a, p.warps, p.tiles);
     unsigned width = (unsigned)kernels[p.width]->width;
     dim3 grid = a.items ? dim3(tiles, (unsigned)max_items, 1)

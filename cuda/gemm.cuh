@@ -28,10 +28,11 @@ __host__ DEVICE int gemm_parts(int n_cols) {
 /* What a warp works on. */
 struct gemm_work {
     const uint8_t *w; /* first panel of its row block and part */
-    int warp, n_warps, n_parts; /* its place among the n_warps of its part */
-    int part, n_panels;         /* of the part */
+    int warp, n_warps;      /* its place among the warps of its part: a power of two */
+    int part, n_parts, n_panels; /* n_panels: of a part */
     int first_row, n_tiles; /* of the block: its first tile of rows, and how many it has */
     int block, n_blocks;    /* this warp's row block of the matrix, in the first tile; and of how many */
+    int rows_shift;         /* log2 of a tile's row blocks */
     int segment;
     int n, first; /* tokens; row of the first one in x (dense, or in routing order) */
     const int32_t *token_of;
@@ -54,15 +55,17 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
         tile = (int)blockIdx.y;
     }
     w.n_parts = gemm_parts(a.n_cols);
-    w.n_warps = ((int)blockDim.x >> 5) / w.n_parts;
-    w.part = ((int)threadIdx.x >> 5) / w.n_warps;
-    w.warp = ((int)threadIdx.x >> 5) % w.n_warps;
+    int shift = a.warps_shift - (w.n_parts - 1); /* there are one or two */
+    w.n_warps = 1 << shift;
+    w.part = (int)threadIdx.x >> (5 + shift);
+    w.warp = ((int)threadIdx.x >> 5) & (w.n_warps - 1);
     w.segment = 0;
     w.block = w.warp;
-    int rows = w.n_warps; /* of a tile, in row blocks */
+    w.rows_shift = shift;
     if (a.epilogue == GEMM_SILU_F16) {
-        rows /= 2;
-        if (w.block >= rows) w.segment = 1, w.block -= rows;
+        w.rows_shift--;
+        w.segment = w.warp >> w.rows_shift;
+        w.block = w.warp & ((1 << w.rows_shift) - 1);
     } else {
         while (w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile) w.segment++;
     }
@@ -70,10 +73,10 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     int n_panels = a.n_cols / PANEL_K;
     tile = (tile - s.first_tile) * a.n_tiles;
     w.n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    w.n_tiles = min(a.n_tiles, (w.n_blocks + rows - 1) / rows - tile);
-    w.first_row = tile * rows * PANEL_ROWS;
-    w.block += tile * rows;
-    w.n_panels = n_panels / w.n_parts;
+    w.n_tiles = min(a.n_tiles, ((w.n_blocks - 1) >> w.rows_shift) + 1 - tile);
+    w.first_row = (tile << w.rows_shift) * PANEL_ROWS;
+    w.block += tile << w.rows_shift;
+    w.n_panels = n_panels >> (w.n_parts - 1);
     w.w = s.w + (((size_t)expert * (size_t)w.n_blocks + (size_t)w.block) * (size_t)n_panels +
                  (size_t)(w.part * w.n_panels)) * (size_t)panel_bytes(s.type);
     return true;
@@ -100,6 +103,26 @@ DEVICE void load_tokens(h2 (&b)[8], const uint8_t *x, int n, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; half++)
         load_matrices(*(h2(*)[4])(b + 4 * half), row + ((4 * half + (lane >> 3)) ^ (lane & 7)) * 16);
+}
+
+/* acc += a (16 rows of each warp, 64 columns) times 8 NG tokens; wgmma: by four warps together, and not at once. */
+template <int NG>
+DEVICE void multiply(float (&acc)[NG][4], h2 (&a)[4][4], const uint8_t *x, int lane) {
+#ifdef MOED_WGMMA
+    (void)lane;
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < 4; s++) wgmma_f16(acc, a[s], swizzled_matrix(x + 32 * s));
+    wgmma_commit();
+#else
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+        h2 b[8];
+        load_tokens(b, x, n, lane);
+#pragma unroll
+        for (int s = 0; s < 4; s++) mma_f16(acc[n], a[s], b[2 * s], b[2 * s + 1]);
+    }
+#endif
 }
 
 DEVICE float silu_mul(float gate, float up) {
@@ -163,10 +186,10 @@ DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int
         for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * stride + 8 * (j >> 1)] = acc[n][j];
     __syncthreads();
     const struct gemm_segment &s = a.segments[silu ? 0 : w.segment];
-    int rows = w.n_warps * PANEL_ROWS / (silu ? 2 : 1), quads = rows / 4;
+    int shift = w.rows_shift + 2, rows = PANEL_ROWS << w.rows_shift; /* four rows to a thread */
 #pragma unroll 1
-    for (int i = (int)threadIdx.x; i < w.n * quads; i += (int)blockDim.x) {
-        int token = i / quads, row = i % quads * 4;
+    for (int i = (int)threadIdx.x; i < w.n << shift; i += (int)blockDim.x) {
+        int token = i >> shift, row = (i & ((1 << shift) - 1)) * 4;
         if (first_row + row >= s.n_rows) continue;
         const float *at = sums + token * stride + row;
         float4 v = add_parts(at, w.n_parts, size, s.scale);
@@ -182,12 +205,13 @@ DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int
  * type. */
 struct gemm_kernel {
     int width;
+    int most_warps, least_warps; /* of a block; least_warps: of a part */
     void (*kernel)(struct gemm_args);
     size_t (*shared)(int type, int warps, int parts);
 };
 static inline size_t gemm_sums_bytes(int n_tokens, int warps, int parts) {
     return sizeof(float) * (size_t)sums_floats(n_tokens, warps, parts);
 }
-extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_many32, gemm_many64, gemm_many128;
+extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_few32, gemm_many64, gemm_many128;
 
 #endif

@@ -1,20 +1,24 @@
-/* gemm_few: the product for few tokens, up to 8 or 16 to a tile. A block of W warps has 16 W rows; whole panels (256
+/* gemm_few: the product for few tokens, up to 8, 16 or 32 to a tile. A block of W warps has 16 W rows; whole panels (256
  * columns) come through a ring in shared memory, weights copied by the warp that uses them, activations by all. Bound
  * by the bytes of the weights: what counts is how many are under way. */
 #include "cuda/gemm.cuh"
 
-enum : int { STAGES = 4, MAX_WARPS = 8 };
+enum : int { MAX_WARPS = 8 };
+
+/* Depth of the ring. */
+template <int NG> __host__ DEVICE constexpr int stages() { return NG < 4 ? 4 : 3; }
 
 extern __shared__ __align__(1024) uint8_t shared_bytes[];
 
 /* Bytes of one panel's activations, and of what a warp has to itself. */
 template <int NG> __host__ DEVICE constexpr int x_bytes() { return PANEL_UNITS * 8 * NG * X_ROW; }
-template <int TYPE> DEVICE constexpr int warp_bytes() {
-    return STAGES * format<TYPE>::bytes + TABLE_BYTES;
+template <int TYPE, int NG> DEVICE constexpr int warp_bytes() {
+    return stages<NG>() * format<TYPE>::bytes + TABLE_BYTES;
 }
 
 template <int NG> static size_t few_shared(int type, int warps, int parts) {
-    int rings = parts * STAGES * x_bytes<NG>() + 8 * NG * 4 + warps * (STAGES * panel_bytes(type) + TABLE_BYTES);
+    int rings = parts * stages<NG>() * x_bytes<NG>() + 8 * NG * 4 +
+                warps * (stages<NG>() * panel_bytes(type) + TABLE_BYTES);
     return (size_t)rings + gemm_sums_bytes(8 * NG, warps, parts);
 }
 
@@ -55,7 +59,7 @@ static DEVICE void copy_activations(const struct few_ring<TYPE, NG> &r, const st
 template <int TYPE, int NG>
 static DEVICE void advance(const struct few_ring<TYPE, NG> &r, struct few_next &next) {
     next.w += format<TYPE>::bytes, next.x += PANEL_K * 2;
-    next.slot = next.slot == STAGES - 1 ? 0 : next.slot + 1;
+    next.slot = next.slot == stages<NG>() - 1 ? 0 : next.slot + 1;
     if (++next.panel < r.w.n_panels) return;
     next.panel = 0, next.tile++;
     next.w += r.tile_skip, next.x -= r.w.n_panels * (PANEL_K * 2);
@@ -66,26 +70,40 @@ template <int TYPE, int NG>
 static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const uint8_t *table,
                              const uint8_t *x, int lane) {
     using f = format<TYPE>;
-    constexpr int together = NG == 1 && (TYPE == PANEL_Q4_K || TYPE == PANEL_Q6_K) ? 4 : 1;
+    constexpr bool common = TYPE == PANEL_Q4_K || TYPE == PANEL_Q6_K;
+    constexpr int together = common ? (NG == 1 ? 4 : 2) : 1;
 #pragma unroll 1
     for (int u0 = 0; u0 < PANEL_UNITS; u0 += together) {
         struct lane_unit<TYPE> unit[together];
-        h2 b[together][NG][8];
-#pragma unroll
-        for (int i = 0; i < together; i++) {
-            load_unit<TYPE>(unit[i], panel + f::header + (u0 + i) * f::unit, table, u0 + i, lane);
-#pragma unroll
-            for (int n = 0; n < NG; n++) load_tokens(b[i][n], x + (u0 + i) * (8 * NG * X_ROW), n, lane);
-        }
 #pragma unroll
         for (int i = 0; i < together; i++)
+            load_unit<TYPE>(unit[i], panel + f::header + (u0 + i) * f::unit, table, u0 + i, lane);
+        if constexpr (NG < 4) {
+            h2 b[together][NG][8];
 #pragma unroll
-            for (int s = 0; s < 4; s++) {
-                h2 a[4];
-                load_fragment<TYPE>(a, unit[i], s);
+            for (int i = 0; i < together; i++)
 #pragma unroll
-                for (int n = 0; n < NG; n++) mma_f16(acc[n], a, b[i][n][2 * s], b[i][n][2 * s + 1]);
+                for (int n = 0; n < NG; n++)
+                    load_tokens(b[i][n], x + (u0 + i) * (8 * NG * X_ROW), n, lane);
+#pragma unroll
+            for (int i = 0; i < together; i++)
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    h2 a[4];
+                    load_fragment<TYPE>(a, unit[i], s);
+#pragma unroll
+                    for (int n = 0; n < NG; n++) mma_f16(acc[n], a, b[i][n][2 * s], b[i][n][2 * s + 1]);
+                }
+        } else {
+            h2 a[together][4][4];
+#pragma unroll
+            for (int i = 0; i < together; i++) {
+                wgmma_wait<together - 1>(); /* the products that had these operands */
+#pragma unroll
+                for (int s = 0; s < 4; s++) load_fragment<TYPE>(a[i][s], unit[i], s);
+                multiply<NG>(acc, a[i], x + (u0 + i) * (8 * NG * X_ROW), lane);
             }
+        }
     }
 }
 
@@ -93,11 +111,11 @@ template <int TYPE, int NG>
 static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &w) {
     using f = format<TYPE>;
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    uint8_t *x = shared_bytes + w.part * STAGES * x_bytes<NG>();
-    uint32_t *rows = (uint32_t *)(shared_bytes + w.n_parts * STAGES * x_bytes<NG>());
-    uint8_t *own = (uint8_t *)(rows + 8 * NG) + warp * warp_bytes<TYPE>(), *table = own + STAGES * f::bytes;
-    float *sums = (float *)((uint8_t *)(rows + 8 * NG) + (int)(blockDim.x >> 5) * warp_bytes<TYPE>());
-    int blocks = w.n_warps / (a.epilogue == GEMM_SILU_F16 ? 2 : 1);
+    uint8_t *x = shared_bytes + w.part * stages<NG>() * x_bytes<NG>();
+    uint32_t *rows = (uint32_t *)(shared_bytes + w.n_parts * stages<NG>() * x_bytes<NG>());
+    uint8_t *own = (uint8_t *)(rows + 8 * NG) + warp * warp_bytes<TYPE, NG>(), *table = own + stages<NG>() * f::bytes;
+    float *sums = (float *)((uint8_t *)(rows + 8 * NG) + (int)(blockDim.x >> 5) * warp_bytes<TYPE, NG>());
+    int blocks = 1 << w.rows_shift;
     const struct few_ring<TYPE, NG> ring = {
         w,    rows, x + (lane >> 3) * (8 * NG * X_ROW), own + lane * 16, blocks,
         (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * f::bytes), lane};
@@ -105,7 +123,7 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
                                    (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + lane * 16, 0, 0, 0};
     struct few_next next = first;
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; i++) { /* weights do not depend on the kernels before */
+    for (int i = 0; i < stages<NG>() - 1; i++) { /* weights do not depend on the kernels before */
         copy_weights(ring, next);
         advance(ring, next);
     }
@@ -113,7 +131,7 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
     find_rows(a, w, rows);
     next = first;
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; i++) {
+    for (int i = 0; i < stages<NG>() - 1; i++) {
         copy_activations(ring, next);
         copy_commit(); /* the first group has all of the weights so far */
         advance(ring, next);
@@ -123,9 +141,12 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
 #pragma unroll 1
     for (int tile = 0; tile < w.n_tiles; tile++) {
         float acc[NG][4] = {};
+        wgmma_pin(acc);
 #pragma unroll 1
         for (int p = 0; p < w.n_panels; p++) {
-            copy_wait<STAGES - 2>();
+            copy_wait<stages<NG>() - 2>();
+            wgmma_wait<0>();
+            matrix_fence(); /* what this thread copied, before the others' matrix units read it */
             __syncthreads(); /* this panel is here, and the last one's place is free */
             copy_weights(ring, next);
             copy_activations(ring, next);
@@ -135,8 +156,10 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
             unpack_scales<TYPE>(panel, table, lane, c);
             __syncwarp();
             few_panel<TYPE, NG>(acc, panel, table, x + slot * x_bytes<NG>(), lane);
-            slot = slot == STAGES - 1 ? 0 : slot + 1;
+            slot = slot == stages<NG>() - 1 ? 0 : slot + 1;
         }
+        wgmma_wait<0>();
+        wgmma_pin(acc);
         write_tile<NG>(a, w, w.first_row + tile * blocks * PANEL_ROWS, sums, lane, acc);
     }
     copy_wait<0>();
@@ -166,5 +189,11 @@ static __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
     few_block<2>(a);
 }
 
-extern const struct gemm_kernel gemm_few8 = {8, k_gemm_few8_f16, few_shared<1>};
-extern const struct gemm_kernel gemm_few16 = {16, k_gemm_few16_f16, few_shared<2>};
+static __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
+    k_gemm_few32_f16(const __grid_constant__ struct gemm_args a) {
+    few_block<4>(a);
+}
+
+extern const struct gemm_kernel gemm_few8 = {8, MAX_WARPS, 1, k_gemm_few8_f16, few_shared<1>};
+extern const struct gemm_kernel gemm_few16 = {16, MAX_WARPS, 1, k_gemm_few16_f16, few_shared<2>};
+extern const struct gemm_kernel gemm_few32 = {32, MAX_WARPS, 4, k_gemm_few32_f16, few_shared<4>};

@@ -1,4 +1,4 @@
-/* gemm_many: the product for many tokens, up to 32, 64 or 128 to a tile. A block of W warps has 16 W rows; units of 64
+/* gemm_many: the product for many tokens, up to 64 or 128 to a tile. A block of W warps has 16 W rows; units of 64
  * columns come through a ring in shared memory, weights copied by the warp that uses them, activations by all. On
  * Hopper four warps multiply together (wgmma), each with the operands that it unpacked in its registers; while the
  * matrix units work for some fours of warps, the others unpack. Elsewhere every warp multiplies for itself. Bound by
@@ -64,26 +64,6 @@ template <int TYPE> static DEVICE void advance(struct many_next &next) {
     next.w += format<TYPE>::bytes;
 }
 
-/* acc += a (16 rows of each warp, 64 columns) times 8 NG tokens. */
-template <int NG>
-static DEVICE void many_product(float (&acc)[NG][4], h2 (&a)[4][4], const uint8_t *x, int lane) {
-#ifdef MOED_WGMMA
-    (void)lane;
-    wgmma_fence();
-#pragma unroll
-    for (int s = 0; s < 4; s++) wgmma_f16(acc, a[s], swizzled_matrix(x + 32 * s));
-    wgmma_commit();
-#else
-#pragma unroll
-    for (int n = 0; n < NG; n++) {
-        h2 b[8];
-        load_tokens(b, x, n, lane);
-#pragma unroll
-        for (int s = 0; s < 4; s++) mma_f16(acc[n], a[s], b[2 * s], b[2 * s + 1]);
-    }
-#endif
-}
-
 /* A place in the ring is written again AHEAD units after it was read and not at once: a unit's products may still run
  * while the next one's begin, but not when those of the one after that do. */
 template <int TYPE, int WIDTH, int NG>
@@ -143,7 +123,7 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         h2 operands[4][4];
         wgmma_wait<0>(); /* the last unit's products: the operands are free */
         load_fragments<TYPE>(operands, own + slot * f::unit, table, u, lane);
-        many_product<NG>(acc, operands, x + slot * WIDTH * X_ROW, lane);
+        multiply<NG>(acc, operands, x + slot * WIDTH * X_ROW, lane);
         slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
     wgmma_wait<0>();

@@ -8,4 +8,4 @@ static __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
     many_block<128>(a, shared_bytes);
 }
 
-extern const struct gemm_kernel gemm_many128 = {128, k_gemm_many128_f16, many_shared<128>};
+extern const struct gemm_kernel gemm_many128 = {128, MAX_WARPS, 4, k_gemm_many128_f16, many_shared<128>};

@@ -8,4 +8,4 @@ static __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
     many_block<64>(a, shared_bytes);
 }
 
-extern const struct gemm_kernel gemm_many64 = {64, k_gemm_many64_f16, many_shared<64>};
+extern const struct gemm_kernel gemm_many64 = {64, MAX_WARPS, 4, k_gemm_many64_f16, many_shared<64>};
