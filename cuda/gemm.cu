@@ -42,10 +42,9 @@ static int least_warps(const struct gemm_args &a, int width) {
     return gemm_parts(a.n_cols) * (n > least ? n : least);
 }
 
-/* Dense: all tokens to a block, up to a tile's width, since every further tile unpacks the weights again; and as many rows
- * as leave most processors a block. */
+/* Dense: few tokens to a block while blocks are what is missing, many where the matrix units are. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
-    struct gemm_plan p = {N_WIDTHS - 1, 0, 1};
+    struct gemm_plan p = {bucket <= 256 ? 2 : N_WIDTHS - 1, 0, 1};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
     for (;; p.width--) {
         int least = least_warps(a, p.width);

@@ -5,8 +5,8 @@
 
 enum : int { MAX_WARPS = 8 };
 
-/* Depth of the ring. */
-template <int NG> __host__ DEVICE constexpr int stages() { return NG < 4 ? 4 : 3; }
+/* Depth of the ring: as much as lets a processor have two blocks. */
+template <int NG> __host__ DEVICE constexpr int stages() { return NG < 4 ? 3 : 2; }
 
 extern __shared__ __align__(1024) uint8_t shared_bytes[];
 
@@ -179,7 +179,7 @@ template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
     }
 }
 
-static __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
+static __global__ void __launch_bounds__(32 * MAX_WARPS, 3)
     k_gemm_few8_f16(const __grid_constant__ struct gemm_args a) {
     few_block<1>(a);
 }
