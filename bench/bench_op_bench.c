@@ -260,6 +260,16 @@ static struct cost attention_cost(const struct rig *r, const struct layer *l) {
                          r->n_context * 4.0 * l->q.n_rows};
 }
 
+/* The two as a layer has them: a backend may do them at once. */
+static enum status rope_attention(struct rig *r, int i) {
+    enum status st = rope_store(r, i);
+    return st == ST_OK ? attention(r, i) : st;
+}
+static struct cost rope_attention_cost(const struct rig *r, const struct layer *l) {
+    struct cost a = rope_store_cost(r, l), b = attention_cost(r, l);
+    return (struct cost){a.bytes + b.bytes, a.flops + b.flops};
+}
+
 static enum status linear_add(struct rig *r, int i) {
     return r->ops->linear_add(
         r->b, &(struct op_linear_add){.x = r->attn, .w = r->layers[i].attn_out.w, .h = r->h});
@@ -333,22 +343,25 @@ static struct cost sample_cost(const struct rig *r, const struct layer *l) {
     return (struct cost){r->step.n_seqs * 4.0 * r->m.n_vocab, 0};
 }
 
+enum op_use { PER_STEP, PER_LAYER, MEASURED /* only: its parts are in the table too */ };
+
 static const struct op {
     const char *name;
-    bool per_layer;
+    enum op_use use;
     enum status (*issue)(struct rig *r, int layer);
     struct cost (*cost)(const struct rig *r, const struct layer *l);
 } ops[] = {
-    {"embed", false, embed, embed_cost},
-    {"norm_linear", true, norm_linear, norm_linear_cost},
-    {"rope_store", true, rope_store, rope_store_cost},
-    {"attention", true, attention, attention_cost},
-    {"linear_add", true, linear_add, linear_add_cost},
-    {"route", true, route, route_cost},
-    {"experts_up", true, experts_up, experts_up_cost},
-    {"experts_down", true, experts_down, experts_down_cost},
-    {"head", false, head, head_cost},
-    {"sample", false, sample, sample_cost},
+    {"embed", PER_STEP, embed, embed_cost},
+    {"norm_linear", PER_LAYER, norm_linear, norm_linear_cost},
+    {"rope_store", PER_LAYER, rope_store, rope_store_cost},
+    {"attention", PER_LAYER, attention, attention_cost},
+    {"rope_attention", MEASURED, rope_attention, rope_attention_cost},
+    {"linear_add", PER_LAYER, linear_add, linear_add_cost},
+    {"route", PER_LAYER, route, route_cost},
+    {"experts_up", PER_LAYER, experts_up, experts_up_cost},
+    {"experts_down", PER_LAYER, experts_down, experts_down_cost},
+    {"head", PER_STEP, head, head_cost},
+    {"sample", PER_STEP, sample, sample_cost},
 };
 enum { N_OPS = sizeof ops / sizeof *ops };
 
@@ -432,7 +445,7 @@ static void forward(struct rig *r, bool rows) {
         bench_require(embed(r, 0), "embed");
         for (int i = 0; i < r->m.n_layers; i++)
             for (int k = 0; k < N_OPS; k++)
-                if (ops[k].per_layer) bench_require(ops[k].issue(r, i), ops[k].name);
+                if (ops[k].use == PER_LAYER) bench_require(ops[k].issue(r, i), ops[k].name);
         if (rows) {
             bench_require(head(r, 0), "head");
             bench_require(sample(r, 0), "sample");
@@ -551,10 +564,10 @@ static void run(struct rig *r, const struct options *o, const struct workload *w
     double layer_floor = 0, step_floor = 0;
     for (int k = 0; k < N_OPS; k++) {
         struct cost c = op_cost(r, &ops[k]);
-        int times = ops[k].per_layer ? r->m.n_layers : 1;
+        int times = ops[k].use == PER_LAYER ? r->m.n_layers : ops[k].use == PER_STEP ? 1 : 0;
         step.bytes += times * c.bytes, step.flops += times * c.flops;
         step_floor += times * floor_us(o, c);
-        if (!ops[k].per_layer) continue;
+        if (ops[k].use != PER_LAYER) continue;
         layer.bytes += c.bytes, layer.flops += c.flops;
         layer_floor += floor_us(o, c);
     }

@@ -6,10 +6,10 @@
  * positions) are merged in order; splits are merged in order. Spans with no key at or before the token are
  * left out.
  *
- * k_attn_splits: a block is one (token, split, KV head), a warp one span, keys straight from memory into operands; the
- * last block of a token merges its splits. k_attn_tiles: a block is TILE_TOKENS consecutive tokens of a
+ * k_attn_splits: a block takes a token and KV head, one split after the other, or one split of them when there are too few tokens
+ * to go round; a warp takes a span; the last block of a token merges its splits. k_attn_tiles: a block is TILE_TOKENS consecutive tokens of a
  * sequence, a warp one token, keys shared through memory of the block. */
-#include "cuda/common.cuh"
+#include "cuda/rope.cuh"
 
 enum : int { SPAN = 64, SPANS = SPLIT_KEYS / SPAN, WARPS = SPANS, TILE_KEYS = 16, TILES = SPAN / TILE_KEYS };
 
@@ -205,64 +205,198 @@ static DEVICE void store_out(const struct attn_args &a, int token, int kv_head, 
     }
 }
 
-/* ---- decoding: one token against one split ---------------------------------------------------------------------- */
+/* ---- decoding: one token against its splits ---------------------------------------------------------------------- */
 
-static DEVICE void fetch_keys(struct key_tile &k, const struct pages &p, int first, int end, int lane) {
-    int g = lane >> 2, t = lane & 3;
+/* A warp's keys and values on their way: a stage is 32 keys, or the values of 32. A lane copies what it reads itself,
+ * so that nothing but its own copies need be waited for. RING stages are under way at a time. */
+enum : int { STAGES = 4 /* of a span: keys 0 … 31, 32 … 63, then the values */, STAGE_KEYS = 32 };
+
+struct stage {
+    uint4 v[16][32];
+};
+
+/* A block's place in the work list, and the warp's span of it. */
+struct cursor {
+    struct attn_split item;
+    int round, unit, split; /* split: the one at hand, if the item is a whole token */
+    int first;              /* of the warp's span */
+    int32_t blocks[2];      /* of positions first + lane and first + 32 + lane */
+    bool valid;
+
+    DEVICE bool live() const { return valid && first < item.end; }
+    DEVICE int last_split() const { return item.split < 0 ? item.n_splits - 1 : item.split; }
+};
+
+static DEVICE void find_span(const struct attn_args &a, struct cursor &c) {
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    const int32_t *table = (const int32_t *)a.step.header + c.item.table;
+    c.first = c.split * SPLIT_KEYS + warp * SPAN;
+    if (!c.live()) return;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int pos = first + g + 8 * r;
-        bool real = pos < end;
-        const uint4 *row = p.row(real ? pos : end - 1, 0) + t;
+    for (int i = 0; i < 2; i++)
+        c.blocks[i] = table[min(c.first + STAGE_KEYS * i + lane, c.item.end - 1) >> a.block_shift];
+}
+
+/* Items come longest first: rounds of one for each block, to and fro, leave all with about the same. */
+static DEVICE void find_item(const struct attn_args &a, struct cursor &c) {
+    const struct step_header *h = a.step.header;
+    int units = a.n_kv_heads * attn_octets(a.n_heads, a.n_kv_heads), n = (int)gridDim.x;
+    int at = c.round * n + (c.round & 1 ? n - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    c.valid = at < h->n_splits * units;
+    if (!c.valid) return;
+    c.item = ((const struct attn_split *)((const int32_t *)h + h->splits_at))[at / units];
+    c.unit = at % units;
+    c.split = c.item.split < 0 ? 0 : c.item.split;
+    find_span(a, c);
+}
+
+static DEVICE struct cursor after(const struct attn_args &a, const struct cursor &c) {
+    struct cursor next = c;
+    if (c.split < c.last_split()) {
+        next.split++;
+        find_span(a, next);
+    } else {
+        next.round++;
+        find_item(a, next);
+    }
+    return next;
+}
+
+/* Keys at or beyond the end are zeros here and count for nothing in soften. fused: so is the last one, see put_new. */
+static DEVICE void copy_stage(const struct attn_args &a, const struct cursor &c, int index, struct stage &to) {
+    if (!c.live()) return;
+    int lane = (int)threadIdx.x & 31, g = lane >> 2, t = lane & 3, which = index >> 1;
+    int head = c.unit / attn_octets(a.n_heads, a.n_kv_heads);
 #pragma unroll
-        for (int j = 0; j < 4; j++) k.v[r][j] = real ? __ldcg(row + 4 * j) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < (which ? 8 : 4); i++) {
+        /* key_tile: rows g and g + 8 of two tiles; value_tile: rows 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of two */
+        int key = which ? 16 * (i >> 2) + 2 * t + (i & 1) + 8 * (i >> 1 & 1) : 16 * (i >> 1) + g + 8 * (i & 1);
+        int pos = c.first + STAGE_KEYS * (index & 1) + key;
+        int32_t block = __shfl_sync(ALL_LANES, c.blocks[index & 1], key);
+        size_t at = rope_cache_row(block, a.n_kv_heads, head, which, pos, a.block_shift);
+        const uint4 *row = (const uint4 *)a.kv + at * (HEAD_DIM / 8);
+        bool real = pos < c.item.end - (a.fused ? 1 : 0);
+        if (which) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) copy16(&to.v[2 * i + h][lane], row + 8 * h + g, real);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++) copy16(&to.v[4 * i + j][lane], row + 4 * j + t, real);
+        }
     }
 }
 
-static DEVICE void fetch_values(struct value_tile &v, const struct pages &p, int first, int end,
-                                int lane) {
-    int g = lane >> 2, t = lane & 3;
+static DEVICE void score_stage(const struct stage &from, const struct query &q, int lane, float (&s0)[4],
+                               float (&s1)[4]) {
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-        int pos = first + 2 * t + (r & 1) + 8 * (r >> 1);
-        bool real = pos < end;
-        const uint4 *row = p.row(real ? pos : end - 1, 1) + g;
+    for (int i = 0; i < 2; i++) {
+        struct key_tile k;
 #pragma unroll
-        for (int h = 0; h < 2; h++) v.v[r][h] = real ? __ldcg(row + 8 * h) : make_uint4(0, 0, 0, 0);
+        for (int r = 0; r < 8; r++) k.v[r >> 2][r & 3] = from.v[8 * i + r][lane];
+        score_tile(i ? s1 : s0, k, q);
     }
 }
 
-/* Keys at or beyond `end` are zeros here and count for nothing in soften. */
-static DEVICE void span_from_memory(const struct attn_args &a, const struct pages &p, int token,
-                                    int kv_head, int octet, int first, int end, int lane,
-                                    struct outcome &o) {
+static DEVICE void value_stage(const struct stage &from, int lane, const h2 (&p0)[2], const h2 (&p1)[2],
+                               struct outcome &o) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        struct value_tile v;
+#pragma unroll
+        for (int r = 0; r < 8; r++) v.v[r >> 1][r & 1] = from.v[8 * i + r][lane];
+        add_values(o, v, i ? p1 : p0);
+    }
+}
+
+/* Stage n of `now`, or n - STAGES of `next`, into the place that has just been read. */
+template <int RING>
+static DEVICE void refill(const struct attn_args &a, const struct cursor &now, const struct cursor &next, int n,
+                          struct stage *ring) {
+    copy_stage(a, n < STAGES ? now : next, n % STAGES, ring[n % RING]);
+    copy_commit();
+}
+
+/* What a token brings to a fused step: its queries of an octet, normalised and turned, and its own key and value. */
+struct new_rows {
+    uint2 q[8][HEAD_DIM / 4], kv[2][HEAD_DIM / 4];
+};
+
+/* Once per item, by the block. Its last split has the token's own position, which is in no cache yet. */
+static DEVICE void make_rows(const struct attn_args &a, const struct cursor &c, struct new_rows &to) {
+    const struct rope_args &r = a.rope;
+    int lane = (int)threadIdx.x % ROPE_LANES, half = (int)threadIdx.x / ROPE_LANES;
+    int octets = attn_octets(a.n_heads, a.n_kv_heads), per_kv = a.n_heads / a.n_kv_heads;
+    int token = c.item.token, pos = c.item.end - 1, kv_head = c.unit / octets, octet = c.unit % octets;
+    int head = kv_head * per_kv + min(octet * 8 + half, per_kv - 1);
+    struct rope_half q = rope_load(r.q, (size_t)token * (size_t)a.n_heads + (size_t)head, lane);
+    q = rope_apply(q, rope_turn_at(r.q_norm, r.table, pos, lane), r.eps);
+    if (octet * 8 + half >= per_kv) q = {{0, 0}, {0, 0}};
+    rope_save(to.q, (size_t)half, lane, q);
+    if (threadIdx.x < 32 && c.last_split() == c.item.n_splits - 1) {
+        size_t row = (size_t)token * (size_t)a.n_kv_heads + (size_t)kv_head;
+        struct rope_half v = rope_load(half ? r.v : r.k, row, lane);
+        struct rope_half k = rope_apply(v, rope_turn_at(r.k_norm, r.table, pos, lane), r.eps);
+        if (half == 0) v = k;
+        const int32_t *table = (const int32_t *)a.step.header + c.item.table;
+        row = rope_cache_row(table[pos >> a.block_shift], a.n_kv_heads, kv_head, half, pos, a.block_shift);
+        rope_save(to.kv, (size_t)half, lane, v);
+        if (octet == 0) rope_save(a.kv, row, lane, v);
+    }
+    __syncthreads();
+}
+
+static DEVICE void read_query(const struct new_rows &from, int lane, struct query &q) {
+    const uint4 *row = (const uint4 *)from.q[lane >> 2];
+#pragma unroll
+    for (int j = 0; j < 4; j++) q.v[j] = row[4 * j + (lane & 3)];
+}
+
+/* The token's own key or value to where copy_stage would have put it, if the stage has it. */
+static DEVICE void put_new(const struct cursor &c, int index, const struct new_rows &from, int lane, struct stage &to) {
+    int key = c.item.end - 1 - c.first - STAGE_KEYS * (index & 1), g = lane >> 2, t = lane & 3, row = key & 15;
+    if (key < 0 || key >= STAGE_KEYS) return;
+    const uint4 *src = (const uint4 *)from.kv[index >> 1];
+    if (index >> 1) {
+        int r = 8 * (key >> 4) + 2 * ((row >> 3) * 2 + (row & 1));
+        if ((row & 7) >> 1 == t)
+            for (int h = 0; h < 2; h++) to.v[r + h][lane] = src[8 * h + g];
+    } else if ((row & 7) == g) {
+        for (int j = 0; j < 4; j++) to.v[8 * (key >> 4) + 4 * (row >> 3) + j][lane] = src[4 * j + t];
+    }
+}
+
+/* The warp's span of `now`. */
+template <int RING>
+static DEVICE void span_from_ring(const struct attn_args &a, const struct cursor &now, const struct cursor &next,
+                                  struct stage *ring, const struct new_rows &rows, int lane, struct outcome &o) {
     struct query q;
     struct scores s;
-    struct key_tile k[2];
     h2 prob[TILES][2];
-    load_query(a, token, kv_head, octet, lane, q);
+    bool live = now.live();
+    int octets = attn_octets(a.n_heads, a.n_kv_heads);
+    if (a.fused) read_query(rows, lane, q);
+    else if (live) load_query(a, now.item.token, now.unit / octets, now.unit % octets, lane, q);
 #pragma unroll
-    for (int i = 0; i < 2; i++) fetch_keys(k[i], p, first + 16 * i, end, lane);
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {
-        score_tile(s.s[i], k[i & 1], q);
-        if (i + 2 < TILES) fetch_keys(k[i & 1], p, first + 16 * (i + 2), end, lane);
+    for (int i = 0; i < 2; i++) {
+        copy_wait<RING - 1>();
+        if (live && a.fused) put_new(now, i, rows, lane, ring[i % RING]);
+        if (live) score_stage(ring[i % RING], q, lane, s.s[2 * i], s.s[2 * i + 1]);
+        refill<RING>(a, now, next, i + RING, ring);
     }
-    struct value_tile v[2];
+    if (live) soften(s, now.item.end - now.first, lane, o, prob);
 #pragma unroll
-    for (int i = 0; i < 2; i++) fetch_values(v[i], p, first + 16 * i, end, lane);
-    soften(s, end - first, lane, o, prob);
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {
-        add_values(o, v[i & 1], prob[i]);
-        if (i + 2 < TILES) fetch_values(v[i & 1], p, first + 16 * (i + 2), end, lane);
+    for (int i = 0; i < 2; i++) {
+        copy_wait<RING - 1>();
+        if (live && a.fused) put_new(now, 2 + i, rows, lane, ring[(2 + i) % RING]);
+        if (live) value_stage(ring[(2 + i) % RING], lane, prob[2 * i], prob[2 * i + 1], o);
+        refill<RING>(a, now, next, 2 + i + RING, ring);
     }
 }
 
 struct split_shared {
     float acc[SPANS][32][36]; /* [span][lane][8 x 4], padded */
     float max[SPANS][4][2], sum[SPANS][4][2];
-    int last;
+    bool last;
 };
 
 /* A partial result: [WARPS][32 lanes]{float4 acc[2]}, then per lane 0 … 3: max[2], sum[2]. Warp `pair` has
@@ -316,16 +450,11 @@ static DEVICE void clear_pair(float (&acc)[2][4], float (&max)[2], float (&sum)[
     for (int i = 0; i < 8; i++) acc[i >> 2][i & 3] = 0.0f;
 }
 
-/* One split of one token: every warp a span; then merged into acc, max, sum (two accumulators per warp). */
-static DEVICE void block_split(const struct attn_args &a, struct split_shared &b, int token, int kv_head,
-                               int octet, int split, int lane, int warp, float (&acc)[2][4],
-                               float (&max)[2], float (&sum)[2]) {
-    int end = a.step.pos[token] + 1, first = split * SPLIT_KEYS + warp * SPAN;
-    struct pages p = pages_of(a, token, kv_head);
+/* The outcomes of the warps' spans of a split, merged: two accumulators of every lane to each warp. */
+static DEVICE void gather_split(struct split_shared &b, const struct cursor &c, const struct outcome &o, int lane,
+                                int warp, float (&acc)[2][4], float (&max)[2], float (&sum)[2]) {
     __syncthreads(); /* b is free */
-    if (first < end) {
-        struct outcome o;
-        span_from_memory(a, p, token, kv_head, octet, first, end, lane, o);
+    if (c.live()) {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             *(float4 *)&b.acc[warp][lane][4 * i] = make_float4(o.acc[i][0], o.acc[i][1], o.acc[i][2],
@@ -336,7 +465,7 @@ static DEVICE void block_split(const struct attn_args &a, struct split_shared &b
         }
     }
     __syncthreads();
-    int n_spans = (end - split * SPLIT_KEYS + SPAN - 1) / SPAN;
+    int n_spans = (c.item.end - c.split * SPLIT_KEYS + SPAN - 1) / SPAN;
     clear_pair(acc, max, sum);
     merge_spans(b, n_spans < SPANS ? n_spans : SPANS, lane, warp, acc, max, sum);
 }
@@ -352,16 +481,11 @@ static DEVICE void hand_in(const struct attn_args &a, struct split_shared &b, co
         __stcg(to + (warp * 32 + lane) * 2 + i, make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
     if (warp == 0 && lane < 4)
         __stcg(to + 8 * HEAD_DIM / 4 + lane, make_float4(max[0], max[1], sum[0], sum[1]));
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t *ticket = a.tickets + (size_t)item.token * (size_t)(a.n_kv_heads * octets) + unit;
-        b.last = atomicAdd(ticket, 1u) == (uint32_t)item.n_splits - 1u;
-        if (b.last) *ticket = 0;
-    }
+    if (threadIdx.x == 0)
+        b.last = draw_last(a.tickets + (size_t)item.token * (size_t)(a.n_kv_heads * octets) + unit, item.n_splits);
     __syncthreads();
     if (!b.last) return;
-    __threadfence();
     float total[2][4], total_max[2], total_sum[2];
     clear_pair(total, total_max, total_sum);
     merge_splits(a, item.partial - item.split, item.n_splits, unit, lane, warp, total, total_max,
@@ -369,39 +493,65 @@ static DEVICE void hand_in(const struct attn_args &a, struct split_shared &b, co
     store_out(a, item.token, kv_head, octet, lane, warp, total, total_sum);
 }
 
-static __global__ void __launch_bounds__(32 * WARPS, 3)
+template <int RING> struct splits_shared {
+    struct stage ring[WARPS][RING];
+    struct split_shared b;
+    struct new_rows rows;
+};
+
+extern __shared__ __align__(16) uint8_t shared_bytes[];
+
+/* RING 4 wants more shared memory than some devices have. */
+template <int RING>
+static __global__ void __launch_bounds__(32 * WARPS, 1)
     k_attn_splits_f16(const __grid_constant__ struct attn_args a) {
-    __shared__ struct split_shared b;
     depend_release();
-    depend_wait();
-    const struct step_header *h = a.step.header;
-    const struct attn_split *items = (const struct attn_split *)((const int32_t *)h + h->splits_at);
-    int octets = attn_octets(a.n_heads, a.n_kv_heads), units = a.n_kv_heads * octets;
+    struct splits_shared<RING> &shared = *(struct splits_shared<RING> *)shared_bytes;
+    int octets = attn_octets(a.n_heads, a.n_kv_heads);
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    for (int i = (int)blockIdx.x; i < h->n_splits * units; i += (int)gridDim.x) {
-        struct attn_split item = items[i / units];
-        int kv_head = i % units / octets, octet = i % units % octets;
-        float total[2][4], total_max[2], total_sum[2];
-        clear_pair(total, total_max, total_sum);
-        int first = item.split < 0 ? 0 : item.split;
-        int last = item.split < 0 ? item.n_splits - 1 : item.split;
-        float acc[2][4], max[2], sum[2];
-        for (int split = first; split <= last; split++) {
-            block_split(a, b, item.token, kv_head, octet, split, lane, warp, acc, max, sum);
-            float4 part[2];
+    struct stage *ring = shared.ring[warp];
+    struct cursor now = {}, next;
+    find_item(a, now);
+    /* Keys of earlier steps are there already: all that are copied if fused, or the token's sequence has but one. */
+    if (!a.fused && (!now.valid || now.first + SPAN >= now.item.end)) depend_wait();
 #pragma unroll
-            for (int j = 0; j < 2; j++) part[j] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
-            struct merge_factors f0 = merge_head(total_max[0], total_sum[0], max[0], sum[0]);
-            struct merge_factors f1 = merge_head(total_max[1], total_sum[1], max[1], sum[1]);
-            merge_pair(total, part, f0, f1);
-        }
-        if (item.partial >= 0) hand_in(a, b, item, kv_head, octet, lane, warp, acc, max, sum);
-        else store_out(a, item.token, kv_head, octet, lane, warp, total, total_sum);
+    for (int n = 0; n < RING; n++) {
+        copy_stage(a, now, n, ring[n]);
+        copy_commit();
     }
+    depend_wait();
+    float total[2][4], total_max[2], total_sum[2];
+    clear_pair(total, total_max, total_sum);
+    for (; now.valid; now = next) {
+        float acc[2][4], max[2], sum[2];
+        struct outcome o;
+        next = after(a, now);
+        if (a.fused && (now.split == now.item.split || now.split == 0)) make_rows(a, now, shared.rows);
+        span_from_ring<RING>(a, now, next, ring, shared.rows, lane, o);
+        gather_split(shared.b, now, o, lane, warp, acc, max, sum);
+        int kv_head = now.unit / octets, octet = now.unit % octets;
+        if (now.item.partial >= 0) {
+            hand_in(a, shared.b, now.item, kv_head, octet, lane, warp, acc, max, sum);
+            continue;
+        }
+        float4 part[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) part[j] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
+        struct merge_factors f0 = merge_head(total_max[0], total_sum[0], max[0], sum[0]);
+        struct merge_factors f1 = merge_head(total_max[1], total_sum[1], max[1], sum[1]);
+        merge_pair(total, part, f0, f1);
+        if (now.split < now.last_split()) continue;
+        store_out(a, now.item.token, kv_head, octet, lane, warp, total, total_sum);
+        clear_pair(total, total_max, total_sum);
+    }
+    copy_wait<0>();
 }
 
 cudaError_t cuda_attn_splits(const struct attn_args *a, const struct cuda_queue *q) {
-    return launch(k_attn_splits_f16, dim3((unsigned)(3 * q->n_sm), 1, 1), 32 * WARPS, 0, q, *a);
+    dim3 grid((unsigned)q->n_sm, 1, 1);
+    if (sizeof(struct splits_shared<4>) <= q->max_shared)
+        return launch(k_attn_splits_f16<4>, grid, 32 * WARPS, sizeof(struct splits_shared<4>), q, *a);
+    return launch(k_attn_splits_f16<2>, grid, 32 * WARPS, sizeof(struct splits_shared<2>), q, *a);
 }
 
 /* ---- prefill: eight tokens against all their keys ------------------------------------------------------------------ */
@@ -447,8 +597,6 @@ static DEVICE void span_from_shared(const struct span_buffer &b, const struct qu
         add_values(o, v, prob[i]);
     }
 }
-
-extern __shared__ __align__(16) uint8_t shared_bytes[];
 
 static __global__ void __launch_bounds__(32 * TILE_TOKENS, 1)
     k_attn_tiles_f16(const __grid_constant__ struct attn_args a) {
@@ -507,7 +655,13 @@ cudaError_t cuda_attn_tiles(const struct attn_args *a, int max_tiles, const stru
 
 cudaError_t attn_prepare(void) {
     cudaFuncAttributes ignored;
-    cudaError_t e = cudaFuncGetAttributes(&ignored, k_attn_splits_f16);
+    cudaError_t e = cudaFuncGetAttributes(&ignored, k_attn_splits_f16<4>);
+    if (e != cudaSuccess) return e;
+    (void)cudaFuncSetAttribute(k_attn_splits_f16<4>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               (int)sizeof(struct splits_shared<4>));
+    (void)cudaGetLastError(); /* where it is too much, RING 2 is launched */
+    e = cudaFuncSetAttribute(k_attn_splits_f16<2>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)sizeof(struct splits_shared<2>));
     if (e != cudaSuccess) return e;
     return cudaFuncSetAttribute(k_attn_tiles_f16, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 (int)(2 * sizeof(struct span_buffer)));

@@ -228,6 +228,18 @@ DEVICE int warp_sum(int x) {
     return x;
 }
 
+/* ---- blocks that finish last ------------------------------------------------------------------------ */
+
+/* Thread 0, after a barrier of the block: whether this block is the last of n to come here. The last one's threads see,
+ * after another barrier, what all the others wrote before theirs. *ticket is zero before and after. */
+DEVICE bool draw_last(uint32_t *ticket, int n) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+    if (before != (uint32_t)n - 1u) return false;
+    *ticket = 0;
+    return true;
+}
+
 /* ---- launching -------------------------------------------------------------------------------------- */
 
 #ifdef __CUDACC__

@@ -126,6 +126,8 @@ struct cuda {
     struct graph graphs[MAX_GRAPHS];
     int n_graphs;
     struct norm_args pending; /* y != NULL: products of experts_down that the next norm will add */
+    struct rope_args rope; /* rope_pending: what attention will do on its way */
+    bool rope_pending;
     struct moe_counters counters;
 };
 

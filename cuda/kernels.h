@@ -29,6 +29,7 @@ enum {
     HEAD_DIM = 128,
     SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
     TILE_TOKENS = 8,        /* consecutive tokens of one sequence that attention takes together */
+    MIN_TILE_TOKENS = 2,    /* of a sequence in a step, for attention to do so */
     MAX_EMBD = 16384,
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
@@ -56,8 +57,10 @@ struct step_header {
 /* One token against SPLIT_KEYS keys; split -1: against all, one after the other. */
 struct attn_split {
     int32_t token, split, n_splits;
-    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: n_splits is 1
-                        or split is -1 */
+    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: none, because
+                        split is -1 */
+    int32_t end;     /* keys 0 … end - 1 are the token's */
+    int32_t table;   /* its block table, in 4-byte words from the header */
 };
 
 struct attn_tile {
@@ -191,8 +194,11 @@ struct attn_args {
     struct step_view step;
     const void *q; /* f16 [T][H][128] */
     void *out;     /* f16 [T][H][128] written */
-    const void *kv;
+    void *kv;      /* read; fused: the step's own keys and values are written */
     int32_t n_heads, n_kv_heads, block_shift;
+    bool fused;    /* every sequence of the step has one token, and what rope says is done on the way; q is rope's,
+                      and stays as it is */
+    struct rope_args rope;
     float *partials;   /* [n_partials][attn_partial_floats] */
     uint32_t *tickets; /* [T][G * octets], zero between launches */
 };

@@ -1,6 +1,7 @@
-/* ops: each op of the table as launches. Two fusions cross op borders: the sum over a token's experts is left to the
- * norm that reads the result next (c->pending), and the residual is added where the product that follows it is
- * written. Anything else that reads h first launches the sum by itself (ops_flush). */
+/* ops: each op of the table as launches. Three fusions cross op borders: the sum over a token's experts is left to the
+ * norm that reads the result next (c->pending), the residual is added where the product that follows it is
+ * written, and in a step of single tokens rope_store is left to attention (c->rope). Anything else that comes first
+ * launches what was put off by itself (ops_flush). */
 #include "cuda/device.h"
 
 #include "cuda/panel.h"
@@ -18,6 +19,10 @@ static enum status begin_op(const struct cuda *c) {
 }
 
 enum status ops_flush(struct cuda *c) {
+    if (c->rope_pending) {
+        c->rope_pending = false;
+        TRY(device_check(c, cuda_rope_store(&c->rope, c->bucket.n_tokens, &c->queue)));
+    }
     if (!c->pending.y) return ST_OK;
     struct norm_args a = c->pending;
     c->pending.y = NULL;
@@ -93,7 +98,8 @@ enum status ops_rope_store(struct backend *b, const struct op_rope_store *op) {
     struct cuda *c = of(b);
     TRY(begin_op(c));
     CHECK(op->q->kind == BUF_INNER && op->k->kind == BUF_INNER && op->v->kind == BUF_INNER);
-    const struct rope_args a = {.step = c->view,
+    TRY(ops_flush(c));
+    c->rope = (struct rope_args){.step = c->view,
                                 .q = op->q->p,
                                 .k = op->k->p,
                                 .v = op->v->p,
@@ -105,13 +111,17 @@ enum status ops_rope_store(struct backend *b, const struct op_rope_store *op) {
                                 .n_kv_heads = c->shape.n_kv_heads,
                                 .kv = layer_kv(c, op->layer),
                                 .block_shift = c->block_shift};
-    return device_check(c, cuda_rope_store(&a, c->bucket.n_tokens, &c->queue));
+    c->rope_pending = true;
+    return c->bucket.tiles ? ops_flush(c) : ST_OK;
 }
 
 enum status ops_attention(struct backend *b, const struct op_attention *op) {
     struct cuda *c = of(b);
     TRY(begin_op(c));
     CHECK(op->q->kind == BUF_INNER && op->out->kind == BUF_INNER);
+    bool fused = c->rope_pending && c->rope.q == op->q->p && c->rope.kv == layer_kv(c, op->layer);
+    if (fused) c->rope_pending = false;
+    TRY(ops_flush(c));
     const struct attn_args a = {.step = c->view,
                                 .q = op->q->p,
                                 .out = op->out->p,
@@ -119,6 +129,8 @@ enum status ops_attention(struct backend *b, const struct op_attention *op) {
                                 .n_heads = c->shape.n_heads,
                                 .n_kv_heads = c->shape.n_kv_heads,
                                 .block_shift = c->block_shift,
+                                .fused = fused,
+                                .rope = c->rope,
                                 .partials = c->attn_partials,
                                 .tickets = c->attn_tickets};
     TRY(device_check(c, cuda_attn_splits(&a, &c->queue)));

@@ -130,19 +130,6 @@ static DEVICE void choose_any(const struct route_args &a, int t, int n_groups, f
     else choose_from<MAX_EXPERTS / 32>(a, t, n_groups, inverse, ids, lane);
 }
 
-/* ---- blocks that finish last ------------------------------------------------------------------------------- */
-
-/* What this block wrote is to be seen by the last of n blocks: all threads, then draw() by thread 0. */
-static DEVICE void publish() {
-    __threadfence();
-    __syncthreads();
-}
-static DEVICE bool draw(uint32_t *ticket, int n) {
-    bool last = atomicAdd(ticket, 1u) == (uint32_t)n - 1u;
-    if (last) *ticket = 0;
-    return last;
-}
-
 /* ---- few tokens: everything at once ------------------------------------------------------------------------- */
 
 static DEVICE void fetch_router(const struct route_args &a, int e, int first, int lane, float4 (&w)[HELD]) {
@@ -166,10 +153,42 @@ static DEVICE float dot(float4 h, float4 w, float sum) {
     return fmaf(h.w, w.w, fmaf(h.z, w.z, fmaf(h.y, w.y, fmaf(h.x, w.x, sum))));
 }
 
-/* Pairs first: slices 4 g … 4 g + 3, as k_router_many has them, then the groups. */
-static DEVICE float slice_sum(float x) {
-    for (int i = 1; i < 32; i <<= 1) x += __shfl_xor_sync(ALL_LANES, x, i);
+/* Slices 4 g … 4 g + 3 in order, as k_router_many has them, then the groups g in a tree. */
+static DEVICE float slice_sum(float x, int lane) {
+    float s[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] = __shfl_sync(ALL_LANES, x, (lane & ~3) + i);
+    x = s[0] + s[1] + s[2] + s[3];
+    for (int i = 4; i < 32; i <<= 1) x += __shfl_xor_sync(ALL_LANES, x, i);
     return x;
+}
+
+/* Logits of expert e for the n tokens at h, N at most, written by lane i for token i. */
+template <int N>
+static DEVICE void few_logits(const struct route_args &a, const float4 *h, int n, int e, float4 (&w)[HELD], float *out,
+                              int lane) {
+    int quads = a.n_cols / 4;
+    const float4 *row[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) row[i] = h + (size_t)min(i, n - 1) * (size_t)quads + lane;
+    float sums[N] = {};
+    for (int first = 0; first < quads; first += 32 * HELD) {
+        if (first > 0) fetch_router(a, e, first, lane, w);
+#pragma unroll
+        for (int j = 0; j < HELD; j++) {
+            int at = first + 32 * j;
+            if (at >= quads) break;
+#pragma unroll
+            for (int i = 0; i < N; i++) sums[i] = dot(row[i][at], w[j], sums[i]);
+        }
+    }
+    float logit = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float sum = slice_sum(sums[i], lane);
+        if (lane == i) logit = sum;
+    }
+    if (lane < n && e < a.n_experts) __stcg(out + (size_t)lane * (size_t)a.n_experts + (size_t)e, logit);
 }
 
 static __global__ void __launch_bounds__(32 * WARPS, 1)
@@ -185,148 +204,136 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     fetch_router(a, e, 0, lane, w);
     depend_wait();
     const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads;
-    int n_here = min(n_tokens - t0, (int)ROUTE_CHUNK), t = t0 + warp;
-    float sums[ROUTE_CHUNK] = {};
-    for (int first = 0; first < quads; first += 32 * HELD) {
-        if (first > 0) fetch_router(a, e, first, lane, w);
-#pragma unroll
-        for (int i = 0; i < ROUTE_CHUNK; i++) {
-            if (i >= n_here) break;
-#pragma unroll
-            for (int j = 0; j < HELD; j++) {
-                int at = first + 32 * j;
-                if (at < quads) sums[i] = dot(h[(size_t)i * (size_t)quads + (size_t)(at + lane)], w[j], sums[i]);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < ROUTE_CHUNK; i++) {
-        if (i >= n_here) break;
-        float logit = slice_sum(sums[i]);
-        if (lane == i && e < a.n_experts)
-            __stcg(a.partials + (size_t)(t0 + i) * (size_t)a.n_experts + (size_t)e, logit);
-    }
-    publish();
-    if (threadIdx.x == 0) last = draw(a.tickets + 1 + blockIdx.y, (int)gridDim.x);
+    int n = min(n_tokens - t0, (int)ROUTE_CHUNK);
+    float *logits = a.partials + (size_t)t0 * (size_t)a.n_experts;
+    if (n == 1) few_logits<1>(a, h, n, e, w, logits, lane);
+    else few_logits<ROUTE_CHUNK>(a, h, n, e, w, logits, lane);
+    __syncthreads();
+    if (threadIdx.x == 0) last = draw_last(a.tickets + 1 + blockIdx.y, (int)gridDim.x);
     float inverse = 0.0f;
-    if (warp < n_here) {
+    if (warp < n) {
         const float4 *row = h + (size_t)warp * (size_t)quads;
         inverse = row_inverse(a, row, lane);
-        write_x(a, row, t, inverse, (int)blockIdx.x, (int)gridDim.x, lane);
+        write_x(a, row, t0 + warp, inverse, (int)blockIdx.x, (int)gridDim.x, lane);
     }
     __syncthreads();
     if (!last) return;
-    __threadfence();
-    if (warp < n_here) choose_any(a, t, 1, inverse, ids + warp * a.n_used, lane);
-    if (n_tokens <= ROUTE_CHUNK) {
-        __syncthreads();
-        return route_sort_small<32 * WARPS>(a, ids, present, n_tokens * a.n_used);
-    }
-    publish();
-    if (threadIdx.x == 0) last = draw(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    if (warp < n) choose_any(a, t0 + warp, 1, inverse, ids + warp * a.n_used, lane);
     __syncthreads();
-    if (!last) return;
-    __threadfence();
-    route_sort<WARPS>(a, shared_ints, true);
+    if (n_tokens <= ROUTE_CHUNK) return route_sort_small<32 * WARPS>(a, ids, present, n_tokens * a.n_used);
+    if (threadIdx.x == 0) last = draw_last(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    __syncthreads();
+    if (last) route_sort<WARPS>(a, shared_ints, true);
 }
 
 /* ---- many tokens ---------------------------------------------------------------------------------------------- */
 
-enum : int {
-    TILE_T = 32,
-    TILE_E = 64,
-    THREADS = 128,
-    STEP_QUADS = 16,              /* float4 of a row in a step: of 4 slices each, 4 of 128 columns */
-    ROW = 4 * STEP_QUADS + 4      /* floats, padded */
-};
+/* A block: TT tokens, TE experts, and the slices 4 g … 4 g + 3 of the columns, g = blockIdx.z. A stage is BLOCK_QUADS
+ * quads of 4 columns of one slice, 128 columns apart; the stages of slice 0 come first. STAGES of them are in
+ * shared memory at a time: all of 2048 columns. A thread: TM tokens tt + i * (TT / TM), TE / 16 experts te + 16 j. */
+enum : int { BLOCK_QUADS = 16, STAGES = 4, ROW_QUADS = STAGES * BLOCK_QUADS, ROW = 4 * ROW_QUADS + 4 /* padded */ };
 
-struct many_shared {
-    float x[TILE_T][ROW], w[TILE_E][ROW];
-};
+template <int TT, int TE, int TM> struct many_tile {
+    static constexpr int threads = TT / TM * 16, experts = TE / 16;
+    struct memory {
+        float x[TT][ROW], w[TE][ROW];
+    };
 
-/* A thread's share of a step on its way to shared memory: quad `threadIdx.x % 16` of every 8th row. */
-struct many_step {
-    float4 x[TILE_T / 8], w[TILE_E / 8], norm;
-};
+    /* Which float4 of a row is quad `at` of the STAGES stages from `first`; beyond the row: -1. */
+    static DEVICE int column(const struct route_args &a, int first, int at) {
+        int n_blocks = (a.n_cols / 128 + BLOCK_QUADS - 1) / BLOCK_QUADS, stage = first + at % STAGES;
+        int j = stage % n_blocks * BLOCK_QUADS + at / STAGES;
+        return j < a.n_cols / 128 ? 32 * j + 4 * (int)blockIdx.z + stage / n_blocks : -1;
+    }
 
-static DEVICE void fetch_step(const struct route_args &a, struct many_step &s, int step, bool weights, bool inputs) {
-    int row = (int)threadIdx.x / STEP_QUADS, quad = (int)threadIdx.x % STEP_QUADS;
-    int t0 = (int)blockIdx.x * TILE_T, e0 = (int)blockIdx.y * TILE_E, n_tokens = a.header->n_tokens;
-    int at = 32 * (4 * step + quad / 4) + 4 * (int)blockIdx.z + quad % 4, quads = a.n_cols / 4;
-    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    bool inside = at < quads;
-    if (weights) {
-        s.norm = inside ? ((const float4 *)a.norm)[at] : zero;
-#pragma unroll
-        for (int i = 0; i < TILE_E / 8; i++) {
-            int e = e0 + row + 8 * i;
-            bool real = inside && e < a.n_experts;
-            s.w[i] = real ? ((const float4 *)a.router)[(size_t)e * (size_t)quads + (size_t)at] : zero;
+    static DEVICE void fetch_weights(const struct route_args &a, int first, struct memory &b) {
+        const int step = threads / ROW_QUADS; /* rows */
+        int at = (int)threadIdx.x % ROW_QUADS, row = (int)threadIdx.x / ROW_QUADS, e0 = (int)blockIdx.y * TE;
+        int column_at = column(a, first, at), quads = a.n_cols / 4, to = 4 * (at % STAGES * BLOCK_QUADS + at / STAGES);
+        const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float4 norm = column_at >= 0 ? ((const float4 *)a.norm)[column_at] : zero;
+        const float4 *from = (const float4 *)a.router + column_at;
+#pragma unroll 8
+        for (int e = row; e < TE; e += step) {
+            bool real = column_at >= 0 && e0 + e < a.n_experts;
+            float4 w = real ? from[(size_t)(e0 + e) * (size_t)quads] : zero;
+            *(float4 *)&b.w[e][to] = make_float4(w.x * norm.x, w.y * norm.y, w.z * norm.z, w.w * norm.w);
         }
     }
-    if (!inputs) return;
-#pragma unroll
-    for (int i = 0; i < TILE_T / 8; i++) {
-        int t = t0 + row + 8 * i;
-        bool real = inside && t < n_tokens;
-        s.x[i] = real ? ((const float4 *)a.h)[(size_t)t * (size_t)quads + (size_t)at] : zero;
+
+    static DEVICE void fetch_inputs(const struct route_args &a, int first, struct memory &b) {
+        const int step = threads / ROW_QUADS;
+        int at = (int)threadIdx.x % ROW_QUADS, row = (int)threadIdx.x / ROW_QUADS, t0 = (int)blockIdx.x * TT;
+        int column_at = column(a, first, at), quads = a.n_cols / 4, to = 4 * (at % STAGES * BLOCK_QUADS + at / STAGES);
+        int n_tokens = a.header->n_tokens;
+#pragma unroll 8
+        for (int t = row; t < TT; t += step) {
+            bool real = column_at >= 0 && t0 + t < n_tokens;
+            const float4 *from = (const float4 *)a.h;
+            if (real) from += (size_t)(t0 + t) * (size_t)quads + (size_t)column_at;
+            copy16(&b.x[t][to], from, real);
+        }
     }
-}
 
-static DEVICE void store_step(struct many_shared &b, const struct many_step &s) {
-    int row = (int)threadIdx.x / STEP_QUADS, quad = (int)threadIdx.x % STEP_QUADS;
+    static DEVICE void add_stage(const struct memory &b, int stage, float (&acc)[TM][experts]) {
+        int tt = (int)threadIdx.x / 16, te = (int)threadIdx.x % 16;
+#pragma unroll 2
+        for (int k = 4 * BLOCK_QUADS * stage; k < 4 * BLOCK_QUADS * (stage + 1); k += 4) {
+            float4 x[TM], w[experts];
 #pragma unroll
-    for (int i = 0; i < TILE_T / 8; i++) *(float4 *)&b.x[row + 8 * i][4 * quad] = s.x[i];
+            for (int i = 0; i < TM; i++) x[i] = *(const float4 *)&b.x[tt + TT / TM * i][k];
 #pragma unroll
-    for (int i = 0; i < TILE_E / 8; i++)
-        *(float4 *)&b.w[row + 8 * i][4 * quad] =
-            make_float4(s.w[i].x * s.norm.x, s.w[i].y * s.norm.y, s.w[i].z * s.norm.z, s.w[i].w * s.norm.w);
-}
+            for (int j = 0; j < experts; j++) w[j] = *(const float4 *)&b.w[te + 16 * j][k];
+#pragma unroll
+            for (int i = 0; i < TM; i++)
+#pragma unroll
+                for (int j = 0; j < experts; j++) acc[i][j] = dot(x[i], w[j], acc[i][j]);
+        }
+    }
+};
 
-/* A block: TILE_T tokens, TILE_E experts, slices 4 g … 4 g + 3 with g = blockIdx.z. A thread: tokens tt + 8 i, experts
- * te + 16 j. */
-static __global__ void __launch_bounds__(THREADS, 2)
+extern __shared__ __align__(16) uint8_t shared_bytes[];
+
+template <int TT, int TE, int TM>
+static __global__ void __launch_bounds__(TT / TM * 16, 1)
     k_router_many_f32(const __grid_constant__ struct route_args a) {
-    __shared__ struct many_shared b;
+    typedef many_tile<TT, TE, TM> tile;
+    typename tile::memory &b = *(typename tile::memory *)shared_bytes;
     depend_release();
-    int n_tokens = a.header->n_tokens, t0 = (int)blockIdx.x * TILE_T, e0 = (int)blockIdx.y * TILE_E;
+    int n_tokens = a.header->n_tokens, t0 = (int)blockIdx.x * TT, e0 = (int)blockIdx.y * TE;
     if (t0 >= n_tokens) return;
-    int tt = (int)threadIdx.x / 16, te = (int)threadIdx.x % 16;
-    int n_steps = (a.n_cols / 128 + 3) / 4;
-    struct many_step next;
-    fetch_step(a, next, 0, true, false);
+    int n_blocks = (a.n_cols / 128 + BLOCK_QUADS - 1) / BLOCK_QUADS;
+    float acc[TM][tile::experts] = {}, sum[TM][tile::experts] = {};
+    tile::fetch_weights(a, 0, b);
     depend_wait();
-    fetch_step(a, next, 0, false, true);
-    float acc[4][4][4] = {}; /* [slice][i][j] */
-    for (int step = 0; step < n_steps; step++) {
+    for (int first = 0; first < 4 * n_blocks; first += STAGES) {
+        if (first > 0) {
+            __syncthreads();
+            tile::fetch_weights(a, first, b);
+        }
+        tile::fetch_inputs(a, first, b);
+        copy_commit();
+        copy_wait<0>();
         __syncthreads();
-        store_step(b, next);
-        __syncthreads();
-        if (step + 1 < n_steps) fetch_step(a, next, step + 1, true, true);
 #pragma unroll 1
-        for (int k = 0; k < STEP_QUADS; k += 4)
+        for (int stage = 0; stage < STAGES; stage++) {
+            tile::add_stage(b, stage, acc);
+            if ((first + stage + 1) % n_blocks != 0) continue;
 #pragma unroll
-            for (int s = 0; s < 4; s++) {
-                float4 x[4], w[4];
+            for (int i = 0; i < TM; i++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) x[i] = *(const float4 *)&b.x[tt + 8 * i][4 * (k + s)];
-#pragma unroll
-                for (int j = 0; j < 4; j++) w[j] = *(const float4 *)&b.w[te + 16 * j][4 * (k + s)];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) acc[s][i][j] = dot(x[i], w[j], acc[s][i][j]);
-            }
+                for (int j = 0; j < tile::experts; j++) sum[i][j] += acc[i][j], acc[i][j] = 0.0f;
+        }
     }
     float *out = a.partials + (size_t)blockIdx.z * (size_t)n_tokens * (size_t)a.n_experts;
+    int tt = (int)threadIdx.x / 16, te = (int)threadIdx.x % 16;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < TM; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int t = t0 + tt + 8 * i, e = e0 + te + 16 * j;
+        for (int j = 0; j < tile::experts; j++) {
+            int t = t0 + tt + TT / TM * i, e = e0 + te + 16 * j;
             if (t < n_tokens && e < a.n_experts)
-                out[(size_t)t * (size_t)a.n_experts + (size_t)e] =
-                    acc[0][i][j] + acc[1][i][j] + (acc[2][i][j] + acc[3][i][j]);
+                out[(size_t)t * (size_t)a.n_experts + (size_t)e] = sum[i][j];
         }
 }
 
@@ -345,12 +352,10 @@ static __global__ void __launch_bounds__(32 * WARPS)
         write_x(a, h, t, inverse, 0, 1, lane);
     }
     if (n_tokens * a.n_used > SORT_HERE) return;
-    publish();
-    if (threadIdx.x == 0) last = draw(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
     __syncthreads();
-    if (!last) return;
-    __threadfence();
-    route_sort<WARPS>(a, shared_ints, true);
+    if (threadIdx.x == 0) last = draw_last(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    __syncthreads();
+    if (last) route_sort<WARPS>(a, shared_ints, true);
 }
 
 static __global__ void __launch_bounds__(32 * SORT_WARPS)
@@ -372,15 +377,25 @@ static cudaError_t launch_sort(const struct route_args *a, bool count_reads, con
                   count_reads);
 }
 
+typedef many_tile<32, 64, 4> narrow_tile;
+typedef many_tile<64, 128, 8> wide_tile;
+enum : int { WIDE_TOKENS = 1024 }; /* enough for a wide tile on every processor */
+
+template <int TT, int TE, int TM>
+static cudaError_t launch_many(const struct route_args *a, int bucket, const struct cuda_queue *q) {
+    typedef many_tile<TT, TE, TM> tile;
+    dim3 grid((unsigned)((bucket + TT - 1) / TT), (unsigned)((a->n_experts + TE - 1) / TE), ROUTE_GROUPS);
+    return launch(k_router_many_f32<TT, TE, TM>, grid, tile::threads, sizeof(typename tile::memory), q, *a);
+}
+
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q) {
     size_t shared = sort_shared<WARPS>(a->n_experts);
     unsigned chunks = (unsigned)((bucket + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
     if (bucket <= FEW_TOKENS)
         return launch(k_route_few_f32, dim3((unsigned)((a->n_experts + WARPS - 1) / WARPS), chunks, 1), 32 * WARPS,
                       shared, q, *a);
-    dim3 grid((unsigned)((bucket + TILE_T - 1) / TILE_T), (unsigned)((a->n_experts + TILE_E - 1) / TILE_E),
-              ROUTE_GROUPS);
-    cudaError_t e = launch(k_router_many_f32, grid, THREADS, 0, q, *a);
+    bool wide = bucket >= WIDE_TOKENS && sizeof(wide_tile::memory) <= q->max_shared;
+    cudaError_t e = wide ? launch_many<64, 128, 8>(a, bucket, q) : launch_many<32, 64, 4>(a, bucket, q);
     if (e != cudaSuccess) return e;
     e = launch(k_route_choose_f32, dim3(chunks, 1, 1), 32 * WARPS, shared, q, *a);
     if (e != cudaSuccess || bucket * a->n_used <= SORT_HERE) return e;
@@ -393,7 +408,14 @@ cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue 
 
 cudaError_t route_prepare(size_t max_shared) {
     cudaFuncAttributes ignored;
-    cudaError_t e = cudaFuncGetAttributes(&ignored, k_router_many_f32);
+    cudaError_t e = cudaFuncGetAttributes(&ignored, k_router_many_f32<64, 128, 8>);
+    if (e != cudaSuccess) return e;
+    if (sizeof(wide_tile::memory) <= max_shared)
+        e = cudaFuncSetAttribute(k_router_many_f32<64, 128, 8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 (int)sizeof(wide_tile::memory));
+    if (e != cudaSuccess) return e;
+    e = cudaFuncSetAttribute(k_router_many_f32<32, 64, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)sizeof(narrow_tile::memory));
     if (e != cudaSuccess) return e;
     e = cudaFuncSetAttribute(k_route_sort_i32, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)max_shared);
     if (e != cudaSuccess) return e;

@@ -8,7 +8,7 @@
 
 #include "cuda/common.cuh"
 
-enum : int { SMALL_TOKENS = 8, SMALL_PAIRS = SMALL_TOKENS * MAX_EXPERTS_USED };
+enum : int { SMALL_TOKENS = 8, SMALL_PAIRS = SMALL_TOKENS * MAX_EXPERTS_USED, BATCH = 8 /* loads under way */ };
 
 /* Groups cut into tiles of at most `width` tokens, as even as multiples of 8 allow. */
 static DEVICE int tile_tokens(int n, int width) {
@@ -35,6 +35,11 @@ template <typename F> static DEVICE int warp_prefix(F value, int *before, int n,
     return __shfl_sync(ALL_LANES, sum, 31);
 }
 
+/* Without waiting for what the counter was. */
+static DEVICE void count_groups(const struct route_args &a, int groups) {
+    atomicAdd((unsigned long long *)a.n_reads, (unsigned long long)groups);
+}
+
 /* shared: [WARPS][E] cursors, [E] counts, [E] first, [N_WIDTHS][E] tiles before. */
 template <int WARPS> static constexpr int sort_shared_ints(int n_experts) {
     return (WARPS + 2 + N_WIDTHS) * n_experts;
@@ -50,14 +55,19 @@ template <int WARPS> static DEVICE void route_sort(const struct route_args &a, i
     int begin = warp * chunk, end = min(begin + chunk, n_pairs);
     for (int e = lane; e < n_experts; e += 32) own[e] = 0;
     __syncwarp();
-    for (int i = begin + lane; i - lane < end; i += 32) {
-        int e = i < end ? __ldcg(a.lists.ids + i) : -1;
-        uint32_t same = __match_any_sync(ALL_LANES, e), below = same & ((1u << lane) - 1u);
-        int before = e >= 0 ? own[e] : 0;
-        __syncwarp();
-        if (e >= 0 && below == 0) own[e] = before + __popc(same);
-        __syncwarp();
-        if (e >= 0) a.lists.row_of[i] = before + __popc(below);
+    for (int base = begin + lane; base - lane < end; base += 32 * BATCH) {
+        int e[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) e[j] = base + 32 * j < end ? __ldcg(a.lists.ids + base + 32 * j) : -1;
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            uint32_t same = __match_any_sync(ALL_LANES, e[j]), below = same & ((1u << lane) - 1u);
+            int before = e[j] >= 0 ? own[e[j]] : 0;
+            __syncwarp();
+            if (e[j] >= 0 && below == 0) own[e[j]] = before + __popc(same);
+            __syncwarp();
+            if (e[j] >= 0) a.lists.row_of[base + 32 * j] = before + __popc(below);
+        }
     }
     __syncthreads();
     for (int e = tid; e < n_experts; e += WARPS * 32) {
@@ -81,14 +91,26 @@ template <int WARPS> static DEVICE void route_sort(const struct route_args &a, i
             int groups = 0;
             for (int e = lane; e < n_experts; e += 32) groups += counts[e] > 0;
             groups = warp_sum(groups);
-            if (lane == 0) *a.n_reads += (uint64_t)groups;
+            if (lane == 0) count_groups(a, groups);
         }
     }
     __syncthreads();
-    for (int i = begin + lane; i < end; i += 32) {
-        int e = __ldcg(a.lists.ids + i), row = first[e] + own[e] + a.lists.row_of[i];
-        a.lists.token_of[row] = i / a.n_used;
-        a.lists.row_of[i] = row;
+    for (int base = begin + lane; base < end; base += 32 * BATCH) {
+        int e[BATCH], row[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            bool real = base + 32 * j < end;
+            e[j] = real ? __ldcg(a.lists.ids + base + 32 * j) : 0;
+            row[j] = real ? a.lists.row_of[base + 32 * j] : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            int i = base + 32 * j;
+            if (i >= end) break;
+            row[j] += first[e[j]] + own[e[j]];
+            a.lists.token_of[row[j]] = i / a.n_used;
+            a.lists.row_of[i] = row[j];
+        }
     }
     for (int u = tid; u < N_WIDTHS * n_experts; u += WARPS * 32) {
         int list = u / n_experts, e = u - list * n_experts, n = counts[e];
@@ -135,7 +157,7 @@ static DEVICE void route_sort_small(const struct route_args &a, const int *ids, 
     for (int w = tid; w < n_words; w += 32) groups += __popc(present[w]);
     groups = warp_sum(groups);
     if (tid < N_WIDTHS) a.lists.n_items[tid] = groups;
-    if (tid == 0) *a.n_reads += (uint64_t)groups;
+    if (tid == 0) count_groups(a, groups);
 }
 
 #endif
