@@ -103,12 +103,15 @@ struct cuda {
     float *router_partials;
     struct route_lists lists;
     uint32_t *route_tickets;
+    int32_t *chunk_counts;
     uint64_t *n_reads;      /* device */
     uint64_t *host_reads;   /* pinned [2]: n_reads after a step */
 
     /* Sampling. */
     struct slot_state *slots; /* [max_seqs] */
     uint32_t *counts;         /* [max_seqs][V] */
+    struct sample_part *sample_parts;
+    uint32_t *sample_tickets;
     int32_t *start_ids;       /* [max_seq_tokens] */
     struct start starts[N_STARTS];
     uint32_t n_starts;

@@ -28,13 +28,14 @@ extern "C" {
 enum {
     HEAD_DIM = 128,
     SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
-    TILE_TOKENS = 8,        /* consecutive tokens of one sequence that attention takes together */
+    TILE_TOKENS = 16,       /* consecutive tokens of one sequence that attention takes together */
     MIN_TILE_TOKENS = 2,    /* of a sequence in a step, for attention to do so */
     MAX_EMBD = 16384,
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
     ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
+    SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
     N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
@@ -65,6 +66,8 @@ struct attn_split {
 
 struct attn_tile {
     int32_t token, n_tokens; /* up to TILE_TOKENS consecutive tokens of a sequence */
+    int32_t pos;             /* of the first */
+    int32_t table;           /* the block table, in 4-byte words from the header */
 };
 
 struct head_row {
@@ -210,7 +213,7 @@ KERNEL_FN size_t attn_partial_floats(int n_heads, int n_kv_heads) {
     return (size_t)n_kv_heads * (size_t)attn_octets(n_heads, n_kv_heads) * 8 * (HEAD_DIM + 2);
 }
 cudaError_t cuda_attn_splits(const struct attn_args *a, const struct cuda_queue *q);
-cudaError_t cuda_attn_tiles(const struct attn_args *a, int max_tiles, const struct cuda_queue *q);
+cudaError_t cuda_attn_tiles(const struct attn_args *a, const struct cuda_queue *q);
 
 /* ---- routing ----------------------------------------------------------------------------------------------- */
 
@@ -237,6 +240,7 @@ struct route_args {
     float *partials;     /* [ROUTE_GROUPS][T][E] */
     struct route_lists lists;
     uint32_t *tickets;   /* [1 + chunks of ROUTE_CHUNK tokens], zero between launches */
+    int32_t *chunk_counts; /* [chunks][E] */
     uint64_t *n_reads;   /* groups so far */
 };
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
@@ -262,12 +266,22 @@ struct slot_args {
 /* Fill zeroed counts from a history. */
 cudaError_t cuda_slot_count(const struct slot_args *a, const struct cuda_queue *q);
 
+/* What a stretch of a row of logits says: its first in falling order, its smallest finite value. */
+struct sample_part {
+    float value;
+    int32_t id;
+    float low;
+    int32_t bad; /* it has a value that is not finite */
+};
+
 struct sample_args {
     struct step_view step;
     float *logits; /* [R][V] overwritten */
     int32_t n_vocab;
     struct slot_state *slots;
     uint32_t *counts;         /* [slots][V]: times sampled; the top bit: in the prompt */
+    struct sample_part *parts; /* [R][SAMPLE_PARTS] */
+    uint32_t *tickets;        /* [R], zero between launches */
     struct moe_row *results;  /* [2][max_rows], pinned host memory */
     int32_t max_rows;
 };

@@ -49,14 +49,13 @@ static DEVICE float4 combine(const struct norm_args &a, int row, int i, float4 h
         float w[RANKS];
         uint2 y[RANKS];
 #pragma unroll
-        for (int k = 0; k < RANKS; k++) {
-            if (k >= n) break;
-            w[k] = a.weights[of + k];
-            y[k] = products[(size_t)a.row_of[of + k] * (size_t)(a.n_cols / 4)];
+        for (int k = 0; k < RANKS; k++) { /* no branches: all loads are to be under way at once */
+            w[k] = k < n ? a.weights[of + k] : 0.0f;
+            size_t from = k < n ? (size_t)a.row_of[of + k] : 0;
+            y[k] = k < n ? products[from * (size_t)(a.n_cols / 4)] : make_uint2(0, 0);
         }
 #pragma unroll
         for (int k = 0; k < RANKS; k++) {
-            if (k >= n) break;
             s.x += w[k] * h2_low_f32(y[k].x);
             s.y += w[k] * h2_high_f32(y[k].x);
             s.z += w[k] * h2_low_f32(y[k].y);

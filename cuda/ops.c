@@ -135,9 +135,7 @@ enum status ops_attention(struct backend *b, const struct op_attention *op) {
                                 .tickets = c->attn_tickets};
     TRY(device_check(c, cuda_attn_splits(&a, &c->queue)));
     if (!c->bucket.tiles) return ST_OK;
-    /* A tile is full, or the last of its sequence. */
-    return device_check(c, cuda_attn_tiles(&a, c->bucket.n_tokens / TILE_TOKENS + c->bucket.n_seqs,
-                                           &c->queue));
+    return device_check(c, cuda_attn_tiles(&a, &c->queue));
 }
 
 enum status ops_linear_add(struct backend *b, const struct op_linear_add *op) {
@@ -173,6 +171,7 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .partials = c->router_partials,
                                    .lists = c->lists,
                                    .tickets = c->route_tickets,
+                                   .chunk_counts = c->chunk_counts,
                                    .n_reads = c->n_reads};
     return device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue));
 }
@@ -264,6 +263,8 @@ enum status ops_sample(struct backend *b, const struct op_sample *op) {
                                   .n_vocab = c->shape.n_vocab,
                                   .slots = c->slots,
                                   .counts = c->counts,
+                                  .parts = c->sample_parts,
+                                  .tickets = c->sample_tickets,
                                   .results = c->results,
                                   .max_rows = c->limits.max_rows};
     return device_check(c, cuda_sample(&a, c->bucket.n_rows, &c->queue));

@@ -6,18 +6,18 @@
  * warp takes a slice (k_route_few), or a thread takes four slices of several tokens and experts (k_router_many): the
  * same sums either way.
  *
- * Small steps are one launch: a block has WARPS experts and ROUTE_CHUNK tokens (a chunk), the last block of a chunk chooses, one token
- * per warp, and the last chunk sorts. Large ones are k_router_many, then k_route_choose, whose last block sorts up
- * to SORT_HERE pairs; k_route_sort does the rest. */
+ * Small steps are one launch: a block has WARPS experts and ROUTE_CHUNK tokens (a chunk), the last block of a chunk
+ * chooses, one token per warp, and the last chunk sorts. Large ones are three: k_router_many, k_route_choose, which
+ * counts the experts of each chunk too, and k_route_place. */
 #include "cuda/common.cuh"
 #include "cuda/route_sort.cuh"
 
 enum : int {
     WARPS = 8,
-    HELD = 16,          /* 128 columns each: of the router, in registers */
+    HELD = 16,          /* float4 of the router in a lane's registers */
     FEW_TOKENS = 64,    /* that k_route_few takes */
     SORT_WARPS = 32,
-    SORT_HERE = 4096    /* pairs that the last block sorts at once */
+    PLACE_WARPS = 16
 };
 
 static_assert((int)ROUTE_CHUNK == (int)WARPS && (int)ROUTE_CHUNK <= (int)SMALL_TOKENS,
@@ -25,28 +25,49 @@ static_assert((int)ROUTE_CHUNK == (int)WARPS && (int)ROUTE_CHUNK <= (int)SMALL_T
 
 extern __shared__ __align__(16) int shared_ints[];
 
+/* Without branches, here and below: all loads are to be under way at once. */
+static DEVICE float4 load_if(bool real, const float4 *from) {
+    return real ? *from : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+}
+
 /* ---- one row, by one warp ------------------------------------------------------------------------------ */
 
-static DEVICE float row_inverse(const struct route_args &a, const float4 *h, int lane) {
+/* float4 32 j + lane of a row, from `first` on. */
+static DEVICE void fetch_row(const struct route_args &a, const float4 *h, int first, int lane, float4 (&v)[HELD]) {
+#pragma unroll
+    for (int j = 0; j < HELD; j++) v[j] = load_if(first + 32 * j < a.n_cols / 4, h + first + 32 * j + lane);
+}
+
+/* 1 / rms. v: what was fetched last, all of a row that is short. */
+static DEVICE float row_inverse(const struct route_args &a, const float4 *h, int lane, float4 (&v)[HELD]) {
     float squares = 0.0f;
-#pragma unroll 8
-    for (int i = lane; i < a.n_cols / 4; i += 32) {
-        float4 v = h[i];
-        squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    for (int first = 0; first < a.n_cols / 4; first += 32 * HELD) {
+        fetch_row(a, h, first, lane, v);
+#pragma unroll
+        for (int j = 0; j < HELD; j++)
+            squares += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
     }
     return 1.0f / sqrtf(warp_sum(squares) / (float)a.n_cols + a.eps);
 }
 
-/* x of a row, columns 128 i … for i = first, first + step, …. */
-static DEVICE void write_x(const struct route_args &a, const float4 *h, int t, float inverse, int first, int step,
-                           int lane) {
-    const float4 *norm = (const float4 *)a.norm;
+static DEVICE void write_quad(const struct route_args &a, int t, int i, float4 v, float4 w, float inverse) {
     uint2 *x = (uint2 *)((uint16_t *)a.x + (size_t)t * (size_t)a.n_cols);
-#pragma unroll 4
-    for (int i = 32 * first + lane; i < a.n_cols / 4; i += 32 * step) {
-        float4 v = h[i], w = norm[i];
-        x[i] = make_uint2(h2_pack(v.x * inverse * w.x, v.y * inverse * w.y),
-                          h2_pack(v.z * inverse * w.z, v.w * inverse * w.w));
+    x[i] = make_uint2(h2_pack(v.x * inverse * w.x, v.y * inverse * w.y),
+                      h2_pack(v.z * inverse * w.z, v.w * inverse * w.w));
+}
+
+/* x of row t; v is as row_inverse left it. */
+static DEVICE void write_row(const struct route_args &a, const float4 *h, int t, float inverse, int lane,
+                             float4 (&v)[HELD]) {
+    const float4 *norm = (const float4 *)a.norm;
+    int quads = a.n_cols / 4;
+    for (int first = 0; first < quads; first += 32 * HELD) {
+        if (quads > 32 * HELD) fetch_row(a, h, first, lane, v);
+#pragma unroll
+        for (int j = 0; j < HELD; j++) {
+            int i = first + 32 * j + lane;
+            if (first + 32 * j < quads) write_quad(a, t, i, v[j], norm[i], inverse);
+        }
     }
 }
 
@@ -112,15 +133,14 @@ static DEVICE void choose_from(const struct route_args &a, int t, int n_groups, 
     size_t plane = (size_t)a.header->n_tokens * (size_t)a.n_experts;
     float p[PER_LANE];
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
+    for (int i = 0; i < PER_LANE; i++) { /* no branches: all loads are to be under way at once */
         int e = 32 * i + lane;
-        p[i] = -INFINITY;
-        if (e >= a.n_experts) continue;
+        bool real = e < a.n_experts;
         float s[ROUTE_GROUPS];
 #pragma unroll
-        for (int g = 0; g < ROUTE_GROUPS; g++) s[g] = g < n_groups ? __ldcg(logits + g * plane + e) : 0.0f;
+        for (int g = 0; g < ROUTE_GROUPS; g++) s[g] = real && g < n_groups ? __ldcg(logits + g * plane + e) : 0.0f;
         if (n_groups > 1) s[0] = (s[0] + s[1] + (s[2] + s[3])) + (s[4] + s[5] + (s[6] + s[7]));
-        p[i] = s[0] * inverse;
+        p[i] = real ? s[0] * inverse : -INFINITY;
     }
     choose<PER_LANE>(a, t, p, ids, lane);
 }
@@ -133,18 +153,14 @@ static DEVICE void choose_any(const struct route_args &a, int t, int n_groups, f
 /* ---- few tokens: everything at once ------------------------------------------------------------------------- */
 
 static DEVICE void fetch_router(const struct route_args &a, int e, int first, int lane, float4 (&w)[HELD]) {
-    const float4 *row = (const float4 *)a.router + (size_t)e * (size_t)(a.n_cols / 4);
-    const float4 *norm = (const float4 *)a.norm;
+    int quads = a.n_cols / 4;
+    const float4 *row = (const float4 *)a.router + (size_t)e * (size_t)quads + first + lane;
+    const float4 *norm = (const float4 *)a.norm + first + lane;
+#pragma unroll
+    for (int j = 0; j < HELD; j++) w[j] = load_if(first + 32 * j < quads && e < a.n_experts, row + 32 * j);
 #pragma unroll
     for (int j = 0; j < HELD; j++) {
-        int i = first + 32 * j;
-        w[j] = i < a.n_cols / 4 && e < a.n_experts ? row[i + lane] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-#pragma unroll
-    for (int j = 0; j < HELD; j++) {
-        int i = first + 32 * j;
-        if (i >= a.n_cols / 4) break;
-        float4 n = norm[i + lane];
+        float4 n = load_if(first + 32 * j < quads, norm + 32 * j);
         w[j] = make_float4(w[j].x * n.x, w[j].y * n.y, w[j].z * n.z, w[j].w * n.w);
     }
 }
@@ -165,21 +181,28 @@ static DEVICE float slice_sum(float x, int lane) {
 
 /* Logits of expert e for the n tokens at h, N at most, written by lane i for token i. */
 template <int N>
-static DEVICE void few_logits(const struct route_args &a, const float4 *h, int n, int e, float4 (&w)[HELD], float *out,
-                              int lane) {
+static DEVICE void few_logits(const struct route_args &a, const float4 *h, int n, int e, float *out, int lane) {
+    constexpr int at_once = N == 1 ? HELD : 1; /* float4 of each token */
     int quads = a.n_cols / 4;
-    const float4 *row[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) row[i] = h + (size_t)min(i, n - 1) * (size_t)quads + lane;
     float sums[N] = {};
     for (int first = 0; first < quads; first += 32 * HELD) {
-        if (first > 0) fetch_router(a, e, first, lane, w);
+        float4 w[HELD];
+        fetch_router(a, e, first, lane, w);
+        depend_wait(); /* at once, but for the first time */
 #pragma unroll
-        for (int j = 0; j < HELD; j++) {
-            int at = first + 32 * j;
-            if (at >= quads) break;
+        for (int j0 = 0; j0 < HELD; j0 += at_once) {
+            float4 v[at_once][N];
 #pragma unroll
-            for (int i = 0; i < N; i++) sums[i] = dot(row[i][at], w[j], sums[i]);
+            for (int j = 0; j < at_once; j++)
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    int at = first + 32 * (j0 + j);
+                    v[j][i] = load_if(at < quads, h + min(i, n - 1) * quads + at + lane);
+                }
+#pragma unroll
+            for (int j = 0; j < at_once; j++)
+#pragma unroll
+                for (int i = 0; i < N; i++) sums[i] = dot(v[j][i], w[j0 + j], sums[i]);
         }
     }
     float logit = 0.0f;
@@ -191,6 +214,8 @@ static DEVICE void few_logits(const struct route_args &a, const float4 *h, int n
     if (lane < n && e < a.n_experts) __stcg(out + (size_t)lane * (size_t)a.n_experts + (size_t)e, logit);
 }
 
+/* N: tokens of a block, 1 or ROUTE_CHUNK. */
+template <int N>
 static __global__ void __launch_bounds__(32 * WARPS, 1)
     k_route_few_f32(const __grid_constant__ struct route_args a) {
     __shared__ int ids[SMALL_PAIRS];
@@ -198,30 +223,27 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     __shared__ bool last;
     depend_release();
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, quads = a.n_cols / 4;
-    int e = (int)blockIdx.x * WARPS + warp, t0 = (int)blockIdx.y * ROUTE_CHUNK, n_tokens = a.header->n_tokens;
+    int e = (int)blockIdx.x * WARPS + warp, t0 = (int)blockIdx.y * N, n_tokens = a.header->n_tokens;
     if (t0 >= n_tokens) return;
-    float4 w[HELD];
-    fetch_router(a, e, 0, lane, w);
-    depend_wait();
     const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads;
-    int n = min(n_tokens - t0, (int)ROUTE_CHUNK);
-    float *logits = a.partials + (size_t)t0 * (size_t)a.n_experts;
-    if (n == 1) few_logits<1>(a, h, n, e, w, logits, lane);
-    else few_logits<ROUTE_CHUNK>(a, h, n, e, w, logits, lane);
+    int n = min(n_tokens - t0, N);
+    few_logits<N>(a, h, n, e, a.partials + (size_t)t0 * (size_t)a.n_experts, lane);
     __syncthreads();
     if (threadIdx.x == 0) last = draw_last(a.tickets + 1 + blockIdx.y, (int)gridDim.x);
     float inverse = 0.0f;
     if (warp < n) {
-        const float4 *row = h + (size_t)warp * (size_t)quads;
-        inverse = row_inverse(a, row, lane);
-        write_x(a, row, t0 + warp, inverse, (int)blockIdx.x, (int)gridDim.x, lane);
+        const float4 *row = h + (size_t)warp * (size_t)quads, *norm = (const float4 *)a.norm;
+        float4 v[HELD];
+        inverse = row_inverse(a, row, lane, v);
+        for (int i = 32 * (int)blockIdx.x + lane; i < quads; i += 32 * (int)gridDim.x)
+            write_quad(a, t0 + warp, i, row[i], norm[i], inverse);
     }
     __syncthreads();
     if (!last) return;
     if (warp < n) choose_any(a, t0 + warp, 1, inverse, ids + warp * a.n_used, lane);
     __syncthreads();
-    if (n_tokens <= ROUTE_CHUNK) return route_sort_small<32 * WARPS>(a, ids, present, n_tokens * a.n_used);
-    if (threadIdx.x == 0) last = draw_last(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    if (N == 1 || n_tokens <= N) return route_sort_small<32 * WARPS>(a, ids, present, n_tokens * a.n_used);
+    if (threadIdx.x == 0) last = draw_last(a.tickets, (n_tokens + N - 1) / N);
     __syncthreads();
     if (last) route_sort<WARPS>(a, shared_ints, true);
 }
@@ -250,13 +272,12 @@ template <int TT, int TE, int TM> struct many_tile {
         const int step = threads / ROW_QUADS; /* rows */
         int at = (int)threadIdx.x % ROW_QUADS, row = (int)threadIdx.x / ROW_QUADS, e0 = (int)blockIdx.y * TE;
         int column_at = column(a, first, at), quads = a.n_cols / 4, to = 4 * (at % STAGES * BLOCK_QUADS + at / STAGES);
-        const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        float4 norm = column_at >= 0 ? ((const float4 *)a.norm)[column_at] : zero;
+        float4 norm = load_if(column_at >= 0, (const float4 *)a.norm + column_at);
         const float4 *from = (const float4 *)a.router + column_at;
 #pragma unroll 8
-        for (int e = row; e < TE; e += step) {
-            bool real = column_at >= 0 && e0 + e < a.n_experts;
-            float4 w = real ? from[(size_t)(e0 + e) * (size_t)quads] : zero;
+        for (int i = 0; i < TE / step; i++) {
+            int e = row + step * i;
+            float4 w = load_if(column_at >= 0 && e0 + e < a.n_experts, from + (size_t)(e0 + e) * (size_t)quads);
             *(float4 *)&b.w[e][to] = make_float4(w.x * norm.x, w.y * norm.y, w.z * norm.z, w.w * norm.w);
         }
     }
@@ -267,7 +288,8 @@ template <int TT, int TE, int TM> struct many_tile {
         int column_at = column(a, first, at), quads = a.n_cols / 4, to = 4 * (at % STAGES * BLOCK_QUADS + at / STAGES);
         int n_tokens = a.header->n_tokens;
 #pragma unroll 8
-        for (int t = row; t < TT; t += step) {
+        for (int i = 0; i < TT / step; i++) {
+            int t = row + step * i;
             bool real = column_at >= 0 && t0 + t < n_tokens;
             const float4 *from = (const float4 *)a.h;
             if (real) from += (size_t)(t0 + t) * (size_t)quads + (size_t)column_at;
@@ -337,44 +359,48 @@ static __global__ void __launch_bounds__(TT / TM * 16, 1)
         }
 }
 
-static __global__ void __launch_bounds__(32 * WARPS)
+static __global__ void __launch_bounds__(32 * WARPS, 1)
     k_route_choose_f32(const __grid_constant__ struct route_args a) {
-    __shared__ bool last;
+    __shared__ int ids[SMALL_PAIRS];
     depend_release();
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    int t = (int)blockIdx.x * ROUTE_CHUNK + warp, n_tokens = a.header->n_tokens;
-    if ((int)blockIdx.x * ROUTE_CHUNK >= n_tokens) return;
+    int t0 = (int)blockIdx.x * ROUTE_CHUNK, n = min(a.header->n_tokens - t0, (int)ROUTE_CHUNK), t = t0 + warp;
+    if (n <= 0) return;
+    for (int e = (int)threadIdx.x; e < a.n_experts; e += 32 * WARPS) shared_ints[e] = 0;
     depend_wait();
-    if (t < n_tokens) {
+    if (warp < n) {
         const float4 *h = (const float4 *)(a.h + (size_t)t * (size_t)a.n_cols);
-        float inverse = row_inverse(a, h, lane);
-        choose_any(a, t, ROUTE_GROUPS, inverse, NULL, lane);
-        write_x(a, h, t, inverse, 0, 1, lane);
+        float4 v[HELD];
+        float inverse = row_inverse(a, h, lane, v);
+        choose_any(a, t, ROUTE_GROUPS, inverse, ids + warp * a.n_used, lane);
+        write_row(a, h, t, inverse, lane, v);
     }
-    if (n_tokens * a.n_used > SORT_HERE) return;
     __syncthreads();
-    if (threadIdx.x == 0) last = draw_last(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    if ((int)threadIdx.x < n * a.n_used) atomicAdd(&shared_ints[ids[threadIdx.x]], 1);
     __syncthreads();
-    if (last) route_sort<WARPS>(a, shared_ints, true);
+    for (int e = (int)threadIdx.x; e < a.n_experts; e += 32 * WARPS)
+        a.chunk_counts[(int)blockIdx.x * a.n_experts + e] = shared_ints[e];
+}
+static_assert((int)SMALL_PAIRS <= 32 * (int)WARPS, "a thread counts one pair");
+
+static __global__ void __launch_bounds__(32 * PLACE_WARPS)
+    k_route_place_i32(const __grid_constant__ struct route_args a) {
+    depend_release();
+    depend_wait();
+    if ((int)blockIdx.x * PLACE_WARPS * ROUTE_CHUNK < a.header->n_tokens) route_place<PLACE_WARPS>(a, shared_ints);
 }
 
 static __global__ void __launch_bounds__(32 * SORT_WARPS)
-    k_route_sort_i32(const __grid_constant__ struct route_args a, bool count_reads) {
+    k_route_sort_i32(const __grid_constant__ struct route_args a) {
     depend_release();
     depend_wait();
-    if (count_reads && a.header->n_tokens * a.n_used <= SORT_HERE) return; /* k_route_choose did it */
-    route_sort<SORT_WARPS>(a, shared_ints, count_reads);
+    route_sort<SORT_WARPS>(a, shared_ints, false);
 }
 
 /* ---- launching ------------------------------------------------------------------------------------------------- */
 
-template <int N> static size_t sort_shared(int n_experts) {
-    return (size_t)sort_shared_ints<N>(n_experts) * sizeof(int);
-}
-
-static cudaError_t launch_sort(const struct route_args *a, bool count_reads, const struct cuda_queue *q) {
-    return launch(k_route_sort_i32, dim3(1, 1, 1), 32 * SORT_WARPS, sort_shared<SORT_WARPS>(a->n_experts), q, *a,
-                  count_reads);
+static size_t sort_shared_bytes(int warps, int n_experts) {
+    return (size_t)sort_shared_ints(warps, n_experts) * sizeof(int);
 }
 
 typedef many_tile<32, 64, 4> narrow_tile;
@@ -389,21 +415,23 @@ static cudaError_t launch_many(const struct route_args *a, int bucket, const str
 }
 
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q) {
-    size_t shared = sort_shared<WARPS>(a->n_experts);
+    size_t shared = sort_shared_bytes(WARPS, a->n_experts);
     unsigned chunks = (unsigned)((bucket + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
-    if (bucket <= FEW_TOKENS)
-        return launch(k_route_few_f32, dim3((unsigned)((a->n_experts + WARPS - 1) / WARPS), chunks, 1), 32 * WARPS,
-                      shared, q, *a);
+    dim3 few((unsigned)((a->n_experts + WARPS - 1) / WARPS), chunks, 1);
+    if (bucket == 1) return launch(k_route_few_f32<1>, few, 32 * WARPS, shared, q, *a);
+    if (bucket <= FEW_TOKENS) return launch(k_route_few_f32<ROUTE_CHUNK>, few, 32 * WARPS, shared, q, *a);
     bool wide = bucket >= WIDE_TOKENS && sizeof(wide_tile::memory) <= q->max_shared;
     cudaError_t e = wide ? launch_many<64, 128, 8>(a, bucket, q) : launch_many<32, 64, 4>(a, bucket, q);
     if (e != cudaSuccess) return e;
-    e = launch(k_route_choose_f32, dim3(chunks, 1, 1), 32 * WARPS, shared, q, *a);
-    if (e != cudaSuccess || bucket * a->n_used <= SORT_HERE) return e;
-    return launch_sort(a, true, q);
+    e = launch(k_route_choose_f32, dim3(chunks, 1, 1), 32 * WARPS, (size_t)a->n_experts * sizeof(int), q, *a);
+    if (e != cudaSuccess) return e;
+    return launch(k_route_place_i32, dim3((chunks + PLACE_WARPS - 1) / PLACE_WARPS, 1, 1), 32 * PLACE_WARPS,
+                  sort_shared_bytes(PLACE_WARPS, a->n_experts), q, *a);
 }
 
 cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue *q) {
-    return launch_sort(a, false, q);
+    return launch(k_route_sort_i32, dim3(1, 1, 1), 32 * SORT_WARPS, sort_shared_bytes(SORT_WARPS, a->n_experts), q,
+                  *a);
 }
 
 cudaError_t route_prepare(size_t max_shared) {
@@ -419,8 +447,13 @@ cudaError_t route_prepare(size_t max_shared) {
     if (e != cudaSuccess) return e;
     e = cudaFuncSetAttribute(k_route_sort_i32, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)max_shared);
     if (e != cudaSuccess) return e;
-    int most = (int)sort_shared<WARPS>(MAX_EXPERTS);
-    e = cudaFuncSetAttribute(k_route_few_f32, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    int most = (int)sort_shared_bytes(WARPS, MAX_EXPERTS);
+    e = cudaFuncSetAttribute(k_route_few_f32<1>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (e != cudaSuccess) return e;
-    return cudaFuncSetAttribute(k_route_choose_f32, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    e = cudaFuncSetAttribute(k_route_few_f32<ROUTE_CHUNK>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (e != cudaSuccess) return e;
+    e = cudaFuncGetAttributes(&ignored, k_route_choose_f32);
+    if (e != cudaSuccess) return e;
+    return cudaFuncSetAttribute(k_route_place_i32, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                (int)sort_shared_bytes(PLACE_WARPS, MAX_EXPERTS));
 }

@@ -86,6 +86,9 @@ static int32_t add_rows(const struct moe_step_seq *s, int32_t first_token, struc
     return s->n_tokens;
 }
 
+/* Work is put in order by classes of its length; what is longer is in the last. */
+enum { CLASSES = 64, TILE_CLASS = 64 /* tokens */ };
+
 static int32_t splits_of(int32_t pos) { return pos / SPLIT_KEYS + 1; }
 
 /* Tokens that attention takes one by one. */
@@ -111,7 +114,6 @@ static int32_t most_splits(const struct cuda *c, const struct moe_step *step, co
 /* Attention's splits, the longest pieces first. Returns how many. */
 static int32_t add_splits(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
                           int32_t blocks_at, struct attn_split *out) {
-    enum { CLASSES = 64 }; /* of lengths; the rest are in the last */
     int32_t longest, most = most_splits(c, step, v, &longest), n = 0, n_partials = 0;
     for (int32_t size = longest < CLASSES ? longest : CLASSES; size > 0; size--) {
         for (int32_t t = 0; t < step->n_tokens; t++) {
@@ -138,6 +140,34 @@ static int32_t add_splits(const struct cuda *c, const struct moe_step *step, con
     return n;
 }
 
+static int32_t tile_class(int32_t pos) { return pos / TILE_CLASS + 1 < CLASSES ? pos / TILE_CLASS + 1 : CLASSES; }
+
+/* Attention's tiles, those with the most keys first. Returns how many. */
+static int32_t add_tiles(const struct moe_step *step, const struct step_view *v, int32_t blocks_at,
+                         struct attn_tile *out) {
+    int32_t longest = 0, n = 0;
+    for (int32_t i = 0; i < step->n_seqs; i++) {
+        const struct moe_step_seq *s = &step->seqs[i];
+        int32_t size = tile_class(s->start_pos + s->n_tokens - 1);
+        if (takes_tiles(s) && size > longest) longest = size;
+    }
+    for (int32_t size = longest; size > 0; size--) {
+        int32_t token = 0;
+        for (int32_t i = 0; i < step->n_seqs; token += step->seqs[i++].n_tokens) {
+            const struct moe_step_seq *s = &step->seqs[i];
+            for (int32_t t = 0; t < s->n_tokens && takes_tiles(s); t += TILE_TOKENS) {
+                int32_t left = s->n_tokens - t;
+                if (tile_class(s->start_pos + t) != size) continue;
+                out[n++] = (struct attn_tile){.token = token + t,
+                                              .n_tokens = left < TILE_TOKENS ? left : TILE_TOKENS,
+                                              .pos = s->start_pos + t,
+                                              .table = blocks_at + v->table[i]};
+            }
+        }
+    }
+    return n;
+}
+
 /* The work lists of attention at `at`: splits, then tiles. Returns the bytes up to their end. */
 static size_t add_attention(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
                             size_t at, struct step_header *h) {
@@ -148,16 +178,7 @@ static size_t add_attention(const struct cuda *c, const struct moe_step *step, c
     at += aligned((size_t)h->n_splits * sizeof *splits);
     struct attn_tile *tiles = (struct attn_tile *)(void *)(dst + at);
     h->tiles_at = (int32_t)(at / sizeof(int32_t));
-    int32_t token = 0;
-    for (int32_t i = 0; i < step->n_seqs; i++) {
-        const struct moe_step_seq *s = &step->seqs[i];
-        for (int32_t t = 0; t < s->n_tokens && takes_tiles(s); t += TILE_TOKENS) {
-            int32_t left = s->n_tokens - t;
-            tiles[h->n_tiles++] =
-                (struct attn_tile){token + t, left < TILE_TOKENS ? left : TILE_TOKENS};
-        }
-        token += s->n_tokens;
-    }
+    h->n_tiles = add_tiles(step, v, h->blocks_at, tiles);
     return at + aligned((size_t)h->n_tiles * sizeof *tiles);
 }
 
