@@ -19,12 +19,16 @@ const char config_help[] =
     "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
     "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
     "rule\n"
-    "  --device DEV              cpu (default), reference (slow and simple), cuda:N\n"
-    "  --threads N               CPU threads; default: all cores\n"
+    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; of several of "
+    "one\n"
+    "                            kind, such as cuda:0,cuda:1, each holds the whole model and "
+    "serves its\n"
+    "                            share of the requests\n"
+    "  --threads N               CPU threads, for all devices together; default: all cores\n"
     "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
     "  --chat-template NAME      chatml: use ChatML whatever the file says; default: the file's\n"
     "\n"
-    "Capacity (memory follows from it; --check prints the table)\n"
+    "Capacity, of each device (memory follows from it; --check prints the table)\n"
     "  --max-seqs N              sequences that run at once (256)\n"
     "  --max-seq-tokens N        longest prompt and completion together; default: the model's "
     "context\n"
@@ -139,13 +143,12 @@ static enum status set_share(const char *arg, struct error *e, struct config *c)
     return ST_OK;
 }
 
-static enum status check_device(const char *device, struct error *e) {
-    if (strcmp(device, "cpu") == 0 || strcmp(device, "reference") == 0) return ST_OK;
-    const char *digits = device + 5;
-    if (strncmp(device, "cuda:", 5) == 0 && *digits != '\0' && strlen(digits) <= 3 &&
-        strspn(digits, "0123456789") == strlen(digits))
-        return ST_OK;
-    return error_set(e, ST_INVALID, "--device %s: must be cpu, reference or cuda:N", device);
+static enum status set_devices(const char *list, struct error *e, struct moe_devices *out) {
+    if (moe_devices_parse(list, NULL, out) == ST_OK) return ST_OK;
+    return error_set(e, ST_INVALID,
+                     "--device %s: must be cpu, reference or cuda:N, or up to %d of one of these "
+                     "with commas between them",
+                     list, MOE_MAX_RANKS);
 }
 
 static enum status set_word(int flag, const char *arg, struct error *e, struct config *c) {
@@ -156,7 +159,7 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
             return error_set(e, ST_INVALID, "--listen: the endpoint is too long");
         snprintf(c->listen, sizeof c->listen, "%s", arg);
         return ST_OK;
-    case F_DEVICE: c->device = arg; return check_device(arg, e);
+    case F_DEVICE: return set_devices(arg, e, &c->devices);
     case F_CPU_ISA: c->cpu_isa = arg; return ST_OK;
     case F_CHAT_TEMPLATE: c->chat_template = arg; return ST_OK;
     case F_GPU_MEMORY: return set_share(arg, e, c);
@@ -181,7 +184,7 @@ static enum status check_together(const struct config *c, struct error *e) {
 
 enum status config_parse(int argc, char **argv, struct error *e, struct config *out) {
     struct config c = {.action = CONFIG_SERVE,
-                       .device = "cpu",
+                       .devices = {.n = 1, .names = {"cpu"}},
                        .gpu_memory_utilization = 0.90,
                        .log_level = LOG_INFO};
     struct option options[N_WORDS + N_NUMBERS + 1] = {0};

@@ -3,6 +3,7 @@
 #ifndef MOED_DAEMON_CONFIG_H
 #define MOED_DAEMON_CONFIG_H
 
+#include "moe/moe.h"
 #include "proto/base.h"
 
 enum config_action { CONFIG_SERVE, CONFIG_CHECK, CONFIG_VERSION, CONFIG_HELP };
@@ -11,7 +12,7 @@ struct config {
     enum config_action action;
     const char *model;
     char listen[256];
-    const char *device;
+    struct moe_devices devices;
     const char *cpu_isa; /* NULL: the best this machine has */
     const char *chat_template; /* NULL: recognise the model's own */
     int threads; /* 0: all cores */

@@ -16,7 +16,10 @@ struct server;
 
 struct server_options {
     const struct text *text; /* borrowed */
-    const struct moe_info *info; /* borrowed; limits as in force */
+    const struct moe_info *info; /* borrowed; limits as in force, of each rank */
+    int n_ranks; /* engines; 0: 1 */
+    const int32_t
+        *rank_blocks; /* [n_ranks] where KV pools differ; NULL: as in info; borrowed by create */
     int32_t prefill_chunk; /* 0: the whole batch */
     int32_t max_queue; /* requests, and sequences, that may wait beside max_seqs running ones */
     int32_t max_queued_tokens;
@@ -25,10 +28,10 @@ struct server_options {
     uint64_t stall_ns; /* how long a client may not read; 0: 30 s */
 };
 
-/* Allocate everything and bind. Takes net and engine (opened, started) in any case: server_destroy,
- * or a failure here, closes them. */
-enum status server_create(const struct server_options *o, struct net *net, struct engine *engine,
-                          struct error *e, struct server **out);
+/* Allocate everything and bind. Takes net and the n_ranks engines (opened, started) in any case:
+ * server_destroy, or a failure here, closes them. */
+enum status server_create(const struct server_options *o, struct net *net,
+                          struct engine *const *engines, struct error *e, struct server **out);
 void server_destroy(struct server *s); /* NULL is fine */
 /* Bytes that server_create allocated, for the memory table. */
 uint64_t server_bytes(const struct server *s);

@@ -126,6 +126,34 @@ static bool parse_cuda(const char *device, int *out) {
     return true;
 }
 
+static enum status check_device(const char *device, struct error *e) {
+    int n;
+    if (strcmp(device, "cpu") == 0 || strcmp(device, "reference") == 0 || parse_cuda(device, &n))
+        return ST_OK;
+    return error_set(e, ST_INVALID, "device %s: it must be cpu, reference or cuda:N", device);
+}
+
+enum status moe_devices_parse(const char *list, struct error *e, struct moe_devices *out) {
+    *out = (struct moe_devices){0};
+    for (;;) {
+        size_t len = strcspn(list, ",");
+        if (out->n == MOE_MAX_RANKS)
+            return error_set(e, ST_INVALID, "device: more than %d of them", MOE_MAX_RANKS);
+        char *name = out->names[out->n];
+        if (len >= sizeof out->names[0])
+            return error_set(e, ST_INVALID, "device %s: it must be cpu, reference or cuda:N", list);
+        memcpy(name, list, len);
+        enum status st = check_device(name, e);
+        if (st != ST_OK) return st;
+        if (strncmp(name, out->names[0], 4) != 0)
+            return error_set(e, ST_INVALID, "device %s beside %s: all must be of one kind", name,
+                             out->names[0]);
+        out->n++;
+        if (list[len] == 0) return ST_OK;
+        list += len + 1;
+    }
+}
+
 static enum status open_backend(const char *device, const struct backend_config *c, struct error *e,
                                 struct backend **out) {
     if (strcmp(device, "reference") == 0) return backend_reference_open(c, e, out);
@@ -232,11 +260,17 @@ static enum status read_info(const struct gguf *g, const struct arch_model *a, s
     return st;
 }
 
+static int n_threads_of(const struct moe_options *o) {
+    int n_ranks = o->n_ranks > 0 ? o->n_ranks : 1;
+    int n = (o->n_threads > 0 ? o->n_threads : count_cores()) / n_ranks;
+    return n > 0 ? n : 1;
+}
+
 static enum status start_backend(struct moe *m, const struct moe_options *o, int device,
                                  struct error *e) {
     struct backend_config c = {.shape = m->info.shape,
                                .limits = m->info.limits,
-                               .n_threads = o->n_threads > 0 ? o->n_threads : count_cores(),
+                               .n_threads = n_threads_of(o),
                                .cpu_isa = o->cpu_isa ? o->cpu_isa : "auto",
                                .device = device,
                                .gpu_memory_utilization = o->gpu_memory_utilization};
@@ -277,10 +311,8 @@ static enum status open_into(struct moe *m, const struct moe_options *o, struct 
                              const struct arch_model *a) {
     int device = 0;
     bool cuda = parse_cuda(o->device, &device);
-    if (!cuda && strcmp(o->device, "cpu") != 0 && strcmp(o->device, "reference") != 0)
-        return error_set(l->error, ST_INVALID, "device %s: it must be cpu, reference or cuda:N",
-                         o->device);
-    enum status st = read_info(l->gguf, a, l->error, &m->info);
+    enum status st = check_device(o->device, l->error);
+    if (st == ST_OK) st = read_info(l->gguf, a, l->error, &m->info);
     if (st != ST_OK) return st;
     m->info.limits = o->limits;
     if ((st = settle_limits(&a->shape, cuda, l->error, &m->info.limits)) != ST_OK) return st;

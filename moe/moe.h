@@ -18,7 +18,8 @@ enum {
     MOE_MAX_TOP = 20,      /* top logprobs per row */
     MOE_MAX_BIASES = 128,
     MOE_MAX_STOP_IDS = 24, /* ids banned until min_tokens */
-    MOE_MAX_IN_FLIGHT = 2  /* steps between submit and collect */
+    MOE_MAX_IN_FLIGHT = 2, /* steps between submit and collect */
+    MOE_MAX_RANKS = 16     /* devices that serve one model */
 };
 
 /* What the file's metadata says, range-checked by the loader (fields: model-math, GGUF keys). */
@@ -51,10 +52,19 @@ struct moe_options {
     const char *model_path;
     const char *device; /* "cpu", "reference", "cuda:0" */
     struct moe_limits limits;
-    int n_threads;       /* 0 = all cores */
+    int n_threads;       /* for all ranks together; 0 = all cores */
+    int n_ranks;         /* models of this process that share the cores; 0 = 1 */
     const char *cpu_isa; /* NULL = auto */
     double gpu_memory_utilization;
 };
+
+/* Devices as a person lists them: "cuda:0,cuda:1". */
+struct moe_devices {
+    int n; /* 1 … MOE_MAX_RANKS */
+    char names[MOE_MAX_RANKS][16];
+};
+/* ST_INVALID names the word that is no device. All must be of one kind (cpu, reference or cuda). */
+enum status moe_devices_parse(const char *list, struct error *e, struct moe_devices *out);
 
 struct moe_info {
     char name[128];         /* general.name */

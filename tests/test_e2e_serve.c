@@ -239,6 +239,50 @@ static void test_crowd(void **state) {
     daemon_stop(&d);
 }
 
+/* Two models behind one daemon say what one says. */
+static void test_two_devices(void **state) {
+    (void)state;
+    enum { N = 36, KINDS = 12 };
+    struct daemon d;
+    static struct want alone[KINDS], all[N];
+    daemon_start(&d, (const char *const[]){"--max-seqs", "2", "--kv-blocks", "64", NULL});
+    struct client *c = connect_to(&d);
+    for (int i = 0; i < KINDS; i++) {
+        want_init(&alone[i], i);
+        run_alone(c, &alone[i]);
+    }
+    client_close(c);
+    daemon_stop(&d);
+    daemon_start(&d, (const char *const[]){"--device", "cpu,cpu", "--max-seqs", "8", "--kv-blocks",
+                                           "24", NULL});
+    c = connect_to(&d);
+    uint64_t first = 0;
+    for (int i = 0; i < N; i++) {
+        want_init(&all[i], i);
+        uint64_t id = submit(c, &all[i], LENGTH);
+        if (i == 0) first = id;
+    }
+    for (int n = 0; n < N;) {
+        struct wire_msg m;
+        struct error e = {0};
+        assert_ok(client_next(c, ANSWER_MS, &e, &m), &e);
+        struct want *w = &all[m.request_id - first];
+        take(w, &m);
+        n += w->n_ended > 0 && m.type != WIRE_TOKEN_CHUNK && m.type != WIRE_ACCEPTED;
+    }
+    for (int i = 0; i < N; i++) {
+        assert_int_equal(all[i].end, WIRE_FINISHED);
+        assert_memory_equal(all[i].ids, alone[i % KINDS].ids, LENGTH * sizeof(int32_t));
+        assert_string_equal(all[i].text, alone[i % KINDS].text);
+    }
+    /* Half each, give or take what preemption computes again. */
+    double a = stat_of(c, "device_0_step_tokens"), b = stat_of(c, "device_1_step_tokens");
+    assert_true(a > 0.3 * (a + b) && b > 0.3 * (a + b));
+    assert_true(stat_of(c, "kv_blocks_free") == 48);
+    client_close(c);
+    daemon_stop(&d);
+}
+
 /* Everything between the socket and the weights, held against the reference outputs. */
 static void test_reference_answer(void **state) {
     (void)state;
@@ -456,6 +500,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_killed_client), /* forks: before this process has a ZeroMQ thread */
         cmocka_unit_test(test_crowd),
+        cmocka_unit_test(test_two_devices),
         cmocka_unit_test(test_reference_answer),
         cmocka_unit_test(test_sigterm_under_load),
         cmocka_unit_test(test_garbage_and_second_daemon),
