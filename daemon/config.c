@@ -19,11 +19,17 @@ const char config_help[] =
     "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
     "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
     "rule\n"
-    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; of several of "
-    "one\n"
-    "                            kind, such as cuda:0,cuda:1, each holds the whole model and "
-    "serves its\n"
-    "                            share of the requests\n"
+    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; several of "
+    "one "
+    "kind, such\n"
+    "                            as cuda:0,cuda:1, share the requests\n"
+    "  --parallel MODE           replica (default): each device holds the whole model; expert: "
+    "each "
+    "holds a\n"
+    "                            share of the experts and computes them for all (not yet on cuda)\n"
+    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold each "
+    "once.\n"
+    "                            More give room for copies of those in demand\n"
     "  --threads N               CPU threads, for all devices together; default: all cores\n"
     "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
     "  --chat-template NAME      chatml: use ChatML whatever the file says; default: the file's\n"
@@ -61,6 +67,7 @@ enum flag {
     F_MODEL = 256,
     F_LISTEN,
     F_DEVICE,
+    F_PARALLEL,
     F_CPU_ISA,
     F_CHAT_TEMPLATE,
     F_GPU_MEMORY,
@@ -87,6 +94,7 @@ static const struct number_flag numbers[] = {
     NUMBER("max-seq-tokens", max_seq_tokens, 2, 1 << 24, 0),
     NUMBER("kv-blocks", kv_blocks, 1, 1 << 28, 0),
     NUMBER("block-tokens", block_tokens, 1, 256, 16),
+    NUMBER("experts-per-device", experts_per_device, 1, 1 << 16, 0),
     NUMBER("prefill-chunk", prefill_chunk, 1, 1 << 16, 0),
     NUMBER("max-queue", max_queue, 1, 1 << 16, 1024),
     NUMBER("max-queued-tokens", max_queued_tokens, 1, 1 << 30, 1 << 20),
@@ -98,6 +106,7 @@ static const struct option words[] = {
     {"model", required_argument, NULL, F_MODEL},
     {"listen", required_argument, NULL, F_LISTEN},
     {"device", required_argument, NULL, F_DEVICE},
+    {"parallel", required_argument, NULL, F_PARALLEL},
     {"cpu-isa", required_argument, NULL, F_CPU_ISA},
     {"chat-template", required_argument, NULL, F_CHAT_TEMPLATE},
     {"gpu-memory-utilization", required_argument, NULL, F_GPU_MEMORY},
@@ -151,6 +160,12 @@ static enum status set_devices(const char *list, struct error *e, struct moe_dev
                      list, MOE_MAX_RANKS);
 }
 
+static enum status set_parallel(const char *arg, struct error *e, enum config_parallel *out) {
+    *out = strcmp(arg, "expert") == 0 ? PARALLEL_EXPERT : PARALLEL_REPLICA;
+    if (*out == PARALLEL_EXPERT || strcmp(arg, "replica") == 0) return ST_OK;
+    return error_set(e, ST_INVALID, "--parallel %s: must be replica or expert", arg);
+}
+
 static enum status set_word(int flag, const char *arg, struct error *e, struct config *c) {
     switch (flag) {
     case F_MODEL: c->model = arg; return ST_OK;
@@ -160,6 +175,7 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
         snprintf(c->listen, sizeof c->listen, "%s", arg);
         return ST_OK;
     case F_DEVICE: return set_devices(arg, e, &c->devices);
+    case F_PARALLEL: return set_parallel(arg, e, &c->parallel);
     case F_CPU_ISA: c->cpu_isa = arg; return ST_OK;
     case F_CHAT_TEMPLATE: c->chat_template = arg; return ST_OK;
     case F_GPU_MEMORY: return set_share(arg, e, c);
@@ -179,6 +195,8 @@ static enum status check_together(const struct config *c, struct error *e) {
     if ((c->block_tokens & (c->block_tokens - 1)) != 0)
         return error_set(e, ST_INVALID, "--block-tokens %d: must be a power of two",
                          c->block_tokens);
+    if (c->experts_per_device > 0 && c->parallel != PARALLEL_EXPERT)
+        return error_set(e, ST_INVALID, "--experts-per-device is for --parallel expert");
     return ST_OK;
 }
 

@@ -4,12 +4,15 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "daemon/config.h"
 #include "daemon/server.h"
 
 enum { EXIT_LOST = 1, EXIT_UNUSABLE = 2, MAX_MEMORY_LINES = 64 };
 #define LOADING_LINE_NS UINT64_C(2000000000)
+/* A GPU's step takes milliseconds; a CPU may well take a minute for a large one. */
+#define GPU_STEP_NS UINT64_C(10000000000)
 
 static struct server *serving; /* for the signal handler; set before it is installed */
 
@@ -47,10 +50,12 @@ static void report_progress(void *ctx, uint64_t done, uint64_t total) {
               (unsigned long long)total);
 }
 
-static struct moe_options model_options(const struct config *c, int rank) {
+static struct moe_options model_options(const struct config *c, struct moe_group *group, int rank) {
     return (struct moe_options){.model_path = c->model,
                                 .device = c->devices.names[rank],
                                 .n_ranks = c->devices.n,
+                                .group = group,
+                                .rank = rank,
                                 .limits = {.max_batch_tokens = c->max_batch_tokens,
                                            .max_seqs = c->max_seqs,
                                            .max_rows = c->max_seqs,
@@ -108,6 +113,7 @@ static int complain(const struct error *e) {
 /* What the engines run on; engines and models of the same index belong together. */
 struct devices {
     int n;
+    struct moe_group *group; /* expert parallel, else NULL */
     struct engine_moe models[MOE_MAX_RANKS];
     struct engine *engines[MOE_MAX_RANKS];
 };
@@ -127,14 +133,17 @@ static int serve(const struct config *c, struct text *text, struct net *net,
                  const struct devices *d) {
     struct error e;
     int32_t rank_blocks[MOE_MAX_RANKS];
+    bool on_gpu = strncmp(c->devices.names[0], "cuda", 4) == 0;
     for (int i = 0; i < d->n; i++) rank_blocks[i] = moe_info(d->models[i].moe)->limits.n_blocks;
     struct server_options o = {.text = text,
                                .info = common_info(d),
                                .n_ranks = d->n,
                                .rank_blocks = rank_blocks,
+                               .lockstep = d->group != NULL,
                                .prefill_chunk = c->prefill_chunk,
                                .max_queue = c->max_queue,
                                .max_queued_tokens = c->max_queued_tokens,
+                               .step_ns = on_gpu ? GPU_STEP_NS : 0,
                                .drain_ns = (uint64_t)c->drain_seconds * 1000000000u};
     if (server_create(&o, net, d->engines, &e, &serving) != ST_OK) return complain(&e);
     for (int i = 0; i < d->n; i++) {
@@ -148,15 +157,24 @@ static int serve(const struct config *c, struct text *text, struct net *net,
     enum status st = server_run(serving);
     signal(SIGTERM, SIG_IGN);
     signal(SIGINT, SIG_IGN);
+    if (st != ST_OK) {
+        server_abandon(serving);
+        _exit(EXIT_LOST); /* whatever an engine is stuck in */
+    }
     server_destroy(serving);
-    return st == ST_OK ? EXIT_SUCCESS : EXIT_LOST;
+    return EXIT_SUCCESS;
 }
 
 static enum status open_models(const struct config *c, struct error *e, struct devices *d) {
     void *ctxs[MOE_MAX_RANKS];
     d->n = c->devices.n;
+    struct moe_group_options group = {.n_ranks = d->n, .experts_per_rank = c->experts_per_device};
+    if (c->parallel == PARALLEL_EXPERT) {
+        enum status st = moe_group_create(&group, e, &d->group);
+        if (st != ST_OK) return st;
+    }
     for (int i = 0; i < d->n; i++) {
-        d->models[i] = (struct engine_moe){.options = model_options(c, i),
+        d->models[i] = (struct engine_moe){.options = model_options(c, d->group, i),
                                            .progress = i == 0 ? report_progress : NULL};
         ctxs[i] = &d->models[i];
     }
@@ -182,6 +200,7 @@ static int check_or_serve(const struct config *c) {
     } else {
         rc = serve(c, text, net, &d);
     }
+    moe_group_destroy(d.group);
     text_close(text);
     return rc;
 }

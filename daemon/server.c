@@ -99,6 +99,8 @@ void server_destroy(struct server *v) {
     free(v);
 }
 
+void server_abandon(struct server *v) { net_close(v->net); }
+
 uint64_t server_bytes(const struct server *v) { return v->n_bytes; }
 
 void server_stop(struct server *v) {
@@ -189,6 +191,7 @@ static void run_timers(struct server *v) {
         struct request *r = request_at(v->requests, i);
         if (r->state != REQUEST_FREE) request_timers(v, r);
     }
+    step_timers(v);
     if (server_draining(v)) server_timer(v, v->drain_until_ns);
 }
 

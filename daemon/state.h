@@ -33,6 +33,7 @@ struct rank {
     struct engine_step *idle_steps[MOE_MAX_IN_FLIGHT]; /* not with the engine */
     int n_idle_steps;
     bool answer_due; /* the engine waits to hear what comes next */
+    uint64_t moved_ns; /* when a step last came back, or went out while none was out */
     int32_t *choice_of_seq; /* [max_sequences]; -1: none */
     struct moe_counters counters; /* of the step applied last */
 };
@@ -112,6 +113,7 @@ enum status step_create(struct server *v);
 void step_destroy(struct server *v);
 void step_results(struct server *v);
 void step_plan(struct server *v);
+void step_timers(struct server *v); /* an engine that keeps a step too long is lost */
 /* Where a new sequence goes: the rank with the most blocks to spare. */
 int step_pick_rank(const struct server *v);
 

@@ -126,7 +126,20 @@ static void add_devices(struct counter_list *l, const struct server *v) {
         add(l, prefix, "steps", (double)r->counters.n_steps);
         add(l, prefix, "step_tokens", (double)r->counters.n_tokens);
         add(l, prefix, "engine_busy_seconds", (double)r->counters.busy_ns / 1e9);
+        if (!v->o.lockstep) continue;
+        add(l, prefix, "expert_rows", (double)r->counters.expert_rows);
+        add(l, prefix, "experts_moved_in", (double)r->counters.n_moved);
+        add(l, prefix, "exchange_bytes", (double)r->counters.exchange_bytes);
     }
+    if (!v->o.lockstep) return;
+    uint64_t most = 0, sum = 0;
+    for (int i = 0; i < v->o.n_ranks; i++) {
+        uint64_t n = v->ranks[i].counters.expert_rows;
+        sum += n;
+        if (n > most) most = n;
+    }
+    add(l, "", "expert_imbalance", sum > 0 ? (double)most * v->o.n_ranks / (double)sum : 1);
+    add(l, "", "expert_replans", (double)v->ranks[0].counters.n_replans);
 }
 
 static void add_traffic(struct counter_list *l, const struct server *v) {

@@ -124,10 +124,13 @@ static void lose_engine(struct server *v, int rank, enum status st) {
 static void take_step(struct server *v, struct rank *r, struct engine_step *step) {
     r->counters = step->counters;
     v->last_step_ns = v->now_ns;
-    int32_t n = sched_apply(r->sched, &step->plan, &step->result, v->now_ns, v->tokens);
+    int32_t n = 0;
+    if (step->plan.step.n_seqs > 0) /* else it was only there for the group */
+        n = sched_apply(r->sched, &step->plan, &step->result, v->now_ns, v->tokens);
     for (int32_t i = 0; i < n; i++) take_token(v, r, &v->tokens[i]);
     CHECK(r->n_idle_steps < MOE_MAX_IN_FLIGHT);
     r->idle_steps[r->n_idle_steps++] = step;
+    r->moved_ns = v->now_ns;
     r->answer_due = true;
 }
 
@@ -155,18 +158,66 @@ void step_results(struct server *v) {
             if (!take_result(v, i)) break;
 }
 
+/* The step on top goes out. */
+static void push(struct server *v, struct rank *r) {
+    if (r->n_idle_steps == MOE_MAX_IN_FLIGHT) r->moved_ns = v->now_ns;
+    engine_push(r->engine, r->idle_steps[--r->n_idle_steps]);
+    r->answer_due = false;
+    if (v->o.step_ns > 0) server_timer(v, r->moved_ns + v->o.step_ns);
+}
+
+void step_timers(struct server *v) {
+    for (int i = 0; i < v->o.n_ranks && v->o.step_ns > 0 && v->lost == ST_OK; i++) {
+        const struct rank *r = &v->ranks[i];
+        if (r->n_idle_steps == MOE_MAX_IN_FLIGHT) continue;
+        if (v->now_ns - r->moved_ns >= v->o.step_ns)
+            lose_engine(v, i, ST_ENGINE_LOST);
+        else
+            server_timer(v, r->moved_ns + v->o.step_ns);
+    }
+}
+
 static void plan_rank(struct server *v, struct rank *r) {
     while (r->n_idle_steps > 0) {
-        struct engine_step *step = r->idle_steps[r->n_idle_steps - 1];
-        if (!sched_plan(r->sched, v->now_ns, &step->plan)) break;
-        r->n_idle_steps--;
-        engine_push(r->engine, step);
-        r->answer_due = false;
+        if (!sched_plan(r->sched, v->now_ns, &r->idle_steps[r->n_idle_steps - 1]->plan)) break;
+        push(v, r);
     }
     if (r->answer_due) engine_push_none(r->engine);
     r->answer_due = false;
 }
 
+/* One step for all ranks, once each has one to fill; false if that is not so, or none has anything to
+ * do. */
+static bool plan_together(struct server *v) {
+    bool any = false;
+    for (int i = 0; i < v->o.n_ranks; i++)
+        if (v->ranks[i].n_idle_steps == 0) return false;
+    for (int i = 0; i < v->o.n_ranks; i++) {
+        struct rank *r = &v->ranks[i];
+        any |= sched_plan(r->sched, v->now_ns, &r->idle_steps[r->n_idle_steps - 1]->plan);
+    }
+    for (int i = 0; i < v->o.n_ranks && any; i++) {
+        push(v, &v->ranks[i]);
+    }
+    return any;
+}
+
+static void plan_group(struct server *v) {
+    while (plan_together(v)) {
+    }
+    /* An engine whose peers have a step to bring back hears then what comes next. */
+    for (int i = 0; i < v->o.n_ranks; i++)
+        if (v->ranks[i].n_idle_steps == 0) return;
+    for (int i = 0; i < v->o.n_ranks; i++) {
+        if (v->ranks[i].answer_due) engine_push_none(v->ranks[i].engine);
+        v->ranks[i].answer_due = false;
+    }
+}
+
 void step_plan(struct server *v) {
+    if (v->o.lockstep) {
+        if (v->lost == ST_OK) plan_group(v);
+        return;
+    }
     for (int i = 0; i < v->o.n_ranks && v->lost == ST_OK; i++) plan_rank(v, &v->ranks[i]);
 }

@@ -13,6 +13,7 @@
 
 #include "moe/arch.h"
 #include "moe/backend.h"
+#include "moe/exchange.h"
 #include "moe/forward.h"
 #include "moe/gguf.h"
 #ifdef MOED_CUDA
@@ -30,6 +31,7 @@ struct moe {
     struct moe_info info;
     const struct backend_ops *ops;
     struct forward forward;
+    struct moe_group *group; /* or NULL */
     struct slot_state *slots; /* [max_seqs] */
     uint64_t n_submitted;
     int n_in_flight;
@@ -171,6 +173,7 @@ static enum status open_backend(const char *device, const struct backend_config 
 struct loader {
     const struct gguf *gguf;
     const struct gguf_tensor *tensor; /* in hand */
+    int32_t layer;
     struct backend *backend;
     struct error *error;
     void (*progress)(void *ctx, uint64_t done, uint64_t total);
@@ -198,6 +201,7 @@ static enum status load(struct loader *l, const struct gguf_tensor *t, struct we
                                    .n_experts = (int32_t)t->ne[2],
                                    .n_rows = (int32_t)t->ne[1],
                                    .n_cols = (int32_t)t->ne[0],
+                                   .layer = l->layer,
                                    .n_bytes = t->n_bytes,
                                    .read = loader_read,
                                    .ctx = l};
@@ -235,8 +239,8 @@ static enum status load_layer(struct loader *l, const struct arch_layer *a,
 static enum status load_all(struct loader *l, const struct arch_model *a, struct forward *f) {
     enum status st;
     if ((st = load(l, a->token_embd, &f->embed)) != ST_OK) return st;
-    for (int32_t i = 0; i < a->shape.n_layers; i++)
-        if ((st = load_layer(l, &a->layers[i], &f->layers[i])) != ST_OK) return st;
+    for (l->layer = 0; l->layer < a->shape.n_layers; l->layer++)
+        if ((st = load_layer(l, &a->layers[l->layer], &f->layers[l->layer])) != ST_OK) return st;
     if ((st = load(l, a->output_norm, &f->norm)) != ST_OK) return st;
     f->head = f->embed;
     return a->output == a->token_embd ? ST_OK : load(l, a->output, &f->head);
@@ -273,7 +277,9 @@ static enum status start_backend(struct moe *m, const struct moe_options *o, int
                                .n_threads = n_threads_of(o),
                                .cpu_isa = o->cpu_isa ? o->cpu_isa : "auto",
                                .device = device,
-                               .gpu_memory_utilization = o->gpu_memory_utilization};
+                               .gpu_memory_utilization = o->gpu_memory_utilization,
+                               .group = o->group,
+                               .rank = o->rank};
     enum status st = open_backend(o->device, &c, e, &m->forward.backend);
     if (st == ST_OK) m->ops = backend_ops_of(m->forward.backend);
     return st;
@@ -314,6 +320,7 @@ static enum status open_into(struct moe *m, const struct moe_options *o, struct 
     enum status st = check_device(o->device, l->error);
     if (st == ST_OK) st = read_info(l->gguf, a, l->error, &m->info);
     if (st != ST_OK) return st;
+    m->group = o->group;
     m->info.limits = o->limits;
     if ((st = settle_limits(&a->shape, cuda, l->error, &m->info.limits)) != ST_OK) return st;
     if ((st = alloc_model(a, m)) != ST_OK) return error_set(l->error, st, "no memory");
@@ -410,7 +417,7 @@ static int32_t check_seq(struct moe *m, const struct moe_step_seq *seq, const in
 }
 
 static int32_t check_step(struct moe *m, const struct moe_step *step) {
-    CHECK(step->n_seqs >= 1 && step->n_seqs <= m->info.limits.max_seqs);
+    CHECK(step->n_seqs >= (m->group ? 0 : 1) && step->n_seqs <= m->info.limits.max_seqs);
     CHECK(step->n_tokens <= m->info.limits.max_batch_tokens);
     int32_t n_tokens = 0, n_rows = 0;
     const int32_t *blocks = step->blocks;
@@ -433,12 +440,14 @@ enum status moe_submit(struct moe *m, const struct moe_step *step) {
     m->n_result_rows = -1;
     enum status st = forward_step(&m->forward, step, n_rows, m->probe.fn ? &m->probe : NULL);
     if (st == ST_OK) m->n_in_flight++;
+    if (st != ST_OK && m->group) exchange_fail(m->group);
     return st;
 }
 
 enum status moe_collect(struct moe *m, struct moe_result *out) {
     CHECK(m->n_in_flight > 0);
     enum status st = m->ops->step_collect(m->forward.backend, out);
+    if (st != ST_OK && m->group) exchange_fail(m->group);
     if (st != ST_OK) return st;
     m->n_in_flight--;
     uint64_t number = m->n_submitted - (uint64_t)m->n_in_flight;

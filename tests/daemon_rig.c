@@ -225,9 +225,11 @@ void rig_start(struct rig *r, const struct rig_options *o) {
     struct server_options options = {.text = r->text,
                                      .info = &r->fake.info,
                                      .n_ranks = r->n_ranks,
+                                     .lockstep = o->lockstep,
                                      .max_queue = or_default(o->max_queue, 64),
                                      .max_queued_tokens = or_default(o->max_queued_tokens, 10000),
                                      .max_sessions = or_default(o->max_sessions, 64),
+                                     .step_ns = (uint64_t)o->step_ms * 1000000u,
                                      .drain_ns = (uint64_t)or_default(o->drain_ms, 5000) * 1000000u,
                                      .stall_ns =
                                          (uint64_t)or_default(o->stall_ms, 30000) * 1000000u};

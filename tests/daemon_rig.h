@@ -65,8 +65,10 @@ struct rig_options { /* zero: the default in brackets */
     int32_t max_sessions; /* [64] */
     int depth; /* [1] */
     int n_ranks; /* [1] engines, each with the limits above */
+    bool lockstep;
     int drain_ms; /* [5000] */
     int stall_ms; /* [30000] */
+    int step_ms; /* [any] an engine that takes longer is lost */
 };
 
 struct rig {

@@ -111,6 +111,8 @@ static void test_refusals(void **state) {
     refuse("--device", "cpu,cuda:0", "--device cpu,cuda:0");
     refuse("--device", "cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu",
            "up to 16");
+    refuse("--parallel", "both", "--parallel both");
+    refuse("--experts-per-device", "3", "for --parallel expert");
     refuse("--block-tokens", "24", "power of two");
     refuse("--gpu-memory-utilization", "1.5", "between 0.05 and 1");
     refuse("--gpu-memory-utilization", "nan", "between 0.05 and 1");
@@ -144,6 +146,8 @@ static void test_actions(void **state) {
     static const char *const flags[] = {"--model",
                                         "--listen",
                                         "--device",
+                                        "--parallel",
+                                        "--experts-per-device",
                                         "--threads",
                                         "--cpu-isa",
                                         "--chat-template",

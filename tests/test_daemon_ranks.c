@@ -61,14 +61,20 @@ static void test_answers(void **state) {
     (void)state;
     enum { N = 60, LENGTH = 40 };
     static struct answer answers[N + 1];
-    for (int depth = 1; depth <= 2; depth++) {
+    for (int kind = 0; kind < 4; kind++) {
+        const int depth = 1 + kind % 2;
+        const bool lockstep = kind >= 2;
         struct rig r;
         struct peer p;
         struct wire_msg m;
         memset(answers, 0, sizeof answers);
         start(&r, &p,
-              &(struct rig_options){
-                  .n_ranks = 4, .max_seqs = 6, .n_blocks = 12, .max_queue = N, .depth = depth});
+              &(struct rig_options){.n_ranks = 4,
+                                    .max_seqs = 6,
+                                    .n_blocks = 12,
+                                    .max_queue = N,
+                                    .depth = depth,
+                                    .lockstep = lockstep});
         int32_t ids[64];
         int n_accepted = 0, n_finished = 0;
         for (uint64_t id = 1; id <= N; id++) {
@@ -95,6 +101,12 @@ static void test_answers(void **state) {
             assert_true(stat_of_rank(&p, i, "kv_blocks_free") == 12);
         }
         assert_true(peer_stat(&p, "preemptions") > 0);
+        double steps = stat_of_rank(&p, 0, "steps");
+        for (int i = 1; i < 4 && lockstep; i++) {
+            char name[32];
+            snprintf(name, sizeof name, "device_%d_steps", i);
+            peer_wait_stat(&p, name, steps);
+        }
         peer_close(&p);
         assert_int_equal(rig_stop(&r), ST_OK);
     }
@@ -124,11 +136,44 @@ static void test_one_lost(void **state) {
     peer_close(&p);
 }
 
+/* One hangs: all fail, in time, while the others go on. */
+static void test_one_hangs(void **state) {
+    (void)state;
+    enum { N = 9 };
+    struct rig r;
+    struct peer p;
+    struct wire_msg m;
+    start(&r, &p,
+          &(struct rig_options){
+              .n_ranks = 3, .step_ms = 300, .max_seq_tokens = 4096, .n_blocks = 1024});
+    fake_gate(&r);
+    for (int i = 0; i < 3; i++) atomic_store(&(i ? &r.more[i - 1] : &r.fake)->step_us, 2000);
+    for (uint64_t id = 1; id <= N; id++) submit(&p, id, 8, 4000);
+    for (int i = 0; i < 3; i++) { /* all but rank 1 */
+        struct fake *f = i ? &r.more[i - 1] : &r.fake;
+        if (i == 1) continue;
+        atomic_store(&f->gated, false);
+        for (int n = 0; n < 2; n++) sem_post(&f->gate);
+    }
+    int n = 0;
+    do {
+        peer_next(&p, &m);
+        if (m.type != WIRE_FAILED) continue;
+        assert_int_equal(m.failed.code, ST_ENGINE_LOST);
+        n++;
+    } while (m.type != WIRE_GOODBYE);
+    assert_int_equal(n, N);
+    fake_ungate(&r); /* so that the test can end it */
+    assert_int_equal(rig_join(&r), ST_ENGINE_LOST);
+    peer_close(&p);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_spread),
         cmocka_unit_test(test_answers),
         cmocka_unit_test(test_one_lost),
+        cmocka_unit_test(test_one_hangs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -239,8 +239,24 @@ static void test_crowd(void **state) {
     daemon_stop(&d);
 }
 
-/* Two models behind one daemon say what one says. */
-static void test_two_devices(void **state) {
+static void submit_all(struct client *c, struct want *all, int n) {
+    uint64_t first = 0;
+    for (int i = 0; i < n; i++) {
+        want_init(&all[i], i);
+        uint64_t id = submit(c, &all[i], LENGTH);
+        if (i == 0) first = id;
+    }
+    for (int n_ended = 0; n_ended < n;) {
+        struct wire_msg m;
+        struct error e = {0};
+        assert_ok(client_next(c, ANSWER_MS, &e, &m), &e);
+        take(&all[m.request_id - first], &m);
+        n_ended += m.type == WIRE_FINISHED || m.type == WIRE_FAILED || m.type == WIRE_REJECTED;
+    }
+}
+
+/* Several devices behind one daemon say what one says, each with the whole model or all with shares of it. */
+static void test_devices(void **state) {
     (void)state;
     enum { N = 36, KINDS = 12 };
     struct daemon d;
@@ -253,34 +269,33 @@ static void test_two_devices(void **state) {
     }
     client_close(c);
     daemon_stop(&d);
-    daemon_start(&d, (const char *const[]){"--device", "cpu,cpu", "--max-seqs", "8", "--kv-blocks",
-                                           "24", NULL});
-    c = connect_to(&d);
-    uint64_t first = 0;
-    for (int i = 0; i < N; i++) {
-        want_init(&all[i], i);
-        uint64_t id = submit(c, &all[i], LENGTH);
-        if (i == 0) first = id;
+    static const char *const modes[] = {"replica", "expert"};
+    for (int k = 0; k < 2; k++) {
+        daemon_start(&d, (const char *const[]){"--device", "cpu,cpu", "--parallel", modes[k],
+                                               "--max-seqs", "8", "--kv-blocks", "24", NULL});
+        c = connect_to(&d);
+        submit_all(c, all, N);
+        for (int i = 0; i < N; i++) {
+            assert_int_equal(all[i].end, WIRE_FINISHED);
+            assert_memory_equal(all[i].ids, alone[i % KINDS].ids, LENGTH * sizeof(int32_t));
+            assert_string_equal(all[i].text, alone[i % KINDS].text);
+        }
+        /* Half each, give or take what preemption computes again. */
+        double a = stat_of(c, "device_0_step_tokens"), b = stat_of(c, "device_1_step_tokens");
+        assert_true(a > 0.3 * (a + b) && b > 0.3 * (a + b));
+        assert_true(stat_of(c, "kv_blocks_free") == 48);
+        if (k == 1) {
+            double rows = 0, want = 1;
+            for (int i = 0; i < 500 && rows != want; i++) { /* the last step may not be back yet */
+                rows = stat_of(c, "device_0_expert_rows") + stat_of(c, "device_1_expert_rows");
+                want = stat_of(c, "expert_reads_ungrouped");
+            }
+            assert_true(rows == want);
+            assert_true(stat_of(c, "expert_imbalance") < 1.5);
+        }
+        client_close(c);
+        daemon_stop(&d);
     }
-    for (int n = 0; n < N;) {
-        struct wire_msg m;
-        struct error e = {0};
-        assert_ok(client_next(c, ANSWER_MS, &e, &m), &e);
-        struct want *w = &all[m.request_id - first];
-        take(w, &m);
-        n += w->n_ended > 0 && m.type != WIRE_TOKEN_CHUNK && m.type != WIRE_ACCEPTED;
-    }
-    for (int i = 0; i < N; i++) {
-        assert_int_equal(all[i].end, WIRE_FINISHED);
-        assert_memory_equal(all[i].ids, alone[i % KINDS].ids, LENGTH * sizeof(int32_t));
-        assert_string_equal(all[i].text, alone[i % KINDS].text);
-    }
-    /* Half each, give or take what preemption computes again. */
-    double a = stat_of(c, "device_0_step_tokens"), b = stat_of(c, "device_1_step_tokens");
-    assert_true(a > 0.3 * (a + b) && b > 0.3 * (a + b));
-    assert_true(stat_of(c, "kv_blocks_free") == 48);
-    client_close(c);
-    daemon_stop(&d);
 }
 
 /* Everything between the socket and the weights, held against the reference outputs. */
@@ -500,7 +515,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_killed_client), /* forks: before this process has a ZeroMQ thread */
         cmocka_unit_test(test_crowd),
-        cmocka_unit_test(test_two_devices),
+        cmocka_unit_test(test_devices),
         cmocka_unit_test(test_reference_answer),
         cmocka_unit_test(test_sigterm_under_load),
         cmocka_unit_test(test_garbage_and_second_daemon),
