@@ -30,6 +30,10 @@ const char config_help[] =
     "  --experts-per-device N    with expert: experts held per layer; default: as few as hold each "
     "once.\n"
     "                            More give room for copies of those in demand\n"
+    "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
+    "and "
+    "write what\n"
+    "                            was measured to it at the end (CSV)\n"
     "  --threads N               CPU threads, for all devices together; default: all cores\n"
     "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
     "  --chat-template NAME      chatml: use ChatML whatever the file says; default: the file's\n"
@@ -68,6 +72,7 @@ enum flag {
     F_LISTEN,
     F_DEVICE,
     F_PARALLEL,
+    F_EXPERT_LOAD,
     F_CPU_ISA,
     F_CHAT_TEMPLATE,
     F_GPU_MEMORY,
@@ -107,6 +112,7 @@ static const struct option words[] = {
     {"listen", required_argument, NULL, F_LISTEN},
     {"device", required_argument, NULL, F_DEVICE},
     {"parallel", required_argument, NULL, F_PARALLEL},
+    {"expert-load", required_argument, NULL, F_EXPERT_LOAD},
     {"cpu-isa", required_argument, NULL, F_CPU_ISA},
     {"chat-template", required_argument, NULL, F_CHAT_TEMPLATE},
     {"gpu-memory-utilization", required_argument, NULL, F_GPU_MEMORY},
@@ -176,6 +182,7 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
         return ST_OK;
     case F_DEVICE: return set_devices(arg, e, &c->devices);
     case F_PARALLEL: return set_parallel(arg, e, &c->parallel);
+    case F_EXPERT_LOAD: c->expert_load = arg; return ST_OK;
     case F_CPU_ISA: c->cpu_isa = arg; return ST_OK;
     case F_CHAT_TEMPLATE: c->chat_template = arg; return ST_OK;
     case F_GPU_MEMORY: return set_share(arg, e, c);
@@ -197,6 +204,8 @@ static enum status check_together(const struct config *c, struct error *e) {
                          c->block_tokens);
     if (c->experts_per_device > 0 && c->parallel != PARALLEL_EXPERT)
         return error_set(e, ST_INVALID, "--experts-per-device is for --parallel expert");
+    if (c->expert_load && c->parallel != PARALLEL_EXPERT)
+        return error_set(e, ST_INVALID, "--expert-load is for --parallel expert");
     return ST_OK;
 }
 

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "daemon/config.h"
+#include "daemon/load_file.h"
 #include "daemon/server.h"
 
 enum { EXIT_LOST = 1, EXIT_UNUSABLE = 2, MAX_MEMORY_LINES = 64 };
@@ -114,6 +115,7 @@ static int complain(const struct error *e) {
 struct devices {
     int n;
     struct moe_group *group; /* expert parallel, else NULL */
+    uint64_t *load; /* what the group began with, or NULL */
     struct engine_moe models[MOE_MAX_RANKS];
     struct engine *engines[MOE_MAX_RANKS];
 };
@@ -161,16 +163,33 @@ static int serve(const struct config *c, struct text *text, struct net *net,
         server_abandon(serving);
         _exit(EXIT_LOST); /* whatever an engine is stuck in */
     }
+    const struct model_shape shape = o.info->shape;
     server_destroy(serving);
+    if (c->expert_load && load_file_write(c->expert_load, d->group, &shape, &e) != ST_OK)
+        return complain(&e);
     return EXIT_SUCCESS;
+}
+
+static enum status create_group(const struct config *c, struct error *e, struct devices *d) {
+    size_t n_load = 0;
+    if (c->expert_load) {
+        enum status st = load_file_read(c->expert_load, e, &d->load, &n_load);
+        if (st != ST_OK) return st;
+        log_event(LOG_INFO, "daemon", "expert_load", "file=\"%s\" experts=%zu", c->expert_load,
+                  n_load);
+    }
+    const struct moe_group_options o = {.n_ranks = c->devices.n,
+                                        .experts_per_rank = c->experts_per_device,
+                                        .load = d->load,
+                                        .n_load = n_load};
+    return moe_group_create(&o, e, &d->group);
 }
 
 static enum status open_models(const struct config *c, struct error *e, struct devices *d) {
     void *ctxs[MOE_MAX_RANKS];
     d->n = c->devices.n;
-    struct moe_group_options group = {.n_ranks = d->n, .experts_per_rank = c->experts_per_device};
     if (c->parallel == PARALLEL_EXPERT) {
-        enum status st = moe_group_create(&group, e, &d->group);
+        enum status st = create_group(c, e, d);
         if (st != ST_OK) return st;
     }
     for (int i = 0; i < d->n; i++) {
@@ -201,6 +220,7 @@ static int check_or_serve(const struct config *c) {
         rc = serve(c, text, net, &d);
     }
     moe_group_destroy(d.group);
+    free(d.load);
     text_close(text);
     return rc;
 }

@@ -98,6 +98,10 @@ void moe_group_load(const struct moe_group *g, uint64_t *dst) {
         dst[i] = atomic_load_explicit(&g->load[i], memory_order_relaxed);
 }
 
+void moe_group_held(const struct moe_group *g, uint16_t *dst) {
+    memcpy(dst, g->shares.held, n_cells(g) * sizeof *dst);
+}
+
 void exchange_fail(struct moe_group *g) {
     pthread_mutex_lock(&g->lock);
     g->lost = true;
@@ -168,11 +172,14 @@ static enum status agree(struct moe_group *g, const struct model_shape *shape, i
         bool same = memcmp(&g->shape, shape, sizeof *shape) == 0 && g->max_tokens == max_tokens;
         return same ? ST_OK : ST_INVALID;
     }
-    enum status st = shares_create(shape, g->o.n_ranks, g->o.experts_per_rank, &g->shares);
+    size_t n = (size_t)shape->n_layers * (size_t)shape->n_experts;
+    if (g->o.load && g->o.n_load != n) return ST_INVALID;
+    enum status st =
+        shares_create(shape, g->o.n_ranks, g->o.experts_per_rank, g->o.load, &g->shares);
     if (st != ST_OK) return st;
     g->shape = *shape;
     g->max_tokens = max_tokens;
-    g->load = calloc(n_cells(g), sizeof *g->load);
+    g->load = calloc(n, sizeof *g->load);
     if (g->load) return ST_OK;
     shares_destroy(&g->shares);
     return ST_NO_MEMORY;

@@ -42,7 +42,8 @@ struct exchange {
         *first; /* [E][R] how many of them each rank computes, and where they begin there */
 };
 
-/* Join. All ranks of a group have the same shape and max_tokens, else ST_INVALID; ST_NO_MEMORY. */
+/* Join. All ranks of a group have the same shape and max_tokens, and the group's load, if it was given one, is of that
+ * shape, else ST_INVALID; ST_NO_MEMORY. */
 enum status exchange_open(struct moe_group *g, int rank, const struct model_shape *shape,
                           int32_t max_tokens, struct exchange **out);
 /* Leave, between steps: the others' waits end, and this one returns once none of them reads what this rank

@@ -71,6 +71,9 @@ struct moe_group_options {
     uint64_t timeout_ns; /* a rank that keeps the others waiting for longer is lost; 0: 10 s */
     uint64_t replan_tokens; /* look at the balance every so many routed tokens of all layers; 0: 2^20 */
     double max_imbalance; /* plan anew above it; 0: 1.1 */
+    const uint64_t *load; /* [n_load] tokens of each (layer, expert), measured before: the first plan is made for
+                             them; NULL: all alike. Borrowed until the models are open */
+    size_t n_load; /* L * E, else opening says ST_INVALID */
 };
 /* ST_INVALID; ST_NO_MEMORY. The group outlives its models. */
 enum status moe_group_create(const struct moe_group_options *o, struct error *e,
@@ -78,6 +81,8 @@ enum status moe_group_create(const struct moe_group_options *o, struct error *e,
 void moe_group_destroy(struct moe_group *g); /* NULL is fine */
 /* For tests and tools: tokens routed since the group began, [L][E], L and E as in moe_info. Any thread. */
 void moe_group_load(const struct moe_group *g, uint64_t *dst);
+/* Likewise who holds each expert, a bit for each rank. No step may be out. */
+void moe_group_held(const struct moe_group *g, uint16_t *dst);
 
 /* Devices as a person lists them: "cuda:0,cuda:1". */
 struct moe_devices {

@@ -56,7 +56,7 @@ static void to_bits(const struct shares *s, uint16_t *bits) {
 }
 
 enum status shares_create(const struct model_shape *shape, int n_ranks, int32_t slots,
-                          struct shares *out) {
+                          const uint64_t *load, struct shares *out) {
     int32_t least = (shape->n_experts + n_ranks - 1) / n_ranks;
     CHECK(n_ranks >= 1 && n_ranks <= MOE_MAX_RANKS);
     if (slots < least) slots = least;
@@ -76,7 +76,7 @@ enum status shares_create(const struct model_shape *shape, int n_ranks, int32_t 
     if (ok) {
         struct placement_problem p = problem_of(out);
         struct placement plan = {out->expert_of, out->n_replicas};
-        for (size_t i = 0; i < n; i++) out->load[i] = 1;
+        for (size_t i = 0; i < n; i++) out->load[i] = load ? (double)load[i] : 1;
         ok = placement_plan(&p, NULL, &plan) == ST_OK;
     }
     if (!ok) {

@@ -28,10 +28,10 @@ struct shares {
     int32_t *expert_of, *n_replicas;
 };
 
-/* slots 0: as few as hold every expert once; more than E means E. The first plan takes all experts for
- * equally loaded. ST_NO_MEMORY leaves *out zeroed; so does destroy. */
+/* slots 0: as few as hold every expert once; more than E means E. The first plan is made for load, [L][E]
+ * tokens, or takes all experts for equally loaded (NULL). ST_NO_MEMORY leaves *out zeroed; so does destroy. */
 enum status shares_create(const struct model_shape *shape, int n_ranks, int32_t slots,
-                          struct shares *out);
+                          const uint64_t *load, struct shares *out);
 void shares_destroy(struct shares *s);
 
 static inline bool shares_holds(const struct shares *s, int32_t layer, int32_t expert, int rank) {

@@ -113,6 +113,7 @@ static void test_refusals(void **state) {
            "up to 16");
     refuse("--parallel", "both", "--parallel both");
     refuse("--experts-per-device", "3", "for --parallel expert");
+    refuse("--expert-load", "x", "for --parallel expert");
     refuse("--block-tokens", "24", "power of two");
     refuse("--gpu-memory-utilization", "1.5", "between 0.05 and 1");
     refuse("--gpu-memory-utilization", "nan", "between 0.05 and 1");
@@ -148,6 +149,7 @@ static void test_actions(void **state) {
                                         "--device",
                                         "--parallel",
                                         "--experts-per-device",
+                                        "--expert-load",
                                         "--threads",
                                         "--cpu-isa",
                                         "--chat-template",

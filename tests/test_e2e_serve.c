@@ -239,6 +239,23 @@ static void test_crowd(void **state) {
     daemon_stop(&d);
 }
 
+/* --check, --version and refusals: what a person sees. */
+static void run_moed(const char *const *flags, int want_status, const char *want_output) {
+    char output[8192], command[2048] = TEST_BIN "/moed";
+    for (; *flags; flags++) {
+        size_t n = strlen(command);
+        snprintf(command + n, sizeof command - n, " '%s'", *flags);
+    }
+    size_t n = strlen(command);
+    snprintf(command + n, sizeof command - n, " 2>&1");
+    FILE *f = popen(command, "r");
+    assert_non_null(f);
+    output[fread(output, 1, sizeof output - 1, f)] = '\0';
+    int status = pclose(f);
+    assert_int_equal(WEXITSTATUS(status), want_status);
+    if (!strstr(output, want_output)) fail_msg("\"%s\" is not in: %s", want_output, output);
+}
+
 static void submit_all(struct client *c, struct want *all, int n) {
     uint64_t first = 0;
     for (int i = 0; i < n; i++) {
@@ -269,10 +286,13 @@ static void test_devices(void **state) {
     }
     client_close(c);
     daemon_stop(&d);
-    static const char *const modes[] = {"replica", "expert"};
-    for (int k = 0; k < 2; k++) {
+    static const char *const modes[] = {"replica", "expert", "expert"};
+    char load_path[64];
+    snprintf(load_path, sizeof load_path, "/tmp/moed-e2e-load-%d.csv", (int)getpid());
+    for (int k = 0; k < 3; k++) { /* the last begins with the load that the one before measured */
         daemon_start(&d, (const char *const[]){"--device", "cpu,cpu", "--parallel", modes[k],
-                                               "--max-seqs", "8", "--kv-blocks", "24", NULL});
+                                               "--max-seqs", "8", "--kv-blocks", "24",
+                                               k > 0 ? "--expert-load" : NULL, load_path, NULL});
         c = connect_to(&d);
         submit_all(c, all, N);
         for (int i = 0; i < N; i++) {
@@ -284,7 +304,7 @@ static void test_devices(void **state) {
         double a = stat_of(c, "device_0_step_tokens"), b = stat_of(c, "device_1_step_tokens");
         assert_true(a > 0.3 * (a + b) && b > 0.3 * (a + b));
         assert_true(stat_of(c, "kv_blocks_free") == 48);
-        if (k == 1) {
+        if (k > 0) {
             double rows = 0, want = 1;
             for (int i = 0; i < 500 && rows != want; i++) { /* the last step may not be back yet */
                 rows = stat_of(c, "device_0_expert_rows") + stat_of(c, "device_1_expert_rows");
@@ -296,6 +316,21 @@ static void test_devices(void **state) {
         client_close(c);
         daemon_stop(&d);
     }
+    FILE *f = fopen(load_path, "r");
+    assert_non_null(f);
+    char line[64];
+    int n_lines = 0;
+    while (fgets(line, sizeof line, f)) n_lines++;
+    fclose(f);
+    assert_true(n_lines > 1 && (n_lines - 1) % 4 == 0);
+    run_moed((const char *const[]){"--model", TINY_MODEL, "--device", "cpu,cpu", "--parallel",
+                                   "expert", "--check", "--expert-load", load_path, NULL},
+             0, "backend   cpu ");
+    assert_int_equal(truncate(load_path, 100), 0);
+    run_moed((const char *const[]){"--model", TINY_MODEL, "--device", "cpu,cpu", "--parallel",
+                                   "expert", "--check", "--expert-load", load_path, NULL},
+             2, load_path);
+    unlink(load_path);
 }
 
 /* Everything between the socket and the weights, held against the reference outputs. */
@@ -475,23 +510,6 @@ static void test_garbage_and_second_daemon(void **state) {
     wait_stat(c, "sessions", 1);
     client_close(c);
     daemon_stop(&d);
-}
-
-/* --check, --version and refusals: what a person sees. */
-static void run_moed(const char *const *flags, int want_status, const char *want_output) {
-    char output[8192], command[2048] = TEST_BIN "/moed";
-    for (; *flags; flags++) {
-        size_t n = strlen(command);
-        snprintf(command + n, sizeof command - n, " '%s'", *flags);
-    }
-    size_t n = strlen(command);
-    snprintf(command + n, sizeof command - n, " 2>&1");
-    FILE *f = popen(command, "r");
-    assert_non_null(f);
-    output[fread(output, 1, sizeof output - 1, f)] = '\0';
-    int status = pclose(f);
-    assert_int_equal(WEXITSTATUS(status), want_status);
-    if (!strstr(output, want_output)) fail_msg("\"%s\" is not in: %s", want_output, output);
 }
 
 static void test_command_line(void **state) {
