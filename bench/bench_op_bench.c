@@ -151,7 +151,14 @@ static struct matrix load(struct rig *r, enum tensor_type type, int32_t n_expert
         tensor_type_bytes(type, n_all, &n) && tensor_type_block(type, &n_weights, &block_bytes);
     bench_require(ok ? ST_OK : ST_UNSUPPORTED, "shape");
     pool->salt = (size_t)(random_next(&r->rng) % 4096) * (size_t)block_bytes;
-    struct weight_source s = {"generated", type, n_experts, n_rows, n_cols, n, read_pool, pool};
+    const struct weight_source s = {.name = "generated",
+                                    .type = type,
+                                    .n_experts = n_experts,
+                                    .n_rows = n_rows,
+                                    .n_cols = n_cols,
+                                    .n_bytes = n,
+                                    .read = read_pool,
+                                    .ctx = pool};
     struct error e = {0};
     if (r->ops->weight_load(r->b, &s, &e, &m.w) != ST_OK) {
         fprintf(stderr, "%s: %s\n", program, e.text);
