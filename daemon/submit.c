@@ -139,12 +139,14 @@ static enum status add_choice(struct server *v, struct session *s, struct reques
                                  .priority = r->priority,
                                  .sampling = r->sampling};
     want.sampling.seed = r->seed + c->index;
-    enum status st = sched_add(v->sched, &want, v->now_ns, &c->seq);
+    c->rank = step_pick_rank(v);
+    struct rank *rank = &v->ranks[c->rank];
+    enum status st = sched_add(rank->sched, &want, v->now_ns, &c->seq);
     if (st != ST_OK) return st;
     c->open = true;
     r->n_open++;
-    v->choice_of_seq[c->seq.idx] = choice_idx(v->requests, c);
-    if (s->held) sched_hold(v->sched, c->seq, true);
+    rank->choice_of_seq[c->seq.idx] = choice_idx(v->requests, c);
+    if (s->held) sched_hold(rank->sched, c->seq, true);
     return ST_OK;
 }
 
@@ -152,7 +154,7 @@ static enum status add_choice(struct server *v, struct session *s, struct reques
 static void admit(struct server *v, struct session *s, struct request *r, const int32_t *ids,
                   size_t n_ids) {
     struct error e;
-    uint32_t depth = (uint32_t)sched_stats(v->sched).n_waiting;
+    uint32_t depth = (uint32_t)stats_sched(v).n_waiting;
     enum status st = ST_OK;
     for (int32_t i = 0; st == ST_OK && i < r->n; i++) st = add_choice(v, s, r, ids, n_ids);
     if (st != ST_OK) {

@@ -120,7 +120,14 @@ static inline struct weights pair_weights(struct pair *p, enum tensor_type type,
     m.p = malloc(m.n);
     for (size_t at = 0; at < m.n; at += (size_t)block_bytes)
         random_block(&p->rng, type, size, m.p + at, block_bytes);
-    struct weight_source s = {"w", type, n_experts, n_rows, n_cols, m.n, memory_read, &m};
+    struct weight_source s = {.name = "w",
+                              .type = type,
+                              .n_experts = n_experts,
+                              .n_rows = n_rows,
+                              .n_cols = n_cols,
+                              .n_bytes = m.n,
+                              .read = memory_read,
+                              .ctx = &m};
     struct error e = {0};
     for (int i = 0; i < N_BACKENDS; i++)
         assert_ok(pair_ops(p, i)->weight_load(p->b[i], &s, &e, &w.w[i]), &e);
@@ -134,7 +141,14 @@ static inline struct weights pair_norm(struct pair *p, int32_t n) {
     float *v = malloc((size_t)n * sizeof *v);
     for (int32_t i = 0; i < n; i++) v[i] = test_uniform(&p->rng, 0.5f, 1.5f);
     struct memory_source m = {(uint8_t *)v, (size_t)n * sizeof *v};
-    struct weight_source s = {"norm", TENSOR_F32, 1, 1, n, m.n, memory_read, &m};
+    struct weight_source s = {.name = "norm",
+                              .type = TENSOR_F32,
+                              .n_experts = 1,
+                              .n_rows = 1,
+                              .n_cols = n,
+                              .n_bytes = m.n,
+                              .read = memory_read,
+                              .ctx = &m};
     struct error e = {0};
     for (int i = 0; i < N_BACKENDS; i++)
         assert_ok(pair_ops(p, i)->weight_load(p->b[i], &s, &e, &w.w[i]), &e);

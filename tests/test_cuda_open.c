@@ -108,7 +108,13 @@ static void test_tensors(void **state) {
     struct backend *b;
     struct weight *w;
     assert_ok(backend_cuda_open(&c, &e, &b), &e);
-    struct weight_source s = {"blk.0.odd", TENSOR_F16, 1, 16, 300, 16 * 300 * 2, never, NULL};
+    struct weight_source s = {.name = "blk.0.odd",
+                              .type = TENSOR_F16,
+                              .n_experts = 1,
+                              .n_rows = 16,
+                              .n_cols = 300,
+                              .n_bytes = 16 * 300 * 2,
+                              .read = never};
     assert_int_equal(backend_ops_of(b)->weight_load(b, &s, &e, &w), ST_UNSUPPORTED);
     assert_non_null(strstr(e.text, "blk.0.odd"));
     s = (struct weight_source){"blk.0.type", (enum tensor_type)99, 1, 16, 256, 16 * 256, never, NULL};
