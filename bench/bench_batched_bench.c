@@ -38,7 +38,8 @@ static const char usage[] =
     "  --npl LIST              batch sizes (default 1,2,4,8,16,32)\n"
     "  --max-batch-tokens N    tokens in one step (default 512)\n"
     "  --repeat N              runs per batch size, of which the median counts (default 3)\n"
-    "  --busy PERCENT          meanwhile another process keeps one core busy so much of every 10 ms (default 0)\n"
+    "  --busy PERCENT          meanwhile another process keeps one core busy so much of every 10 "
+    "ms (default 0)\n"
     "  --gpu-memory-utilization PERCENT  (default 90)\n";
 
 enum { MAX_NPL = 32, BLOCK_TOKENS = 16 };
@@ -234,14 +235,19 @@ static void *bench_main(void *ctx) {
 
 static void parse(int argc, char **argv, struct options *o) {
     enum { MODEL = 1, DEVICE, THREADS, ISA, PP, TG, NPL, BATCH, REPEAT, BUSY, UTILIZATION, HELP };
-    static const struct option longs[] = {
-        {"model", 1, 0, MODEL},     {"device", 1, 0, DEVICE},
-        {"threads", 1, 0, THREADS}, {"cpu-isa", 1, 0, ISA},
-        {"pp", 1, 0, PP},           {"tg", 1, 0, TG},
-        {"npl", 1, 0, NPL},         {"max-batch-tokens", 1, 0, BATCH},
-        {"repeat", 1, 0, REPEAT},   {"busy", 1, 0, BUSY},
-        {"gpu-memory-utilization", 1, 0, UTILIZATION},
-        {"help", 0, 0, HELP},       {0, 0, 0, 0}};
+    static const struct option longs[] = {{"model", 1, 0, MODEL},
+                                          {"device", 1, 0, DEVICE},
+                                          {"threads", 1, 0, THREADS},
+                                          {"cpu-isa", 1, 0, ISA},
+                                          {"pp", 1, 0, PP},
+                                          {"tg", 1, 0, TG},
+                                          {"npl", 1, 0, NPL},
+                                          {"max-batch-tokens", 1, 0, BATCH},
+                                          {"repeat", 1, 0, REPEAT},
+                                          {"busy", 1, 0, BUSY},
+                                          {"gpu-memory-utilization", 1, 0, UTILIZATION},
+                                          {"help", 0, 0, HELP},
+                                          {0, 0, 0, 0}};
     *o = (struct options){.open = {.gpu_memory_utilization = 0.9},
                           .pp = 128,
                           .tg = 32,
