@@ -7,8 +7,8 @@
  *             B < 16: [B][Hd], interleaved when they are used
  *     values  [B][Hd rounded up to 16]
  *
- * An item of attention is one KV head and up to ATTEND_TOKENS successive tokens of one sequence, which share
- * the reads of keys and values. It walks the sequence in splits of CPU_SPLIT positions. */
+ * An item of attention is one KV head, or a part of its query heads, and up to ATTEND_TOKENS successive tokens of
+ * one sequence, which share the reads of keys and values. It walks the sequence in splits of CPU_SPLIT positions. */
 #include "moe/cpu.h"
 
 #include <math.h>
@@ -166,6 +166,7 @@ enum { ATTEND_TOKENS = 8 };
 struct attention {
     struct cpu *c;
     const struct op_attention *op;
+    int32_t n_parts; /* items that share a KV head's query heads */
 };
 
 /* A group of CPU_POS positions (n of them in use) out of blocks smaller than that: keys, then values. */
@@ -283,17 +284,17 @@ static void attend_rows(const struct attention *a, struct rows *r, struct cpu_sc
 static void attention_item(void *ctx, int32_t item, int thread) {
     const struct attention *a = ctx;
     const struct cpu *c = a->c;
-    int32_t per_kv = c->shape.n_heads / c->shape.n_kv_heads, tile = item / c->shape.n_kv_heads;
-    struct rows r = {.t = c->attend_first[tile], .g = item % c->shape.n_kv_heads};
-    r.n_tokens = c->attend_first[tile + 1] - r.t;
-    int32_t next = item + c->n_threads;
-    r.next_t = next / c->shape.n_kv_heads < c->n_attend_tiles
-                   ? c->attend_first[next / c->shape.n_kv_heads]
-                   : -1;
-    r.next_g = next % c->shape.n_kv_heads;
-    for (int32_t h = 0; h < per_kv; h += CPU_ATTEND_ROWS) {
+    int32_t n_kv = c->shape.n_kv_heads, per_kv = c->shape.n_heads / n_kv;
+    int32_t part = item % a->n_parts, next = (item + c->n_threads) / a->n_parts;
+    item /= a->n_parts;
+    struct rows r = {.t = c->attend_first[item / n_kv], .g = item % n_kv};
+    r.n_tokens = c->attend_first[item / n_kv + 1] - r.t;
+    r.next_t = next / n_kv < c->n_attend_tiles ? c->attend_first[next / n_kv] : -1;
+    r.next_g = next % n_kv;
+    int32_t end = per_kv * (part + 1) / a->n_parts;
+    for (int32_t h = per_kv * part / a->n_parts; h < end; h += CPU_ATTEND_ROWS) {
         r.first_head = r.g * per_kv + h;
-        r.n_heads = per_kv - h < CPU_ATTEND_ROWS ? per_kv - h : CPU_ATTEND_ROWS;
+        r.n_heads = end - h < CPU_ATTEND_ROWS ? end - h : CPU_ATTEND_ROWS;
         attend_rows(a, &r, &c->scratch[thread]);
     }
 }
@@ -313,9 +314,22 @@ void cpu_attend_begin(struct cpu *c) {
     c->n_attend_tiles = n;
 }
 
+/* A long sequence or two alone would leave threads idle: then several share a KV head, its keys and values
+ * being read by each. Short ones are done before another thread has come. */
+static int32_t n_parts(const struct cpu *c) {
+    enum { LONG = 3 * CPU_SPLIT };
+    int32_t n = c->n_attend_tiles * c->shape.n_kv_heads, longest = 0;
+    if (n >= c->n_threads) return 1;
+    for (int32_t t = 0; t < c->batch.n_tokens; t++)
+        if (c->batch.pos[t] > longest) longest = c->batch.pos[t];
+    if (longest < LONG) return 1;
+    int32_t parts = (c->n_threads + n - 1) / n, per_kv = c->shape.n_heads / c->shape.n_kv_heads;
+    return parts < per_kv ? parts : per_kv;
+}
+
 enum status cpu_attention(struct backend *b, const struct op_attention *op) {
     struct cpu *c = cpu_of(b);
-    struct attention a = {.c = c, .op = op};
-    cpu_pool_run(c->pool, c->n_attend_tiles * c->shape.n_kv_heads, attention_item, &a);
+    struct attention a = {.c = c, .op = op, .n_parts = n_parts(c)};
+    cpu_pool_run(c->pool, c->n_attend_tiles * c->shape.n_kv_heads * a.n_parts, attention_item, &a);
     return ST_OK;
 }

@@ -16,6 +16,9 @@
 CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int wide,
                               float scores[][CPU_SPLIT]) {
     const int n_groups = (a->n_pos + CPU_POS - 1) / CPU_POS;
+    const float *q[CPU_QROWS];
+    CPU_UNROLL
+    for (int r = 0; r < n; r++) q[r] = a->q[first + r];
     for (int g = 0; g < n_groups; g += wide) {
         const uint16_t *k[4], *next[4];
         vf acc[16];
@@ -35,8 +38,8 @@ CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int 
                 _mm_prefetch((const char *)(next[j] + (size_t)d * CPU_POS), _MM_HINT_T1);
                 CPU_UNROLL
                 for (int r = 0; r < n; r++) {
-                    vf s = vf_fma(key0, vf_set1(a->q[first + r][d]), acc[j * n + r]);
-                    acc[j * n + r] = vf_fma(key1, vf_set1(a->q[first + r][d + 1]), s);
+                    vf s = vf_fma(key0, vf_set1(q[r][d]), acc[j * n + r]);
+                    acc[j * n + r] = vf_fma(key1, vf_set1(q[r][d + 1]), s);
                 }
             }
         }

@@ -244,6 +244,7 @@ static void test_long_prefill(void **state) {
     float *expected = score(g->ids, g->n_ids, 16, 0, false);
     assert_scores(expected, g->ids, g->n_ids, g->n_ids, 1, false);
     assert_scores(expected, g->ids, g->n_ids, 97, 2, true);
+    assert_scores(expected, g->ids, g->n_ids, 1, 3, false); /* threads share what little there is */
     free(expected);
 }
 
