@@ -6,6 +6,10 @@
  * barrier before and after each phase, so that a phase lasts until the slowest is done. */
 #include <getopt.h>
 #include <pthread.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
 
 static const char program[] = "moed-batched-bench";
 #include "bench/model_bench.h"
@@ -36,6 +40,8 @@ static const char usage[] =
     "  --npl LIST              batch sizes (default 1,2,4,8,16,32)\n"
     "  --max-batch-tokens N    tokens in one step (default 512)\n"
     "  --repeat N              runs per batch size, of which the median counts (default 3)\n"
+    "  --busy PERCENT          meanwhile another process keeps one core busy so much of every 10 "
+    "ms (default 0)\n"
     "  --gpu-memory-utilization PERCENT  (default 90)\n";
 
 enum { MAX_NPL = 32, BLOCK_TOKENS = 16 };
@@ -43,6 +49,7 @@ enum { MAX_NPL = 32, BLOCK_TOKENS = 16 };
 struct options {
     struct moe_options open;
     struct moe_devices devices;
+    int busy; /* percent of a core that another process takes */
     int pp, tg, max_batch_tokens, n_repeat;
     int npl[MAX_NPL], n_npl;
     bool experts; /* --parallel expert: open.group */
@@ -179,6 +186,23 @@ static void run(struct bench *b, int pl) {
     free(t_tg);
 }
 
+/* What a machine shared with others is like: a process of its own that computes for a part of every 10 ms. */
+static void start_neighbour(int percent) {
+    enum { PERIOD_NS = 10000000 };
+    pid_t parent = getpid(), child = fork();
+    if (child < 0) bench_require(ST_NO_MEMORY, "fork");
+    if (child != 0) return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    while (getppid() == parent) {
+        uint64_t end = clock_now_ns() + PERIOD_NS / 100 * (uint64_t)percent;
+        while (clock_now_ns() < end) {
+        }
+        struct timespec rest = {0, PERIOD_NS / 100 * (100 - percent)};
+        nanosleep(&rest, NULL);
+    }
+    _exit(0);
+}
+
 static void open_bench(struct bench *b) {
     struct moe_options open = b->o->open;
     open.device = b->o->devices.names[b->rank];
@@ -229,6 +253,7 @@ static void parse(int argc, char **argv, struct options *o) {
         NPL,
         BATCH,
         REPEAT,
+        BUSY,
         UTILIZATION,
         HELP
     };
@@ -242,6 +267,7 @@ static void parse(int argc, char **argv, struct options *o) {
                                           {"npl", 1, 0, NPL},
                                           {"max-batch-tokens", 1, 0, BATCH},
                                           {"repeat", 1, 0, REPEAT},
+                                          {"busy", 1, 0, BUSY},
                                           {"gpu-memory-utilization", 1, 0, UTILIZATION},
                                           {"help", 0, 0, HELP},
                                           {0, 0, 0, 0}};
@@ -268,6 +294,7 @@ static void parse(int argc, char **argv, struct options *o) {
         case NPL: npl = optarg; break;
         case BATCH: o->max_batch_tokens = bench_int("max-batch-tokens", optarg, 1, 1 << 16); break;
         case REPEAT: o->n_repeat = bench_int("repeat", optarg, 1, 1000); break;
+        case BUSY: o->busy = bench_int("busy", optarg, 0, 100); break;
         case UTILIZATION:
             o->open.gpu_memory_utilization =
                 bench_int("gpu-memory-utilization", optarg, 1, 100) / 100.0;
@@ -296,6 +323,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < o.n_npl; i++)
         if (o.npl[i] > max_pl) max_pl = o.npl[i];
     int max_seqs = (max_pl + n - 1) / n;
+    if (o.busy > 0) start_neighbour(o.busy); /* before there are threads */
     pthread_barrier_t meet;
     pthread_barrier_init(&meet, NULL, (unsigned)n);
     o.meet = &meet;

@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 static _Noreturn void die(int status, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -576,8 +577,12 @@ static void write_file(const struct options *c) {
     sprintf(part, "%s.part", c->out);
     int fd = open(part, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd < 0) die(1, "cannot create %s: %s", part, strerror(errno));
-    /* Reserved first, so that a disk that is too small says so at once. */
-    int error = fallocate(fd, 0, 0, (off_t)total) == 0 || errno == EOPNOTSUPP ? 0 : errno;
+    /* A disk that is too small says so at once. Not by fallocate: a memory file system clears every page in it, on
+     * one thread, before the threads write them. */
+    struct statvfs disk;
+    int error =
+        fstatvfs(fd, &disk) == 0 && (uint64_t)disk.f_bavail * disk.f_frsize < total ? ENOSPC : 0;
+    if (!error && ftruncate(fd, (off_t)total) != 0) error = errno;
     if (!error) error = write_all(fd, meta.p, meta.n, 0);
     if (!error) error = write_tensors(fd, c, &p, meta.n);
     if (close(fd) != 0 && !error) error = errno;

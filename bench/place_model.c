@@ -12,13 +12,13 @@
 #define Q4 (4.5 / 8)
 #define Q6 (6.5625 / 8)
 #define QKM ((Q4 + Q6) / 2)
-#define SHAPE(NAME, L, E, K, D, F, QD, KD, V)                                                     \
-    {                                                                                            \
-        .name = NAME, .n_layers = L, .n_experts = E, .n_used = K, .n_embd = D,                    \
-        .expert_bytes = (double)D * F * (2 * Q4 + QKM),                                          \
-        .attention_bytes = (double)D * (2.0 * QD * Q4 + KD * Q4 + KD * QKM) + 4.0 * D * E,       \
-        .head_bytes = (double)D * V * Q6, .kv_bytes_per_token = 2.0 * 2.0 * KD,                  \
-        .expert_flops = 6.0 * D * F                                                              \
+#define SHAPE(NAME, L, E, K, D, F, QD, KD, V)                                                      \
+    {                                                                                              \
+        .name = NAME, .n_layers = L, .n_experts = E, .n_used = K, .n_embd = D,                     \
+        .expert_bytes = (double)D * F * (2 * Q4 + QKM),                                            \
+        .attention_bytes = (double)D * (2.0 * QD * Q4 + KD * Q4 + KD * QKM) + 4.0 * D * E,         \
+        .head_bytes = (double)D * V * Q6, .kv_bytes_per_token = 2.0 * 2.0 * KD,                    \
+        .expert_flops = 6.0 * D * F                                                                \
     }
 static const struct place_shape shapes[] = {
     SHAPE("qwen3-30b-a3b", 48, 128, 8, 2048, 768, 4096, 512, 151936),
@@ -37,9 +37,12 @@ enum { MAX_EXPERTS = 1024 };
 
 /* ---- traces ------------------------------------------------------------------------------ */
 
-static enum status trace_create(const struct place_shape *s, int32_t n_steps, struct place_trace *t) {
-    *t = (struct place_trace){.n_steps = n_steps, .n_layers = s->n_layers, .n_experts = s->n_experts};
-    t->tokens = calloc((size_t)n_steps * (size_t)s->n_layers * (size_t)s->n_experts, sizeof(int32_t));
+static enum status trace_create(const struct place_shape *s, int32_t n_steps,
+                                struct place_trace *t) {
+    *t = (struct place_trace){
+        .n_steps = n_steps, .n_layers = s->n_layers, .n_experts = s->n_experts};
+    t->tokens =
+        calloc((size_t)n_steps * (size_t)s->n_layers * (size_t)s->n_experts, sizeof(int32_t));
     return t->tokens ? ST_OK : ST_NO_MEMORY;
 }
 
@@ -79,8 +82,10 @@ static void draw_layer(struct place_trace *t, const struct place_shape *shape, i
                 int32_t lo = 0, hi = n - 1;
                 while (lo < hi) {
                     int32_t mid = (lo + hi) / 2;
-                    if (cumulative[mid] < u) lo = mid + 1;
-                    else hi = mid;
+                    if (cumulative[mid] < u)
+                        lo = mid + 1;
+                    else
+                        hi = mid;
                 }
                 if (taken[lo]) continue;
                 taken[lo] = true;
@@ -179,7 +184,8 @@ enum status place_trace_read(const char *path, const struct place_shape *shape, 
     int32_t n_steps = 0;
     *out = (struct place_trace){0};
     enum status st = trace_lines(f, shape, e, &n_steps, out);
-    if (st == ST_OK && n_steps < 2) st = error_set(e, ST_INVALID, "%s has fewer than 2 steps", path);
+    if (st == ST_OK && n_steps < 2)
+        st = error_set(e, ST_INVALID, "%s has fewer than 2 steps", path);
     if (st == ST_OK) st = trace_create(shape, n_steps, out);
     if (st == ST_OK) {
         rewind(f);
@@ -203,9 +209,9 @@ static double attention_ms(const struct place_shape *s, const struct place_costs
 }
 
 /* Tokens and experts read of each device in one (step, layer). */
-static void split_tokens(const struct placement_problem *p, const struct placement *plan, int32_t layer,
-                         const int32_t *tokens, int32_t *given, double *device_tokens,
-                         double *device_reads) {
+static void split_tokens(const struct placement_problem *p, const struct placement *plan,
+                         int32_t layer, const int32_t *tokens, int32_t *given,
+                         double *device_tokens, double *device_reads) {
     const int32_t *at = plan->expert_of + (size_t)layer * (size_t)p->n_devices * (size_t)p->slots;
     const int32_t *count = plan->n_replicas + (size_t)layer * (size_t)p->n_experts;
     memset(given, 0, (size_t)p->n_experts * sizeof *given);
@@ -301,9 +307,10 @@ static enum status keep_hottest(const struct place_shape *s, const struct place_
 }
 
 /* slots * n_devices >= E. */
-static enum status predict_resident(const struct place_shape *shape, const struct place_costs *costs,
-                                    const struct place_trace *trace, int32_t n_devices, int32_t slots,
-                                    bool planned, double context, struct error *e,
+static enum status predict_resident(const struct place_shape *shape,
+                                    const struct place_costs *costs,
+                                    const struct place_trace *trace, int32_t n_devices,
+                                    int32_t slots, bool planned, double context, struct error *e,
                                     struct place_prediction *out) {
     *out = (struct place_prediction){0};
     int32_t hosts = (n_devices + costs->devices_per_host - 1) / costs->devices_per_host;
@@ -317,9 +324,13 @@ static enum status predict_resident(const struct place_shape *shape, const struc
         for (int32_t step = 0; step < trace->n_steps / 2; step++)
             for (size_t i = 0; i < cells; i++) load[i] += trace_row(trace, step, 0)[i];
         /* One host group: an expert may live anywhere, and the network's price is in the exchange. */
-        struct placement_problem p = {.n_layers = shape->n_layers, .n_experts = shape->n_experts,
-                                      .n_groups = 1, .n_hosts = 1, .n_devices = n_devices,
-                                      .slots = slots, .load = load};
+        struct placement_problem p = {.n_layers = shape->n_layers,
+                                      .n_experts = shape->n_experts,
+                                      .n_groups = 1,
+                                      .n_hosts = 1,
+                                      .n_devices = n_devices,
+                                      .slots = slots,
+                                      .load = load};
         st = placement_plan(&p, e, &plan);
         if (st == ST_OK) {
             if (!planned) plan_in_order(&p, &plan);
@@ -389,7 +400,8 @@ void place_predict_replicas(const struct place_shape *shape, const struct place_
                    seqs * shape->n_used * shape->expert_flops / (costs->tflops * 1e9));
     }
     *out = (struct place_prediction){.expert_gb = bytes_sum / 1e9, .imbalance = 1};
-    out->step_ms = ms + shape->head_bytes / (costs->memory_gbs * 1e6) +
-                   shape->n_layers * (attention_ms(shape, costs, seqs, context) + costs->layer_us * 1e-3);
+    out->step_ms =
+        ms + shape->head_bytes / (costs->memory_gbs * 1e6) +
+        shape->n_layers * (attention_ms(shape, costs, seqs, context) + costs->layer_us * 1e-3);
     out->tokens_per_s = trace->batch / out->step_ms * 1e3;
 }
