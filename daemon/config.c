@@ -19,21 +19,18 @@ const char config_help[] =
     "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
     "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
     "rule\n"
-    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; several of "
-    "one "
-    "kind, such\n"
-    "                            as cuda:0,cuda:1, share the requests\n"
-    "  --parallel MODE           replica (default): each device holds the whole model; expert: "
-    "each "
-    "holds a\n"
-    "                            share of the experts and computes them for all (not yet on cuda)\n"
-    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold each "
-    "once.\n"
-    "                            More give room for copies of those in demand\n"
+    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; several of\n"
+    "                            one kind, such as cuda:0,cuda:1, share the requests\n"
+    "  --parallel MODE           replica (default): each device holds the whole model; expert:\n"
+    "                            each holds a share of the experts and computes them for all (not\n"
+    "                            on cuda yet); auto: each holds all, and what is faster is "
+    "measured\n"
+    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold "
+    "each\n"
+    "                            once. More give room for copies of those in demand\n"
     "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
-    "and "
-    "write what\n"
-    "                            was measured to it at the end (CSV)\n"
+    "and\n"
+    "                            write what was measured to it at the end (CSV)\n"
     "  --threads N               CPU threads, for all devices together; default: all cores\n"
     "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
     "  --chat-template NAME      chatml: use ChatML whatever the file says; default: the file's\n"
@@ -167,9 +164,13 @@ static enum status set_devices(const char *list, struct error *e, struct moe_dev
 }
 
 static enum status set_parallel(const char *arg, struct error *e, enum config_parallel *out) {
-    *out = strcmp(arg, "expert") == 0 ? PARALLEL_EXPERT : PARALLEL_REPLICA;
-    if (*out == PARALLEL_EXPERT || strcmp(arg, "replica") == 0) return ST_OK;
-    return error_set(e, ST_INVALID, "--parallel %s: must be replica or expert", arg);
+    static const char *const names[] = {"replica", "expert", "auto"};
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(arg, names[i]) != 0) continue;
+        *out = (enum config_parallel)i;
+        return ST_OK;
+    }
+    return error_set(e, ST_INVALID, "--parallel %s: must be replica, expert or auto", arg);
 }
 
 static enum status set_word(int flag, const char *arg, struct error *e, struct config *c) {

@@ -8,7 +8,7 @@
 
 enum config_action { CONFIG_SERVE, CONFIG_CHECK, CONFIG_VERSION, CONFIG_HELP };
 
-enum config_parallel { PARALLEL_REPLICA, PARALLEL_EXPERT };
+enum config_parallel { PARALLEL_REPLICA, PARALLEL_EXPERT, PARALLEL_AUTO };
 
 struct config {
     enum config_action action;
