@@ -114,6 +114,7 @@ static int serve(const struct config *c, struct text *text, struct net *net, str
     struct server_options o = {.text = text,
                                .info = info,
                                .prefill_chunk = c->prefill_chunk,
+                               .max_itl_ns = (uint64_t)c->max_itl_ms * 1000000u,
                                .max_queue = c->max_queue,
                                .max_queued_tokens = c->max_queued_tokens,
                                .drain_ns = (uint64_t)c->drain_seconds * 1000000000u};

@@ -18,6 +18,7 @@ struct server_options {
     const struct text *text; /* borrowed */
     const struct moe_info *info; /* borrowed; limits as in force */
     int32_t prefill_chunk; /* 0: the whole batch */
+    uint64_t max_itl_ns; /* time between a running stream's tokens that prompts may not exceed; 0: any */
     int32_t max_queue; /* requests, and sequences, that may wait beside max_seqs running ones */
     int32_t max_queued_tokens;
     int32_t max_sessions; /* 0: 1024 */

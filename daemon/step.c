@@ -12,7 +12,8 @@ enum status step_create(struct server *v) {
                                   .max_sequences = v->max_sequences,
                                   .max_seq_tokens = l->max_seq_tokens,
                                   .max_queued_tokens = v->o.max_queued_tokens,
-                                  .prefill_chunk = v->o.prefill_chunk};
+                                  .prefill_chunk = v->o.prefill_chunk,
+                                  .max_itl_ns = v->o.max_itl_ns};
     int32_t max_blocks = (l->max_seq_tokens + l->block_tokens - 1) / l->block_tokens;
     struct paging_limits paging = {.n_blocks = l->n_blocks,
                                    .block_tokens = l->block_tokens,
