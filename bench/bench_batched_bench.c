@@ -1,7 +1,15 @@
 /* moed-batched-bench: how fast does the model prefill and decode B sequences together, without a daemon or sockets
  * around it? Steps are submitted one ahead, as the daemon does. The fields are named as in llama.cpp's
- * llama-batched-bench, so that the two can be put side by side; its prompts, like these, are not text. */
+ * llama-batched-bench, so that the two can be put side by side; its prompts, like these, are not text.
+ *
+ * Several devices: a thread for each, which opens the model and runs its share of the sequences. Threads meet at a
+ * barrier before and after each phase, so that a phase lasts until the slowest is done. */
 #include <getopt.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
 
 static const char program[] = "moed-batched-bench";
 #include "bench/model_bench.h"
@@ -20,22 +28,39 @@ static const char usage[] =
     "medians over --repeat).\n"
     "\n"
     "  --model FILE            GGUF model\n"
-    "  --device NAME           cpu, reference or cuda:N (default cpu)\n"
-    "  --threads N             CPU threads (default: all cores)\n"
+    "  --device NAME[,NAME…]   cpu, reference or cuda:N (default cpu); several of a kind "
+    "share\n"
+    "                          the B sequences evenly, each with the whole model\n"
+    "  --threads N             CPU threads, for all devices together (default: all cores)\n"
     "  --cpu-isa NAME          CPU kernels: auto, avx2, avx512, … (default auto)\n"
     "  --pp N                  prompt tokens per sequence (default 128)\n"
     "  --tg N                  tokens to decode per sequence (default 32)\n"
     "  --npl LIST              batch sizes (default 1,2,4,8,16,32)\n"
     "  --max-batch-tokens N    tokens in one step (default 512)\n"
     "  --repeat N              runs per batch size, of which the median counts (default 3)\n"
+    "  --busy PERCENT          meanwhile another process keeps one core busy so much of every 10 "
+    "ms (default 0)\n"
     "  --gpu-memory-utilization PERCENT  (default 90)\n";
 
 enum { MAX_NPL = 32, BLOCK_TOKENS = 16 };
 
+struct options {
+    struct moe_options open;
+    struct moe_devices devices;
+    int busy; /* percent of a core that another process takes */
+    int pp, tg, max_batch_tokens, n_repeat;
+    int npl[MAX_NPL], n_npl;
+    pthread_barrier_t *meet; /* all devices' threads */
+};
+
+/* What one device has, and its thread. */
 struct bench {
+    const struct options *o;
+    int rank;
+    pthread_t thread;
     struct moe *m;
-    int pp, tg, max_batch_tokens;
-    int32_t *prompts; /* [max B][pp] */
+    int pp, tg, max_batch_tokens, max_seqs;
+    int32_t *prompts; /* [max_seqs][pp] */
     int32_t blocks_per_seq;
     /* One step in the making. */
     struct moe_step_seq *seqs;
@@ -80,10 +105,7 @@ static void add_seq(struct bench *b, struct moe_step *step, int32_t *n_blocks, i
 }
 
 /* Full steps of prompt tokens, sequence after sequence; each prompt's last token is sampled. */
-static double prefill(struct bench *b, int n_seqs) {
-    for (int32_t s = 0; s < n_seqs; s++)
-        bench_start_greedy(b->m, s, b->prompts + (size_t)s * (size_t)b->pp, b->pp);
-    uint64_t begun = clock_now_ns();
+static void prefill(struct bench *b, int n_seqs) {
     int32_t s = 0, pos = 0;
     while (s < n_seqs) {
         struct moe_step step = {.seqs = b->seqs, .ids = b->ids, .blocks = b->blocks};
@@ -103,13 +125,11 @@ static double prefill(struct bench *b, int n_seqs) {
         submit(b, &step);
     }
     drain(b);
-    return (double)(clock_now_ns() - begun) * 1e-9;
 }
 
-static double decode(struct bench *b, int n_seqs) {
+static void decode(struct bench *b, int n_seqs) {
     static const int32_t last = MOE_LAST_TOKEN;
-    uint64_t begun = clock_now_ns();
-    for (int32_t k = 0; k < b->tg; k++) {
+    for (int32_t k = 0; k < b->tg && n_seqs > 0; k++) {
         struct moe_step step = {.seqs = b->seqs, .ids = b->ids, .blocks = b->blocks};
         int32_t n_blocks = 0;
         for (int32_t s = 0; s < n_seqs; s++)
@@ -120,51 +140,125 @@ static double decode(struct bench *b, int n_seqs) {
         submit(b, &step);
     }
     drain(b);
+}
+
+/* A phase on all devices: from when all are ready until all are done, in seconds. */
+static double timed(struct bench *b, void (*phase)(struct bench *, int), int n_seqs) {
+    pthread_barrier_wait(b->o->meet);
+    uint64_t begun = clock_now_ns();
+    phase(b, n_seqs);
+    pthread_barrier_wait(b->o->meet);
     return (double)(clock_now_ns() - begun) * 1e-9;
 }
 
-static void run(struct bench *b, int pl, int n_repeat) {
+/* This device's share of pl sequences. */
+static int share(const struct bench *b, int pl) {
+    int n = b->o->devices.n;
+    return pl / n + (b->rank < pl % n);
+}
+
+static void run(struct bench *b, int pl) {
+    int n_repeat = b->o->n_repeat, n_seqs = share(b, pl);
     double *t_pp = bench_alloc((size_t)n_repeat, sizeof *t_pp);
     double *t_tg = bench_alloc((size_t)n_repeat, sizeof *t_tg);
     for (int i = 0; i < n_repeat; i++) {
-        t_pp[i] = prefill(b, pl);
-        t_tg[i] = decode(b, pl);
+        for (int32_t s = 0; s < n_seqs; s++)
+            bench_start_greedy(b->m, s, b->prompts + (size_t)s * (size_t)b->pp, b->pp);
+        t_pp[i] = timed(b, prefill, n_seqs);
+        t_tg[i] = timed(b, decode, n_seqs);
     }
     double pp = bench_median(t_pp, n_repeat), tg = bench_median(t_tg, n_repeat);
-    printf("{\"pp\": %d, \"tg\": %d, \"pl\": %d, \"n_kv\": %d, \"t_pp\": %.6f, \"speed_pp\": %.2f, "
-           "\"t_tg\": %.6f, \"speed_tg\": %.2f}\n",
-           b->pp, b->tg, pl, pl * (b->pp + b->tg), pp, pl * b->pp / pp, tg, pl * b->tg / tg);
+    if (b->rank == 0)
+        printf(
+            "{\"pp\": %d, \"tg\": %d, \"pl\": %d, \"devices\": %d, \"n_kv\": %d, \"t_pp\": %.6f, "
+            "\"speed_pp\": %.2f, \"t_tg\": %.6f, \"speed_tg\": %.2f}\n",
+            b->pp, b->tg, pl, b->o->devices.n, pl * (b->pp + b->tg), pp, pl * b->pp / pp, tg,
+            pl * b->tg / tg);
     fflush(stdout);
     free(t_pp);
     free(t_tg);
 }
 
-struct options {
-    struct moe_options open;
-    int pp, tg, max_batch_tokens, n_repeat;
-    int npl[MAX_NPL], n_npl;
-};
+/* What a machine shared with others is like: a process of its own that computes for a part of every 10 ms. */
+static void start_neighbour(int percent) {
+    enum { PERIOD_NS = 10000000 };
+    pid_t parent = getpid(), child = fork();
+    if (child < 0) bench_require(ST_NO_MEMORY, "fork");
+    if (child != 0) return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    while (getppid() == parent) {
+        uint64_t end = clock_now_ns() + PERIOD_NS / 100 * (uint64_t)percent;
+        while (clock_now_ns() < end) {
+        }
+        struct timespec rest = {0, PERIOD_NS / 100 * (100 - percent)};
+        nanosleep(&rest, NULL);
+    }
+    _exit(0);
+}
+
+static void open_bench(struct bench *b) {
+    struct moe_options open = b->o->open;
+    open.device = b->o->devices.names[b->rank];
+    open.n_ranks = b->o->devices.n;
+    open.limits = (struct moe_limits){.max_batch_tokens = b->max_batch_tokens,
+                                      .max_seqs = b->max_seqs,
+                                      .max_rows = b->max_seqs,
+                                      .max_seq_tokens = b->pp + b->tg,
+                                      .block_tokens = BLOCK_TOKENS,
+                                      .n_blocks = b->max_seqs * b->blocks_per_seq};
+    b->m = bench_open(&open);
+    size_t n_seqs = (size_t)b->max_seqs, n_prompt = n_seqs * (size_t)b->pp;
+    b->prompts = bench_alloc(n_prompt, sizeof *b->prompts);
+    b->seqs = bench_alloc(n_seqs, sizeof *b->seqs);
+    b->ids = bench_alloc((size_t)b->max_batch_tokens, sizeof *b->ids);
+    b->blocks = bench_alloc(n_seqs * (size_t)b->blocks_per_seq, sizeof *b->blocks);
+    b->rows = bench_alloc(n_seqs, sizeof *b->rows);
+    for (size_t i = 0; i < n_prompt; i++)
+        b->prompts[i] = random_token(i + (size_t)b->rank * n_prompt, moe_info(b->m)->shape.n_vocab);
+}
+
+static void *bench_main(void *ctx) {
+    struct bench *b = ctx;
+    open_bench(b);
+    bench_start_greedy(b->m, 0, b->prompts, b->pp);
+    (void)timed(b, prefill, 1); /* warm: every page touched, graphs recorded */
+    (void)timed(b, decode, 1);
+    for (int i = 0; i < b->o->n_npl; i++) run(b, b->o->npl[i]);
+    moe_close(b->m);
+    free(b->prompts);
+    free(b->seqs);
+    free(b->ids);
+    free(b->blocks);
+    free(b->rows);
+    return NULL;
+}
 
 static void parse(int argc, char **argv, struct options *o) {
-    enum { MODEL = 1, DEVICE, THREADS, ISA, PP, TG, NPL, BATCH, REPEAT, UTILIZATION, HELP };
-    static const struct option longs[] = {
-        {"model", 1, 0, MODEL},     {"device", 1, 0, DEVICE},
-        {"threads", 1, 0, THREADS}, {"cpu-isa", 1, 0, ISA},
-        {"pp", 1, 0, PP},           {"tg", 1, 0, TG},
-        {"npl", 1, 0, NPL},         {"max-batch-tokens", 1, 0, BATCH},
-        {"repeat", 1, 0, REPEAT},   {"gpu-memory-utilization", 1, 0, UTILIZATION},
-        {"help", 0, 0, HELP},       {0, 0, 0, 0}};
-    *o = (struct options){.open = {.device = "cpu", .gpu_memory_utilization = 0.9},
+    enum { MODEL = 1, DEVICE, THREADS, ISA, PP, TG, NPL, BATCH, REPEAT, BUSY, UTILIZATION, HELP };
+    static const struct option longs[] = {{"model", 1, 0, MODEL},
+                                          {"device", 1, 0, DEVICE},
+                                          {"threads", 1, 0, THREADS},
+                                          {"cpu-isa", 1, 0, ISA},
+                                          {"pp", 1, 0, PP},
+                                          {"tg", 1, 0, TG},
+                                          {"npl", 1, 0, NPL},
+                                          {"max-batch-tokens", 1, 0, BATCH},
+                                          {"repeat", 1, 0, REPEAT},
+                                          {"busy", 1, 0, BUSY},
+                                          {"gpu-memory-utilization", 1, 0, UTILIZATION},
+                                          {"help", 0, 0, HELP},
+                                          {0, 0, 0, 0}};
+    *o = (struct options){.open = {.gpu_memory_utilization = 0.9},
                           .pp = 128,
                           .tg = 32,
                           .max_batch_tokens = 512,
                           .n_repeat = 3};
-    const char *npl = "1,2,4,8,16,32";
+    const char *npl = "1,2,4,8,16,32", *devices = "cpu";
     int c;
     while ((c = getopt_long(argc, argv, "", longs, NULL)) != -1) {
         switch (c) {
         case MODEL: o->open.model_path = optarg; break;
-        case DEVICE: o->open.device = optarg; break;
+        case DEVICE: devices = optarg; break;
         case THREADS: o->open.n_threads = bench_int("threads", optarg, 1, 1024); break;
         case ISA: o->open.cpu_isa = optarg; break;
         case PP: o->pp = bench_int("pp", optarg, 1, 1 << 20); break;
@@ -172,6 +266,7 @@ static void parse(int argc, char **argv, struct options *o) {
         case NPL: npl = optarg; break;
         case BATCH: o->max_batch_tokens = bench_int("max-batch-tokens", optarg, 1, 1 << 16); break;
         case REPEAT: o->n_repeat = bench_int("repeat", optarg, 1, 1000); break;
+        case BUSY: o->busy = bench_int("busy", optarg, 0, 100); break;
         case UTILIZATION:
             o->open.gpu_memory_utilization =
                 bench_int("gpu-memory-utilization", optarg, 1, 100) / 100.0;
@@ -185,42 +280,39 @@ static void parse(int argc, char **argv, struct options *o) {
         exit(2);
     }
     o->n_npl = bench_ints("npl", npl, 1, 4096, o->npl, MAX_NPL);
+    struct error e;
+    if (moe_devices_parse(devices, &e, &o->devices) == ST_OK) return;
+    fprintf(stderr, "%s: %s\n", program, e.text);
+    exit(2);
 }
 
 int main(int argc, char **argv) {
     struct options o;
     parse(argc, argv, &o);
-    int max_pl = 1;
+    int n = o.devices.n, max_pl = n;
     for (int i = 0; i < o.n_npl; i++)
         if (o.npl[i] > max_pl) max_pl = o.npl[i];
-    struct bench b = {.pp = o.pp,
-                      .tg = o.tg,
-                      .max_batch_tokens = o.max_batch_tokens > max_pl ? o.max_batch_tokens : max_pl,
-                      .blocks_per_seq = (o.pp + o.tg + BLOCK_TOKENS - 1) / BLOCK_TOKENS};
-    o.open.limits = (struct moe_limits){.max_batch_tokens = b.max_batch_tokens,
-                                        .max_seqs = max_pl,
-                                        .max_rows = max_pl,
-                                        .max_seq_tokens = o.pp + o.tg,
-                                        .block_tokens = BLOCK_TOKENS,
-                                        .n_blocks = max_pl * b.blocks_per_seq};
-    b.m = bench_open(&o.open);
-    size_t n_prompt = (size_t)max_pl * (size_t)o.pp;
-    b.prompts = bench_alloc(n_prompt, sizeof *b.prompts);
-    b.seqs = bench_alloc((size_t)max_pl, sizeof *b.seqs);
-    b.ids = bench_alloc((size_t)b.max_batch_tokens, sizeof *b.ids);
-    b.blocks = bench_alloc((size_t)max_pl * (size_t)b.blocks_per_seq, sizeof *b.blocks);
-    b.rows = bench_alloc((size_t)max_pl, sizeof *b.rows);
-    for (size_t i = 0; i < n_prompt; i++)
-        b.prompts[i] = random_token(i, moe_info(b.m)->shape.n_vocab);
-
-    (void)prefill(&b, 1); /* warm: every page touched, graphs recorded */
-    (void)decode(&b, 1);
-    for (int i = 0; i < o.n_npl; i++) run(&b, o.npl[i], o.n_repeat);
-    moe_close(b.m);
-    free(b.prompts);
-    free(b.seqs);
-    free(b.ids);
-    free(b.blocks);
-    free(b.rows);
+    int max_seqs = (max_pl + n - 1) / n;
+    if (o.busy > 0) start_neighbour(o.busy); /* before there are threads */
+    pthread_barrier_t meet;
+    pthread_barrier_init(&meet, NULL, (unsigned)n);
+    o.meet = &meet;
+    struct bench benches[MOE_MAX_RANKS];
+    for (int i = 0; i < n; i++) {
+        benches[i] = (struct bench){
+            .o = &o,
+            .rank = i,
+            .pp = o.pp,
+            .tg = o.tg,
+            .max_seqs = max_seqs,
+            .max_batch_tokens = o.max_batch_tokens > max_seqs ? o.max_batch_tokens : max_seqs,
+            .blocks_per_seq = (o.pp + o.tg + BLOCK_TOKENS - 1) / BLOCK_TOKENS};
+        if (pthread_create(&benches[i].thread, NULL, bench_main, &benches[i]) != 0) {
+            fprintf(stderr, "%s: no thread for device %d\n", program, i);
+            exit(1);
+        }
+    }
+    for (int i = 0; i < n; i++) pthread_join(benches[i].thread, NULL);
+    pthread_barrier_destroy(&meet);
     return 0;
 }

@@ -88,12 +88,95 @@ DEVICE void mma_f16(float (&d)[4], const h2 (&a)[4], h2 b0, h2 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* Four 8 x 8 matrices of halves from shared memory: lane l gives the address of row l & 7 of matrix l >> 3; lane 4 g + t gets
+ * columns 2 t and 2 t + 1 of row g of each. */
+DEVICE void load_matrices(h2 (&d)[4], const void *row) {
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(at));
+}
+
 /* An 8 x 8 matrix of halves across the warp, lane 4 g + t holding row g, columns 2 t and 2 t + 1: transposed. */
 DEVICE h2 transpose_8x8(h2 a) {
     h2 d;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
     return d;
 }
+
+/* ---- Hopper's matrix units: four warps together, asynchronous -------------------------------------- */
+
+/* Products of 64 rows (16 per warp, in registers, as for mma_f16) and 16 columns by 8 … 128 tokens in shared memory.
+ * Between wgmma_fence and the wgmma_wait that waits for them, neither their operands nor their results may be touched.
+ * Without these units the same functions stand for nothing to wait for. */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MOED_WGMMA 1
+#define F4(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
+DEVICE void wgmma_f16(float (&d)[4][4], const h2 (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+                 "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+                 : F4(d[0]), F4(d[1]), F4(d[2]), F4(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+DEVICE void wgmma_f16(float (&d)[8][4], const h2 (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+                 : F4(d[0]), F4(d[1]), F4(d[2]), F4(d[3]), F4(d[4]), F4(d[5]), F4(d[6]), F4(d[7])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+DEVICE void wgmma_f16(float (&d)[12][4], const h2 (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+                 "}, {%48, %49, %50, %51}, %52, 1, 1, 1, 0;"
+                 : F4(d[0]), F4(d[1]), F4(d[2]), F4(d[3]), F4(d[4]), F4(d[5]), F4(d[6]), F4(d[7]),
+                   F4(d[8]), F4(d[9]), F4(d[10]), F4(d[11])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+DEVICE void wgmma_f16(float (&d)[16][4], const h2 (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+                 : F4(d[0]), F4(d[1]), F4(d[2]), F4(d[3]), F4(d[4]), F4(d[5]), F4(d[6]), F4(d[7]),
+                   F4(d[8]), F4(d[9]), F4(d[10]), F4(d[11]), F4(d[12]), F4(d[13]), F4(d[14]), F4(d[15])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef F4
+
+/* What wgmma calls a descriptor: rows of 128 bytes, each eight of them 1024 bytes, chunks swizzled; from `at` on, which may
+ * lie 32, 64 or 96 bytes inside a row. */
+DEVICE uint64_t swizzled_matrix(const void *at) {
+    uint64_t address = (uint32_t)__cvta_generic_to_shared(at) & 0x3ffffu;
+    return address >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+/* Results are in their registers by here, and the compiler moves none of them across. */
+template <int N> DEVICE void wgmma_pin(float (&d)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+}
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+/* This thread's writes to shared memory, before a barrier behind which matrix units read them. */
+DEVICE void matrix_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+template <int PENDING> DEVICE void wgmma_wait() {}
+template <int N> DEVICE void wgmma_pin(float (&)[N][4]) {}
+DEVICE void matrix_fence() {}
+#endif
 
 /* ---- asynchronous copies into shared memory ------------------------------------------------------- */
 
@@ -143,6 +226,18 @@ DEVICE float warp_max(float x) {
 DEVICE int warp_sum(int x) {
     for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(ALL_LANES, x, i);
     return x;
+}
+
+/* ---- blocks that finish last ------------------------------------------------------------------------ */
+
+/* Thread 0, after a barrier of the block: whether this block is the last of n to come here. The last one's threads see,
+ * after another barrier, what all the others wrote before theirs. *ticket is zero before and after. */
+DEVICE bool draw_last(uint32_t *ticket, int n) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+    if (before != (uint32_t)n - 1u) return false;
+    *ticket = 0;
+    return true;
 }
 
 /* ---- launching -------------------------------------------------------------------------------------- */

@@ -298,6 +298,8 @@ enum status backend_cuda_open(const struct backend_config *config, struct error 
     double share = config->gpu_memory_utilization;
     if (!(share > 0.0 && share <= 1.0))
         return error_set(e, ST_INVALID, "gpu_memory_utilization is %g: it must lie in (0, 1]", share);
+    if (config->group)
+        return error_set(e, ST_UNSUPPORTED, "the CUDA backend has no expert parallelism: use replicas");
     struct cuda *c = calloc(1, sizeof *c);
     if (c) c->allocations = calloc(MAX_ALLOCATIONS, sizeof *c->allocations);
     if (!c || !c->allocations) {

@@ -102,13 +102,16 @@ struct cuda {
     uint32_t *attn_tickets;
     float *router_partials;
     struct route_lists lists;
-    uint32_t *route_ticket;
+    uint32_t *route_tickets;
+    int32_t *chunk_counts;
     uint64_t *n_reads;      /* device */
-    uint64_t *host_reads;   /* pinned [2] */
+    uint64_t *host_reads;   /* pinned [2]: n_reads after a step */
 
     /* Sampling. */
     struct slot_state *slots; /* [max_seqs] */
     uint32_t *counts;         /* [max_seqs][V] */
+    struct sample_part *sample_parts;
+    uint32_t *sample_tickets;
     int32_t *start_ids;       /* [max_seq_tokens] */
     struct start starts[N_STARTS];
     uint32_t n_starts;
@@ -126,6 +129,8 @@ struct cuda {
     struct graph graphs[MAX_GRAPHS];
     int n_graphs;
     struct norm_args pending; /* y != NULL: products of experts_down that the next norm will add */
+    struct rope_args rope; /* rope_pending: what attention will do on its way */
+    bool rope_pending;
     struct moe_counters counters;
 };
 

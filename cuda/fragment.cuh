@@ -1,9 +1,8 @@
-/* fragment: from panels in shared memory to A operands in registers, and one unit (64 columns) of a product.
+/* fragment: from panels in shared memory to A operands in registers.
  *
  * A quantised weight is never converted: its integer q, masked out of the packed word where it stands, is read as an
  * f16 subnormal (q * 2^-24, or q * 2^-20 for the rows whose field lies four bits higher), and one fused multiply-add by
- * the block's scale and minimum gives the weight times 2^-e, rounded once (panel_exponent). Every kernel that
- * multiplies goes through compute_unit and adds units in column order, so their sums are the same bits. */
+ * the block's scale and minimum gives the weight times 2^-e, rounded once (panel_exponent). */
 #ifndef MOED_CUDA_FRAGMENT_CUH
 #define MOED_CUDA_FRAGMENT_CUH
 
@@ -44,7 +43,7 @@ DEVICE struct scaling scaling_of(float scale, int lane) {
 }
 
 /* The warp unpacks one panel's header; lane l has half of row l / 2. Q4_K, Q5_K: table[row][8]{scale, -min};
- * Q6_K: table[unit][row][2 parities]{scale of block 2 unit, of 2 unit + 1}; Q8_0: table[row][8] d. */
+ * Q6_K: table[row][16] scales; Q8_0: table[row][8] d. */
 template <int TYPE>
 DEVICE void unpack_scales(const uint8_t *header, uint8_t *table, int lane, const struct scaling &c) {
     int row = lane >> 1, part = lane & 1;
@@ -66,11 +65,13 @@ DEVICE void unpack_scales(const uint8_t *header, uint8_t *table, int lane, const
         uint2 v = *(const uint2 *)(header + 16 * row + 8 * part);
         h2 d = *(const uint16_t *)(header + 256 + 2 * row);
         d = h2_mul(h2_mul(d | d << 16, h2_low(c.first)), h2_low(c.second));
+        h2 out[4];
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
-            h2 p = pick_bytes(u < 2 ? v.x : v.y, 0x64646464u, u & 1 ? 0x4342u : 0x4140u);
-            *(h2 *)(table + 128 * u + 8 * row + 4 * part) = h2_mul(h2_add(p, MINUS_1152), d);
+        for (int i = 0; i < 4; i++) {
+            h2 p = pick_bytes(i < 2 ? v.x : v.y, 0x64646464u, i & 1 ? 0x4342u : 0x4140u);
+            out[i] = h2_mul(h2_add(p, MINUS_1152), d);
         }
+        *(uint4 *)(table + 32 * row + 16 * part) = make_uint4(out[0], out[1], out[2], out[3]);
     } else if constexpr (TYPE == PANEL_Q8_0) {
         *(uint2 *)(table + 16 * row + 8 * part) = *(const uint2 *)(header + 16 * row + 8 * part);
     }
@@ -80,8 +81,8 @@ DEVICE void unpack_scales(const uint8_t *header, uint8_t *table, int lane, const
 template <int TYPE> struct lane_unit {
     uint32_t low[4];
     uint32_t high[2];
-    h2 scale[2][2]; /* of rows g and g + 8; Q4_K, Q5_K: [32-column block]{scale, -min}; Q6_K: the scales of both
-                       blocks, and what makes -32 of them */
+    h2 scale[2][2]; /* of rows g and g + 8; Q4_K, Q5_K: [32-column block]{scale, -min}; Q6_K: [32-column block]{scale of
+                       its first 16 columns, of its last} */
 };
 template <> struct lane_unit<PANEL_Q8_0> {
     uint32_t word[8];
@@ -110,17 +111,11 @@ DEVICE void load_unit(struct lane_unit<TYPE> &w, const uint8_t *unit, const uint
         if constexpr (TYPE == PANEL_Q6_K) {
             uint2 h = *(const uint2 *)(unit + 512 + 8 * lane);
             w.high[0] = h.x, w.high[1] = h.y;
-            const uint8_t *at = table + 128 * u + 8 * g + 2 * (lane & 2);
-            w.scale[0][0] = *(const h2 *)at;
-            w.scale[1][0] = *(const h2 *)(at + 64);
-            w.scale[0][1] = h2_mul(w.scale[0][0], 0x80208020u); /* -32 * 2^-24 */
-            w.scale[1][1] = h2_mul(w.scale[1][0], 0x82008200u); /* -32 * 2^-20: the field is higher */
-        } else {
-            uint2 s = *(const uint2 *)(table + 32 * g + 8 * u);
-            w.scale[0][0] = s.x, w.scale[0][1] = s.y;
-            s = *(const uint2 *)(table + 32 * (g + 8) + 8 * u);
-            w.scale[1][0] = s.x, w.scale[1][1] = s.y;
         }
+        uint2 s = *(const uint2 *)(table + 32 * g + 8 * u);
+        w.scale[0][0] = s.x, w.scale[0][1] = s.y;
+        s = *(const uint2 *)(table + 32 * (g + 8) + 8 * u);
+        w.scale[1][0] = s.x, w.scale[1][1] = s.y;
     }
 }
 
@@ -156,43 +151,24 @@ DEVICE void load_fragment(h2 (&a)[4], const struct lane_unit<TYPE> &w, int step)
         }
 #pragma unroll
         for (int r = 0; r < 4; r++) {
+            h2 s = w.scale[r & 1][block];
             if constexpr (TYPE == PANEL_Q6_K) {
-                h2 s = w.scale[r & 1][0], m = w.scale[r & 1][1];
-                a[r] = h2_fma(q[r], block ? h2_high(s) : h2_low(s),
-                              block ? h2_high(m) : h2_low(m));
+                s = step & 1 ? h2_high(s) : h2_low(s);
+                a[r] = h2_fma(q[r], s, h2_mul(s, r & 1 ? 0x82008200u : 0x80208020u)); /* -32 * 2^-20, -32 * 2^-24 */
             } else {
-                h2 s = w.scale[r & 1][block];
                 a[r] = h2_fma(q[r], h2_low(s), h2_high(s));
             }
         }
     }
 }
 
-/* acc[i][n] += panel i's unit u times token group n. units, tables: of panel 0, then every unit_stride or
- * TABLE_BYTES. b: [NG][2 blocks][32 lanes] 16 bytes. */
-template <int TYPE, int MT, int NG>
-DEVICE void compute_unit(float (&acc)[MT][NG][4], const uint8_t *units, int unit_stride,
-                         const uint8_t *tables, const uint8_t *b, int u, int lane) {
-    struct lane_unit<TYPE> w[MT];
+/* The A operands of one unit, of a panel's rows. */
+template <int TYPE>
+DEVICE void load_fragments(h2 (&a)[4][4], const uint8_t *unit, const uint8_t *table, int u, int lane) {
+    struct lane_unit<TYPE> w;
+    load_unit<TYPE>(w, unit, table, u, lane);
 #pragma unroll
-    for (int i = 0; i < MT; i++)
-        load_unit<TYPE>(w[i], units + i * unit_stride, tables + i * TABLE_BYTES, u, lane);
-#pragma unroll
-    for (int block = 0; block < 2; block++) {
-        uint4 x[NG];
-#pragma unroll
-        for (int n = 0; n < NG; n++) x[n] = *(const uint4 *)(b + (2 * n + block) * 512 + 16 * lane);
-#pragma unroll
-        for (int i = 0; i < MT; i++) {
-            h2 a0[4], a1[4];
-            load_fragment<TYPE>(a0, w[i], 2 * block);
-            load_fragment<TYPE>(a1, w[i], 2 * block + 1);
-#pragma unroll
-            for (int n = 0; n < NG; n++) mma_f16(acc[i][n], a0, x[n].x, x[n].y);
-#pragma unroll
-            for (int n = 0; n < NG; n++) mma_f16(acc[i][n], a1, x[n].z, x[n].w);
-        }
-    }
+    for (int step = 0; step < 4; step++) load_fragment<TYPE>(a[step], w, step);
 }
 
 #endif

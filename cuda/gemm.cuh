@@ -2,10 +2,14 @@
  * the B operand (8 columns), so that a group of 8 tokens costs one column of tensor work, however few experts
  * share a batch.
  *
- * One order of summation for every kernel and every batch: the columns are cut into gemm_parts(k) parts at
- * panel borders; a part is summed unit by unit in the matrix units; parts are added in order in f32. The split
- * kernel gives each part to a warp and adds them in shared memory; the tile kernel runs them one after the other.
- * Which of them runs, and how wide its tiles are, is therefore free to follow the batch.
+ * One order of summation for every kernel and every batch: the columns are cut into gemm_parts(k) parts; a part is summed
+ * 16 columns at a time, first to last, in one f32 accumulator of the matrix units; parts are added in order. wgmma and
+ * mma.sync give the same bits for that (test_cuda_ops holds them against each other). Which kernel runs, and how wide
+ * its tiles are, is therefore free to follow the batch.
+ *
+ * Every warp has one block of 16 rows and one part. Of the warps of a part the first half has rows of gate, the second the
+ * same rows of up, if it is a product for SiLU. A block shares the activations of up to 128 tokens in shared memory, rows of 64 columns (128 bytes) with
+ * their 16-byte chunks permuted by the row (chunk c of row r lies at c ^ (r & 7)), as wgmma's 128-byte swizzle has it.
  *
  * Work: dense products take blocks of rows x tiles of tokens from the grid; expert products take blocks of
  * rows x items from the routing's work list, and leave when their item does not exist. */
@@ -14,27 +18,27 @@
 
 #include "cuda/fragment.cuh"
 
-/* Parts of the columns; at least one panel each. */
-__host__ DEVICE int gemm_parts(int n_panels) {
-    if (n_panels % 4 == 0) return 4;
-    if (n_panels % 3 == 0) return 3;
-    if (n_panels % 2 == 0) return 2;
-    return n_panels < 4 ? n_panels : 4;
+enum : int { X_ROW = 128 /* bytes of one token's 64 columns */ };
+
+/* Parts of the columns: two where one chain of sums would be the longest wait. */
+__host__ DEVICE int gemm_parts(int n_cols) {
+    return n_cols >= 4096 && n_cols % (2 * PANEL_K) == 0 ? 2 : 1;
 }
 
-/* What a block works on. */
+/* What a warp works on. */
 struct gemm_work {
-    const uint8_t *w[2];  /* first panels of the rows' lower and upper half */
-    size_t row_block;     /* bytes from one 16-row block to the next */
-    int n_valid[2];       /* row blocks that exist, of each half */
-    int segment, first_row;
-    int n, first;         /* tokens; row of the first one in x (dense, or in routing order) */
+    const uint8_t *w; /* first panel of its row block and part */
+    int warp, n_warps;      /* its place among the warps of its part: a power of two */
+    int part, n_parts, n_panels; /* n_panels: of a part */
+    int first_row, n_tiles; /* of the block: its first tile of rows, and how many it has */
+    int block, n_blocks;    /* this warp's row block of the matrix, in the first tile; and of how many */
+    int rows_shift;         /* log2 of a tile's row blocks */
+    int segment;
+    int n, first; /* tokens; row of the first one in x (dense, or in routing order) */
     const int32_t *token_of;
 };
 
-/* false: nothing to do. ROW_BLOCKS: 16-row blocks of a tile, half of them gate and half up for SiLU. Dense work
- * may be asked for before depend_wait, expert work only after. */
-template <int ROW_BLOCKS>
+/* false: nothing to do. Dense work may be asked for before depend_wait, expert work only after. */
 DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w) {
     int tile, expert = 0;
     w.token_of = NULL;
@@ -50,51 +54,164 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
         if (w.n <= 0) return false;
         tile = (int)blockIdx.y;
     }
+    w.n_parts = gemm_parts(a.n_cols);
+    int shift = a.warps_shift - (w.n_parts - 1); /* there are one or two */
+    w.n_warps = 1 << shift;
+    w.part = (int)threadIdx.x >> (5 + shift);
+    w.warp = ((int)threadIdx.x >> 5) & (w.n_warps - 1);
     w.segment = 0;
-    bool silu = a.epilogue == GEMM_SILU_F16;
-    while (!silu && w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile)
-        w.segment++;
+    w.block = w.warp;
+    w.rows_shift = shift;
+    if (a.epilogue == GEMM_SILU_F16) {
+        w.rows_shift--;
+        w.segment = w.warp >> w.rows_shift;
+        w.block = w.warp & ((1 << w.rows_shift) - 1);
+    } else {
+        while (w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile) w.segment++;
+    }
     const struct gemm_segment &s = a.segments[w.segment];
-    const int half = ROW_BLOCKS / 2;
-    int n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    int block = (tile - s.first_tile) * (silu ? half : ROW_BLOCKS);
-    w.row_block = (size_t)(a.n_cols / PANEL_K) * (size_t)panel_bytes(s.type);
-    size_t at = ((size_t)expert * (size_t)n_blocks + (size_t)block) * w.row_block;
-    w.first_row = block * PANEL_ROWS;
-    w.w[0] = s.w + at;
-    w.w[1] = silu ? a.segments[1].w + at : w.w[0] + half * w.row_block;
-    w.n_valid[0] = n_blocks - block;
-    w.n_valid[1] = silu ? n_blocks - block : n_blocks - block - half;
+    int n_panels = a.n_cols / PANEL_K;
+    tile = (tile - s.first_tile) * a.n_tiles;
+    w.n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    w.n_tiles = min(a.n_tiles, ((w.n_blocks - 1) >> w.rows_shift) + 1 - tile);
+    w.first_row = (tile << w.rows_shift) * PANEL_ROWS;
+    w.block += tile << w.rows_shift;
+    w.n_panels = n_panels >> (w.n_parts - 1);
+    w.w = s.w + (((size_t)expert * (size_t)w.n_blocks + (size_t)w.block) * (size_t)n_panels +
+                 (size_t)(w.part * w.n_panels)) * (size_t)panel_bytes(s.type);
     return true;
 }
 
-/* Where token i of the work (a column) is in x; columns beyond n read nothing and count as zeros. */
-DEVICE const uint8_t *token_row(const struct gemm_args &a, const struct gemm_work &w, int i) {
-    int row = i >= w.n ? 0 : w.token_of ? w.token_of[i] : w.first + i;
-    return (const uint8_t *)a.x + (size_t)row * (size_t)a.n_cols * 2;
+/* Where tokens of the work (columns) are in x, in pieces of 16 bytes; by the whole block, which meets afterwards. */
+DEVICE void find_rows(const struct gemm_args &a, const struct gemm_work &w, uint32_t *rows) {
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x)
+        rows[i] = (uint32_t)(w.token_of ? w.token_of[i] : w.first + i) * (uint32_t)(a.n_cols / 8);
+    __syncthreads();
+}
+
+/* 16-byte pieces by one warp. dst, src: of this lane's first piece. */
+template <int BYTES> DEVICE void copy_piece(uint8_t *dst, const uint8_t *src, int lane) {
+#pragma unroll
+    for (int at = 0; at < BYTES; at += 512)
+        if (at + 512 <= BYTES || at + lane * 16 < BYTES) copy16(dst + at, src + at);
+}
+
+/* B operands of 64 columns of tokens 8 n … 8 n + 7: step s has b[2 s], b[2 s + 1]. */
+DEVICE void load_tokens(h2 (&b)[8], const uint8_t *x, int n, int lane) {
+    const uint8_t *row = x + (8 * n + (lane & 7)) * X_ROW;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        load_matrices(*(h2(*)[4])(b + 4 * half), row + ((4 * half + (lane >> 3)) ^ (lane & 7)) * 16);
+}
+
+/* acc += a (16 rows of each warp, 64 columns) times 8 NG tokens; wgmma: by four warps together, and not at once. */
+template <int NG>
+DEVICE void multiply(float (&acc)[NG][4], h2 (&a)[4][4], const uint8_t *x, int lane) {
+#ifdef MOED_WGMMA
+    (void)lane;
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < 4; s++) wgmma_f16(acc, a[s], swizzled_matrix(x + 32 * s));
+    wgmma_commit();
+#else
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+        h2 b[8];
+        load_tokens(b, x, n, lane);
+#pragma unroll
+        for (int s = 0; s < 4; s++) mma_f16(acc[n], a[s], b[2 * s], b[2 * s + 1]);
+    }
+#endif
 }
 
 DEVICE float silu_mul(float gate, float up) {
     return __fdiv_rn(gate, 1.0f + exp2_fast(gate * -1.44269504f)) * up;
 }
 
-/* Sizes of the split kernel's shared memory, per warp. The float-like formats are too large to be held twice. */
-template <int TYPE, int DEPTH> __host__ DEVICE constexpr int split_depth() {
-    return TYPE == PANEL_Q8_0 || TYPE == PANEL_F16 ? 1 : DEPTH;
+/* Floats of a block's sums: [parts][tokens][rows + 4]. */
+__host__ DEVICE constexpr int sums_floats(int n_tokens, int n_warps, int n_parts) {
+    return n_tokens * (n_warps * PANEL_ROWS + 4 * n_parts);
 }
 
-/* The launchers of the instances; each in a file of its own, to be compiled side by side. */
-cudaError_t gemm_split8(const struct gemm_args &a, dim3 grid, size_t shared,
-                        const struct cuda_queue *q);
-cudaError_t gemm_split16(const struct gemm_args &a, dim3 grid, size_t shared,
-                         const struct cuda_queue *q);
-cudaError_t gemm_split32(const struct gemm_args &a, dim3 grid, size_t shared,
-                         const struct cuda_queue *q);
-cudaError_t gemm_tile64(const struct gemm_args &a, dim3 grid, size_t shared,
-                        const struct cuda_queue *q);
-cudaError_t gemm_split8_prepare(size_t max_shared);
-cudaError_t gemm_split16_prepare(size_t max_shared);
-cudaError_t gemm_split32_prepare(size_t max_shared);
-cudaError_t gemm_tile64_prepare(size_t max_shared);
+/* Four rows of one token: stored, or added to what is there; rows beyond the matrix are not. */
+DEVICE void store_rows(const struct gemm_args &a, const struct gemm_segment &s, size_t token, int row,
+                       float4 v) {
+    size_t to = token * (size_t)s.n_rows + (size_t)row;
+    const float f[4] = {v.x, v.y, v.z, v.w};
+    bool whole = s.n_rows % 4 == 0;
+    if (a.epilogue == GEMM_ADD_F32 || a.epilogue == GEMM_STORE_F32) {
+        float *out = (float *)s.out + to;
+        if (whole) {
+            float4 h = a.epilogue == GEMM_ADD_F32 ? *(const float4 *)out : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            *(float4 *)out = a.epilogue == GEMM_ADD_F32 ? make_float4(h.x + v.x, h.y + v.y, h.z + v.z, h.w + v.w) : v;
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (row + i < s.n_rows) out[i] = a.epilogue == GEMM_ADD_F32 ? out[i] + f[i] : f[i];
+        return;
+    }
+    uint16_t *out = (uint16_t *)s.out + to;
+    if (whole) {
+        *(uint2 *)out = make_uint2(h2_pack(v.x, v.y), h2_pack(v.z, v.w));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (row + i < s.n_rows) out[i] = (uint16_t)h2_pack(f[i], 0.0f);
+}
+
+DEVICE float4 add_parts(const float *at, int n_parts, int size, float scale) {
+    float4 v = *(const float4 *)at;
+    for (int p = 1; p < n_parts; p++) {
+        float4 u = *(const float4 *)(at + p * size);
+        v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+    }
+    return make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+}
+
+/* Results of a block's tile, by way of shared memory, whose former use is over for this thread. A warp's D fragments hold
+ * rows g, g + 8 and tokens 2 t, 2 t + 1. */
+template <int NG>
+DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int first_row, float *sums, int lane,
+                       const float (&acc)[NG][4]) {
+    bool silu = a.epilogue == GEMM_SILU_F16;
+    int stride = w.n_warps * PANEL_ROWS + 4, size = 8 * NG * stride;
+    float *own = sums + w.part * size + 2 * (lane & 3) * stride + w.warp * PANEL_ROWS + (lane >> 2);
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < NG; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * stride + 8 * (j >> 1)] = acc[n][j];
+    __syncthreads();
+    const struct gemm_segment &s = a.segments[silu ? 0 : w.segment];
+    int shift = w.rows_shift + 2, rows = PANEL_ROWS << w.rows_shift; /* four rows to a thread */
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < w.n << shift; i += (int)blockDim.x) {
+        int token = i >> shift, row = (i & ((1 << shift) - 1)) * 4;
+        if (first_row + row >= s.n_rows) continue;
+        const float *at = sums + token * stride + row;
+        float4 v = add_parts(at, w.n_parts, size, s.scale);
+        if (silu) {
+            float4 u = add_parts(at + rows, w.n_parts, size, a.segments[1].scale);
+            v = make_float4(silu_mul(v.x, u.x), silu_mul(v.y, u.y), silu_mul(v.z, u.z), silu_mul(v.w, u.w));
+        }
+        store_rows(a, s, (size_t)(w.first + token), first_row + row, v);
+    }
+}
+
+/* The kernels, by tile width. shared: bytes that a launch of `warps` warps and `parts` parts needs for weights of a
+ * type. */
+struct gemm_kernel {
+    int width;
+    int most_warps, least_warps; /* of a block; least_warps: of a part */
+    void (*kernel)(struct gemm_args);
+    size_t (*shared)(int type, int warps, int parts);
+};
+static inline size_t gemm_sums_bytes(int n_tokens, int warps, int parts) {
+    return sizeof(float) * (size_t)sums_floats(n_tokens, warps, parts);
+}
+extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_few32, gemm_many64, gemm_many128;
 
 #endif

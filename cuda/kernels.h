@@ -28,12 +28,15 @@ extern "C" {
 enum {
     HEAD_DIM = 128,
     SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
-    TILE_TOKENS = 8,        /* consecutive tokens of one sequence that attention takes together */
+    TILE_TOKENS = 16,       /* consecutive tokens of one sequence that attention takes together */
+    MIN_TILE_TOKENS = 2,    /* of a sequence in a step, for attention to do so */
     MAX_EMBD = 16384,
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
-    ROUTE_SLICE = 256,      /* columns of one partial sum of the router */
-    N_WIDTHS = 4            /* token tiles of 8, 16, 32 and 64 */
+    ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
+    ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
+    SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
+    N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
 struct cuda_queue {
@@ -55,12 +58,16 @@ struct step_header {
 /* One token against SPLIT_KEYS keys; split -1: against all, one after the other. */
 struct attn_split {
     int32_t token, split, n_splits;
-    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: n_splits is 1
-                        or split is -1 */
+    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: none, because
+                        split is -1 */
+    int32_t end;     /* keys 0 … end - 1 are the token's */
+    int32_t table;   /* its block table, in 4-byte words from the header */
 };
 
 struct attn_tile {
     int32_t token, n_tokens; /* up to TILE_TOKENS consecutive tokens of a sequence */
+    int32_t pos;             /* of the first */
+    int32_t table;           /* the block table, in 4-byte words from the header */
 };
 
 struct head_row {
@@ -148,6 +155,8 @@ struct gemm_args {
     int32_t epilogue;
     const void *x;  /* f16 [rows][n_cols] */
     int32_t n_cols; /* a multiple of 256 */
+    /* Filled by the launcher: tiles of rows that a block takes one after the other, log2 of its warps. */
+    int32_t n_tiles, warps_shift;
     const int32_t *n_tokens;        /* dense: how many rows of x */
     /* Expert products; all NULL when dense: */
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
@@ -155,12 +164,18 @@ struct gemm_args {
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
 };
 
-/* The tile width, 8 << result, that cuda_gemm will use for `bucket` rows (dense) or for `bucket` tokens spread
- * over n_experts experts (n_experts > 0, n_used each). */
-int cuda_gemm_width(const struct gemm_args *a, int bucket, int n_experts, int n_used,
-                    const struct cuda_queue *q);
-/* width: what cuda_gemm_width said; max_items bounds the work list (experts only). */
-cudaError_t cuda_gemm(const struct gemm_args *a, int width, int bucket, int max_items,
+/* Which kernel, and how many warps to a block. */
+struct gemm_plan {
+    int width; /* tiles of 8 << width tokens, and for experts the work list of that width */
+    int warps;
+    int tiles; /* of rows to a block */
+};
+/* The plan for `bucket` rows (dense) or for `bucket` tokens spread over n_experts experts (n_experts > 0, n_used
+ * each). */
+struct gemm_plan cuda_gemm_plan(const struct gemm_args *a, int bucket, int n_experts, int n_used,
+                                const struct cuda_queue *q);
+/* p: what cuda_gemm_plan said; max_items bounds the work list (experts only). */
+cudaError_t cuda_gemm(const struct gemm_args *a, struct gemm_plan p, int bucket, int max_items,
                       const struct cuda_queue *q);
 
 /* ---- attention ------------------------------------------------------------------------------------------- */
@@ -182,8 +197,11 @@ struct attn_args {
     struct step_view step;
     const void *q; /* f16 [T][H][128] */
     void *out;     /* f16 [T][H][128] written */
-    const void *kv;
+    void *kv;      /* read; fused: the step's own keys and values are written */
     int32_t n_heads, n_kv_heads, block_shift;
+    bool fused;    /* every sequence of the step has one token, and what rope says is done on the way; q is rope's,
+                      and stays as it is */
+    struct rope_args rope;
     float *partials;   /* [n_partials][attn_partial_floats] */
     uint32_t *tickets; /* [T][G * octets], zero between launches */
 };
@@ -195,7 +213,7 @@ KERNEL_FN size_t attn_partial_floats(int n_heads, int n_kv_heads) {
     return (size_t)n_kv_heads * (size_t)attn_octets(n_heads, n_kv_heads) * 8 * (HEAD_DIM + 2);
 }
 cudaError_t cuda_attn_splits(const struct attn_args *a, const struct cuda_queue *q);
-cudaError_t cuda_attn_tiles(const struct attn_args *a, int max_tiles, const struct cuda_queue *q);
+cudaError_t cuda_attn_tiles(const struct attn_args *a, const struct cuda_queue *q);
 
 /* ---- routing ----------------------------------------------------------------------------------------------- */
 
@@ -219,11 +237,11 @@ struct route_args {
     int32_t n_cols, n_experts, n_used;
     bool renormalize;
     void *x;             /* f16 [T][D] written */
-    float *partials;     /* [D / 256][T][E] */
+    float *partials;     /* [ROUTE_GROUPS][T][E] */
     struct route_lists lists;
-    uint32_t *ticket;    /* zero between launches */
+    uint32_t *tickets;   /* [1 + chunks of ROUTE_CHUNK tokens], zero between launches */
+    int32_t *chunk_counts; /* [chunks][E] */
     uint64_t *n_reads;   /* groups so far */
-    uint64_t *host_reads; /* [2], pinned host memory: n_reads as the step `result` left it */
 };
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
 /* Only the sort, of ids and weights already in place; reads are not counted. */
@@ -248,12 +266,22 @@ struct slot_args {
 /* Fill zeroed counts from a history. */
 cudaError_t cuda_slot_count(const struct slot_args *a, const struct cuda_queue *q);
 
+/* What a stretch of a row of logits says: its first in falling order, its smallest finite value. */
+struct sample_part {
+    float value;
+    int32_t id;
+    float low;
+    int32_t bad; /* it has a value that is not finite */
+};
+
 struct sample_args {
     struct step_view step;
     float *logits; /* [R][V] overwritten */
     int32_t n_vocab;
     struct slot_state *slots;
     uint32_t *counts;         /* [slots][V]: times sampled; the top bit: in the prompt */
+    struct sample_part *parts; /* [R][SAMPLE_PARTS] */
+    uint32_t *tickets;        /* [R], zero between launches */
     struct moe_row *results;  /* [2][max_rows], pinned host memory */
     int32_t max_rows;
 };

@@ -4,96 +4,114 @@
 #include "cuda/common.cuh"
 #include "cuda/panel.h"
 
-enum : int { THREADS = 256 };
+enum : int {
+    EMBED_THREADS = 256,
+    THREADS = 512,
+    RANKS = 8 /* experts' products under way at a time */
+};
 
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(EMBED_THREADS)
     k_embed_f32(const __grid_constant__ struct embed_args a) {
     depend_release();
     depend_wait();
-    int t = (int)blockIdx.x;
-    if (t >= a.step.header->n_tokens) return;
+    int t = (int)blockIdx.x, k = (int)(blockIdx.y * EMBED_THREADS + threadIdx.x);
+    if (t >= a.step.header->n_tokens || k >= a.n_cols) return;
     int id = a.step.ids[t];
     if (id < 0) id = a.slots[a.step.slot[a.step.seq[t]]].last;
-    int n_panels = a.n_cols / PANEL_K;
-    const uint8_t *row = a.table + (size_t)(id / PANEL_ROWS) * (size_t)n_panels *
-                                       (size_t)panel_bytes(a.type);
-    for (int k = (int)threadIdx.x; k < a.n_cols; k += THREADS)
-        a.h[(size_t)t * (size_t)a.n_cols + (size_t)k] =
-            panel_value(a.type, row + (size_t)(k / PANEL_K) * (size_t)panel_bytes(a.type),
-                        id % PANEL_ROWS, k % PANEL_K);
+    size_t panel = (size_t)(id / PANEL_ROWS) * (size_t)(a.n_cols / PANEL_K) + (size_t)(k / PANEL_K);
+    a.h[(size_t)t * (size_t)a.n_cols + (size_t)k] =
+        panel_value(a.type, a.table + panel * (size_t)panel_bytes(a.type), id % PANEL_ROWS, k % PANEL_K);
 }
 
 cudaError_t cuda_embed(const struct embed_args *a, int bucket, const struct cuda_queue *q) {
-    return launch(k_embed_f32, dim3((unsigned)bucket, 1, 1), THREADS, 0, q, *a);
+    unsigned pieces = (unsigned)((a->n_cols + EMBED_THREADS - 1) / EMBED_THREADS);
+    return launch(k_embed_f32, dim3((unsigned)bucket, pieces, 1), EMBED_THREADS, 0, q, *a);
 }
 
-/* Sum over the block; every thread gets it. */
-static DEVICE float block_sum(float x, float *shared) {
+/* Sum over the block; every thread gets it. Once per kernel. */
+static DEVICE float block_sum(float x) {
+    __shared__ float sums[THREADS / 32];
     x = warp_sum(x);
+    if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5] = x;
     __syncthreads();
-    if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = x;
-    __syncthreads();
-    float sum = shared[0];
-    for (int i = 1; i < THREADS / 32; i++) sum += shared[i];
+    float sum = sums[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / 32; i++) sum += sums[i];
     return sum;
 }
 
-/* h[i … i + 3] of row `row` plus the experts' products in rank order. */
+/* h[4 i … 4 i + 3] of row `row` plus the experts' products in rank order. */
 static DEVICE float4 combine(const struct norm_args &a, int row, int i, float4 h) {
     float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int k = 0; k < a.n_used; k++) {
-        float w = a.weights[row * a.n_used + k];
-        size_t at = (size_t)a.row_of[row * a.n_used + k] * (size_t)a.n_cols + (size_t)i;
-        uint2 y = *(const uint2 *)((const uint16_t *)a.y + at);
-        s.x += w * h2_low_f32(y.x);
-        s.y += w * h2_high_f32(y.x);
-        s.z += w * h2_low_f32(y.y);
-        s.w += w * h2_high_f32(y.y);
+    const uint2 *products = (const uint2 *)a.y + i;
+    for (int first = 0; first < a.n_used; first += RANKS) {
+        int of = row * a.n_used + first, n = min(a.n_used - first, (int)RANKS);
+        float w[RANKS];
+        uint2 y[RANKS];
+#pragma unroll
+        for (int k = 0; k < RANKS; k++) { /* no branches: all loads are to be under way at once */
+            w[k] = k < n ? a.weights[of + k] : 0.0f;
+            size_t from = k < n ? (size_t)a.row_of[of + k] : 0;
+            y[k] = k < n ? products[from * (size_t)(a.n_cols / 4)] : make_uint2(0, 0);
+        }
+#pragma unroll
+        for (int k = 0; k < RANKS; k++) {
+            s.x += w[k] * h2_low_f32(y[k].x);
+            s.y += w[k] * h2_high_f32(y[k].x);
+            s.z += w[k] * h2_low_f32(y[k].y);
+            s.w += w[k] * h2_high_f32(y[k].y);
+        }
     }
     return make_float4(h.x + s.x, h.y + s.y, h.z + s.z, h.w + s.w);
 }
 
-extern __shared__ __align__(16) float4 row_values[]; /* [D / 4] */
-
-static __global__ void __launch_bounds__(THREADS)
+/* QUADS: float4 of a row that a thread may have. */
+template <int QUADS>
+static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
     k_norm_f16(const __grid_constant__ struct norm_args a) {
-    __shared__ float sums[THREADS / 32];
     depend_release();
-    depend_wait();
-    int r = (int)blockIdx.x;
+    int r = (int)blockIdx.x, n = a.n_cols / 4;
     if (r >= *a.n_rows) return;
-    int row = a.rows ? a.rows[r].token : r, n = a.n_cols / 4;
+    int row = a.rows ? a.rows[r].token : r;
+    float4 v[QUADS], norm[QUADS];
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        int i = (int)threadIdx.x + THREADS * j;
+        if (a.norm && i < n) norm[j] = ((const float4 *)a.norm)[i];
+    }
+    depend_wait();
     float4 *h = (float4 *)(a.h + (size_t)row * (size_t)a.n_cols);
     float squares = 0.0f;
-    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
-        float4 v = h[i];
-        if (a.y) {
-            v = combine(a, row, 4 * i, v);
-            h[i] = v;
-        }
-        row_values[i] = v;
-        squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        int i = (int)threadIdx.x + THREADS * j;
+        if (i >= n) break;
+        v[j] = h[i];
+        if (a.y) h[i] = v[j] = combine(a, row, i, v[j]);
+        squares += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
     }
     if (!a.norm) return;
-    float inverse = 1.0f / sqrtf(block_sum(squares, sums) / (float)a.n_cols + a.eps);
-    const float4 *norm = (const float4 *)a.norm;
+    float inverse = 1.0f / sqrtf(block_sum(squares) / (float)a.n_cols + a.eps);
     uint2 *x = (uint2 *)((uint16_t *)a.x + (size_t)r * (size_t)a.n_cols);
-    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
-        float4 v = row_values[i], w = norm[i];
-        x[i] = make_uint2(h2_pack(v.x * inverse * w.x, v.y * inverse * w.y),
-                          h2_pack(v.z * inverse * w.z, v.w * inverse * w.w));
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        int i = (int)threadIdx.x + THREADS * j;
+        if (i >= n) break;
+        x[i] = make_uint2(h2_pack(v[j].x * inverse * norm[j].x, v[j].y * inverse * norm[j].y),
+                          h2_pack(v[j].z * inverse * norm[j].z, v[j].w * inverse * norm[j].w));
     }
 }
 
+enum : int { FEW_QUADS = 1, MOST_QUADS = MAX_EMBD / 4 / THREADS };
+
 cudaError_t cuda_norm(const struct norm_args *a, int bucket, const struct cuda_queue *q) {
-    return launch(k_norm_f16, dim3((unsigned)bucket, 1, 1), THREADS,
-                  (size_t)a->n_cols * sizeof(float), q, *a);
+    auto kernel = a->n_cols <= 4 * THREADS * FEW_QUADS ? k_norm_f16<FEW_QUADS> : k_norm_f16<MOST_QUADS>;
+    return launch(kernel, dim3((unsigned)bucket, 1, 1), THREADS, 0, q, *a);
 }
 
 cudaError_t norm_prepare(void) {
     cudaFuncAttributes ignored;
     cudaError_t e = cudaFuncGetAttributes(&ignored, k_embed_f32);
-    if (e != cudaSuccess) return e;
-    return cudaFuncSetAttribute(k_norm_f16, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                MAX_EMBD * (int)sizeof(float));
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&ignored, k_norm_f16<FEW_QUADS>);
+    return e != cudaSuccess ? e : cudaFuncGetAttributes(&ignored, k_norm_f16<MOST_QUADS>);
 }

@@ -1,6 +1,7 @@
-/* ops: each op of the table as launches. Two fusions cross op borders: the sum over a token's experts is left to the
- * norm that reads the result next (c->pending), and the residual is added where the product that follows it is
- * written. Anything else that reads h first launches the sum by itself (ops_flush). */
+/* ops: each op of the table as launches. Three fusions cross op borders: the sum over a token's experts is left to the
+ * norm that reads the result next (c->pending), the residual is added where the product that follows it is
+ * written, and in a step of single tokens rope_store is left to attention (c->rope). Anything else that comes first
+ * launches what was put off by itself (ops_flush). */
 #include "cuda/device.h"
 
 #include "cuda/panel.h"
@@ -18,6 +19,10 @@ static enum status begin_op(const struct cuda *c) {
 }
 
 enum status ops_flush(struct cuda *c) {
+    if (c->rope_pending) {
+        c->rope_pending = false;
+        TRY(device_check(c, cuda_rope_store(&c->rope, c->bucket.n_tokens, &c->queue)));
+    }
     if (!c->pending.y) return ST_OK;
     struct norm_args a = c->pending;
     c->pending.y = NULL;
@@ -32,8 +37,8 @@ static struct gemm_segment segment(const struct weight *w, const struct buf *out
 
 /* x [n][n_cols] times the segments; n is read through n_rows on the device and bounded by `bucket`. */
 static enum status dense(struct cuda *c, struct gemm_args *a, int32_t bucket) {
-    int width = cuda_gemm_width(a, bucket, 0, 0, &c->queue);
-    return device_check(c, cuda_gemm(a, width, bucket, 0, &c->queue));
+    struct gemm_plan p = cuda_gemm_plan(a, bucket, 0, 0, &c->queue);
+    return device_check(c, cuda_gemm(a, p, bucket, 0, &c->queue));
 }
 
 /* x = rmsnorm(h), and before it whatever is pending for h. */
@@ -93,7 +98,8 @@ enum status ops_rope_store(struct backend *b, const struct op_rope_store *op) {
     struct cuda *c = of(b);
     TRY(begin_op(c));
     CHECK(op->q->kind == BUF_INNER && op->k->kind == BUF_INNER && op->v->kind == BUF_INNER);
-    const struct rope_args a = {.step = c->view,
+    TRY(ops_flush(c));
+    c->rope = (struct rope_args){.step = c->view,
                                 .q = op->q->p,
                                 .k = op->k->p,
                                 .v = op->v->p,
@@ -105,13 +111,17 @@ enum status ops_rope_store(struct backend *b, const struct op_rope_store *op) {
                                 .n_kv_heads = c->shape.n_kv_heads,
                                 .kv = layer_kv(c, op->layer),
                                 .block_shift = c->block_shift};
-    return device_check(c, cuda_rope_store(&a, c->bucket.n_tokens, &c->queue));
+    c->rope_pending = true;
+    return c->bucket.tiles ? ops_flush(c) : ST_OK;
 }
 
 enum status ops_attention(struct backend *b, const struct op_attention *op) {
     struct cuda *c = of(b);
     TRY(begin_op(c));
     CHECK(op->q->kind == BUF_INNER && op->out->kind == BUF_INNER);
+    bool fused = c->rope_pending && c->rope.q == op->q->p && c->rope.kv == layer_kv(c, op->layer);
+    if (fused) c->rope_pending = false;
+    TRY(ops_flush(c));
     const struct attn_args a = {.step = c->view,
                                 .q = op->q->p,
                                 .out = op->out->p,
@@ -119,13 +129,13 @@ enum status ops_attention(struct backend *b, const struct op_attention *op) {
                                 .n_heads = c->shape.n_heads,
                                 .n_kv_heads = c->shape.n_kv_heads,
                                 .block_shift = c->block_shift,
+                                .fused = fused,
+                                .rope = c->rope,
                                 .partials = c->attn_partials,
                                 .tickets = c->attn_tickets};
     TRY(device_check(c, cuda_attn_splits(&a, &c->queue)));
     if (!c->bucket.tiles) return ST_OK;
-    /* A tile is full, or the last of its sequence. */
-    return device_check(c, cuda_attn_tiles(&a, c->bucket.n_tokens / TILE_TOKENS + c->bucket.n_seqs,
-                                           &c->queue));
+    return device_check(c, cuda_attn_tiles(&a, &c->queue));
 }
 
 enum status ops_linear_add(struct backend *b, const struct op_linear_add *op) {
@@ -160,9 +170,9 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .x = op->x->p,
                                    .partials = c->router_partials,
                                    .lists = c->lists,
-                                   .ticket = c->route_ticket,
-                                   .n_reads = c->n_reads,
-                                   .host_reads = c->host_reads};
+                                   .tickets = c->route_tickets,
+                                   .chunk_counts = c->chunk_counts,
+                                   .n_reads = c->n_reads};
     return device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue));
 }
 
@@ -170,13 +180,12 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
 static enum status grouped(struct cuda *c, struct gemm_args *a) {
     int32_t n_tokens = c->bucket.n_tokens, used = c->shape.n_experts_used;
     int32_t n_pairs = n_tokens * used, experts = c->shape.n_experts;
-    int width = cuda_gemm_width(a, n_tokens, experts, used, &c->queue);
-    int list = width == 8 ? 0 : width == 16 ? 1 : width == 32 ? 2 : 3;
-    a->items = c->lists.items[list];
-    a->n_items = c->lists.n_items + list;
+    struct gemm_plan p = cuda_gemm_plan(a, n_tokens, experts, used, &c->queue);
+    a->items = c->lists.items[p.width];
+    a->n_items = c->lists.n_items + p.width;
     /* A group has at most one tile that is not full. */
-    int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / width;
-    return device_check(c, cuda_gemm(a, width, n_tokens, max_items, &c->queue));
+    int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / (8 << p.width);
+    return device_check(c, cuda_gemm(a, p, n_tokens, max_items, &c->queue));
 }
 
 enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
@@ -254,6 +263,8 @@ enum status ops_sample(struct backend *b, const struct op_sample *op) {
                                   .n_vocab = c->shape.n_vocab,
                                   .slots = c->slots,
                                   .counts = c->counts,
+                                  .parts = c->sample_parts,
+                                  .tickets = c->sample_tickets,
                                   .results = c->results,
                                   .max_rows = c->limits.max_rows};
     return device_check(c, cuda_sample(&a, c->bucket.n_rows, &c->queue));

@@ -7,11 +7,9 @@
  * Panels of a row block follow each other along the columns; row blocks follow each other; experts are
  * outermost. For quantised types a panel has as many bytes as its 16 x 256 weights have in the file.
  *
- * Which weight is where: lane = 4 g + t holds rows g and g + 8. Its columns in a 32-column block j are
- * 32 j + 8 t … + 7 (not the instruction's own order: the activations are read in the same permuted order, as
- * 8 contiguous values, and a dot product does not mind). Step s = 2 j + i of a unit (i = 0, 1) takes
- * columns 4 i … 4 i + 3 of those 8; register r of its four holds row g + 8 (r & 1), columns
- * 4 i + 2 (r >> 1) + {0, 1} in its low and high half.
+ * Which weight is where, as the instruction has it: lane = 4 g + t holds rows g and g + 8. Step s of a unit takes its
+ * columns 16 s … 16 s + 15; register r of the step's four holds row g + 8 (r & 1), columns
+ * 16 s + 8 (r >> 1) + 2 t + {0, 1} in its low and high half.
  *
  * Formats: ggml's block layouts (moe/quant.h). Pure functions. Private to cuda/ and its tests. */
 #ifndef MOED_CUDA_PANEL_H
@@ -43,7 +41,7 @@ enum panel_source {
 };
 
 /* Header: Q4_K and Q5_K: 16 bytes per row {f16 d, f16 dmin, u8 scales[12]}. Q6_K: 16 bytes per row, the
- * scales of the even 16-column blocks and then those of the odd ones, each + 128; then 16 f16 d. Q8_0: 8 f16
+ * scales of its 16-column blocks, each + 128; then 16 f16 d. Q8_0: 8 f16
  * d per row. */
 PANEL_FN int panel_header_bytes(int type) {
     return type == PANEL_F16 ? 0 : type == PANEL_Q6_K ? 288 : 256;
@@ -123,16 +121,16 @@ struct panel_at {
 PANEL_FN struct panel_at panel_find(int row, int k) {
     struct panel_at a;
     a.unit = k / PANEL_UNIT_K;
-    a.lane = (row & 7) * 4 + k % 32 / 8;
-    a.step = k % PANEL_UNIT_K / 32 * 2 + k % 8 / 4;
-    a.reg = k % 4 / 2 * 2 + row / 8;
+    a.lane = (row & 7) * 4 + k % 8 / 2;
+    a.step = k % PANEL_UNIT_K / 16;
+    a.reg = k % 16 / 8 * 2 + row / 8;
     a.half = k % 2;
     return a;
 }
 
 PANEL_FN int panel_row(int lane, int reg) { return (lane >> 2) + 8 * (reg & 1); }
 PANEL_FN int panel_k(int unit, int lane, int step, int reg, int half) {
-    return unit * PANEL_UNIT_K + step / 2 * 32 + (lane & 3) * 8 + (step & 1) * 4 + (reg >> 1) * 2 + half;
+    return unit * PANEL_UNIT_K + step * 16 + (reg >> 1) * 8 + (lane & 3) * 2 + half;
 }
 
 /* Low 4 bits: bit position in the step's word. High bits of Q6_K: position in word step / 2; of Q5_K: in
@@ -179,7 +177,7 @@ PANEL_FN void panel_pack_header(int source, const uint8_t *src, int row, uint8_t
         for (int i = 0; i < 16; i++) dst[i] = src[i];
         break;
     case SOURCE_Q6_K:
-        for (int i = 0; i < 16; i++) dst[i % 2 * 8 + i / 2] = (uint8_t)(src[192 + i] ^ 0x80);
+        for (int i = 0; i < 16; i++) dst[i] = (uint8_t)(src[192 + i] ^ 0x80);
         panel[256 + 2 * row] = src[208];
         panel[256 + 2 * row + 1] = src[209];
         break;
@@ -267,7 +265,7 @@ PANEL_FN float panel_value(int type, const uint8_t *panel, int row, int k) {
     int q = (int)panel_quant(type, panel, row, k);
     if (type == PANEL_Q8_0) return (float)(q - 128) * panel_f16(panel_u16(h + 2 * i));
     if (type == PANEL_Q6_K) {
-        int scale = (int)h[k / 16 % 2 * 8 + k / 32] - 128;
+        int scale = (int)h[k / 16] - 128;
         float a = panel_f16(panel_u16(panel + 256 + 2 * row)) * (float)scale;
         return a * (float)(q - 32);
     }

@@ -1,6 +1,6 @@
-/* sample: one block turns one row of logits into a token, by the definition in moe/sampler.h: the same token as
- * moe/sampler.c from the same logits, but for draws within about 1e-8 of a boundary (expf differs in its last bit
- * between libraries).
+/* sample: one block turns one row of logits into a token (several look for the largest first), by the definition in
+ * moe/sampler.h: the same token as moe/sampler.c from the same logits, but for draws within about 1e-8 of a boundary
+ * (expf differs in its last bit between libraries).
  *
  * Probabilities are summed as integers, 2^-44 of the largest: sums do not depend on the order in which threads
  * add, so a draw is a function of the row alone. Every cut that the parameters ask for (top_k, min_p, top_p, the
@@ -33,6 +33,7 @@ struct row_shared {
     double sums[WARPS];
     unsigned long long masses[WARPS], masses2[WARPS];
     int counts[WARPS], n_list, bin;
+    bool last;
     struct candidate found;
     unsigned long long found_mass;
     float bias_raw[MOE_MAX_BIASES], stop_raw[MOE_MAX_STOP_IDS];
@@ -316,21 +317,74 @@ static DEVICE int draw(const struct row &r, const struct moe_sampling &p, int po
 
 /* ---- one row --------------------------------------------------------------------------------------------- */
 
-/* The first of the falling order, and the smallest finite value. *finite: false if any value is NaN or infinite
- * (-infinity is what a ban makes, and then `finite` is not asked for). */
-static DEVICE struct candidate scan(const struct row &r, struct row_shared &s, float &low, bool &finite) {
-    struct candidate best = {-INFINITY, r.n_vocab};
-    bool bad = false;
-    low = INFINITY;
-    for (int i = (int)threadIdx.x; i < r.n_vocab; i += THREADS) {
-        float v = r.value(i);
+/* Thread by thread: the first of the falling order, the smallest finite value, and whether any value is NaN or
+ * infinite. */
+struct scanner {
+    struct candidate best;
+    float low;
+    bool bad;
+
+    DEVICE void take(float v, int id) {
         if (!(fabsf(v) <= 3.402823466e38f)) bad = true;
         else low = fminf(low, v);
-        if (v > best.value || best.id == r.n_vocab) best.value = v, best.id = i;
+        if (v > best.value || best.id < 0) best.value = v, best.id = id;
     }
-    finite = !__syncthreads_or(bad);
-    low = block_min(low, s);
-    return block_first(best, s);
+};
+static DEVICE struct scanner scanner_none() { return {{-INFINITY, -1}, INFINITY, false}; }
+
+/* The threads' findings put together; an infinity is what a ban makes, and then `finite` is not asked for. */
+static DEVICE struct candidate scanned(struct scanner t, int n_vocab, struct row_shared &s, float &low, bool &finite) {
+    finite = !__syncthreads_or(t.bad);
+    low = block_min(t.low, s);
+    if (t.best.id < 0) t.best.id = n_vocab;
+    return block_first(t.best, s);
+}
+
+/* All values, penalties and all. */
+static DEVICE struct candidate scan(const struct row &r, struct row_shared &s, float &low) {
+    struct scanner t = scanner_none();
+    bool ignored;
+    for (int i = (int)threadIdx.x; i < r.n_vocab; i += THREADS) t.take(r.value(i), i);
+    return scanned(t, r.n_vocab, s, low, ignored);
+}
+
+/* The raw logits of a part of a row. */
+static DEVICE struct scanner scan_part(const float *logits, int n_vocab, int part, int n_parts) {
+    struct scanner t = scanner_none();
+    if (n_vocab % 4 != 0) { /* rows are not aligned */
+        for (int i = part * THREADS + (int)threadIdx.x; i < n_vocab; i += n_parts * THREADS) t.take(logits[i], i);
+        return t;
+    }
+    const float4 *quads = (const float4 *)logits;
+#pragma unroll 4
+    for (int i = part * THREADS + (int)threadIdx.x; i < n_vocab / 4; i += n_parts * THREADS) {
+        float4 v = quads[i];
+        t.take(v.x, 4 * i);
+        t.take(v.y, 4 * i + 1);
+        t.take(v.z, 4 * i + 2);
+        t.take(v.w, 4 * i + 3);
+    }
+    return t;
+}
+
+/* The row's blocks meet: the last one goes on, with what all have found. */
+static DEVICE bool meet(const struct sample_args &a, struct row_shared &s, struct candidate &best, float &low,
+                        bool &finite) {
+    if (gridDim.y == 1) return true;
+    struct sample_part *parts = a.parts + (size_t)blockIdx.x * SAMPLE_PARTS;
+    if (threadIdx.x == 0) {
+        parts[blockIdx.y] = {best.value, best.id, low, !finite};
+        s.last = draw_last(a.tickets + blockIdx.x, (int)gridDim.y);
+    }
+    __syncthreads();
+    if (!s.last) return false;
+    struct scanner t = scanner_none();
+    if (threadIdx.x < gridDim.y) {
+        float4 v = __ldcg((const float4 *)parts + threadIdx.x);
+        t = {{v.x, __float_as_int(v.y)}, v.z, __float_as_int(v.w) != 0};
+    }
+    best = scanned(t, a.n_vocab, s, low, finite);
+    return true;
 }
 
 /* Step 1: log of the softmax's denominator; the n_top first of the raw logits into the result. */
@@ -421,7 +475,7 @@ static __global__ void __launch_bounds__(THREADS)
     struct slot_state &slot = a.slots[head.slot];
     const struct moe_sampling &p = slot.sampling;
     if (!head.sample) {
-        if (threadIdx.x == 0) {
+        if (threadIdx.x == 0 && blockIdx.y == 0) {
             out->slot = head.slot;
             out->token = -1;
             out->st = ST_OK;
@@ -433,8 +487,10 @@ static __global__ void __launch_bounds__(THREADS)
     struct row r = {a.logits + (size_t)blockIdx.x * (size_t)a.n_vocab, NULL, a.n_vocab,
                     p.repetition_penalty, p.presence_penalty, p.frequency_penalty, 0.0f, p.temperature};
     float low;
-    bool finite, ignored;
-    struct candidate best = scan(r, s, low, finite);
+    bool finite;
+    struct scanner found = scan_part(r.logits, a.n_vocab, (int)blockIdx.y, (int)gridDim.y);
+    struct candidate best = scanned(found, a.n_vocab, s, low, finite);
+    if (!meet(a, s, best, low, finite)) return;
     if (!finite) return finish(slot, out, head.slot, -1, 0, 0.0f);
     double log_sum = 0.0;
     int n_top = p.logprobs ? min(p.n_top, a.n_vocab) : 0;
@@ -442,7 +498,7 @@ static __global__ void __launch_bounds__(THREADS)
     uint32_t *counts = a.counts + (size_t)head.slot * (size_t)a.n_vocab;
     bool changed = bias_and_ban(r, slot, s);
     if (slot.counting) r.counts = counts;
-    if (changed || slot.counting) best = scan(r, s, low, ignored);
+    if (changed || slot.counting) best = scan(r, s, low);
     /* Extreme biases can overflow, and bans can leave a tiny vocabulary empty. */
     if (!(fabsf(best.value) <= 3.402823466e38f)) return finish(slot, out, head.slot, -1, 0, 0.0f);
     int token = best.id;
@@ -457,7 +513,9 @@ static __global__ void __launch_bounds__(THREADS)
 }
 
 cudaError_t cuda_sample(const struct sample_args *a, int bucket, const struct cuda_queue *q) {
-    return launch(k_sample_f32, dim3((unsigned)bucket, 1, 1), THREADS, 0, q, *a);
+    int parts = q->n_sm / bucket;
+    parts = parts < 1 ? 1 : parts > SAMPLE_PARTS ? SAMPLE_PARTS : parts;
+    return launch(k_sample_f32, dim3((unsigned)bucket, (unsigned)parts, 1), THREADS, 0, q, *a);
 }
 
 /* ---- histories ------------------------------------------------------------------------------------------------ */

@@ -78,8 +78,7 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
          (void **)&c->attn_partials},
         {MEMORY_ACTIVATIONS, "attention tickets", t * (size_t)m->n_kv_heads * octets * sizeof(uint32_t),
          (void **)&c->attn_tickets},
-        {MEMORY_ACTIVATIONS, "router sums",
-         ((size_t)m->n_embd + ROUTE_SLICE - 1) / ROUTE_SLICE * t * experts * sizeof(float),
+        {MEMORY_ACTIVATIONS, "router sums", ROUTE_GROUPS * t * experts * sizeof(float),
          (void **)&c->router_partials},
         {MEMORY_STEP, "routing", n_pairs * sizeof(int32_t), (void **)&c->lists.ids},
         {MEMORY_STEP, "routing", n_pairs * sizeof(float), (void **)&c->lists.weights},
@@ -87,12 +86,15 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
         {MEMORY_STEP, "routing", n_pairs * sizeof(int32_t), (void **)&c->lists.token_of},
         {MEMORY_STEP, "routing", n_pairs * sizeof(int32_t), (void **)&c->lists.row_of},
         {MEMORY_STEP, "routing", N_WIDTHS * sizeof(int32_t), (void **)&c->lists.n_items},
-        {MEMORY_STEP, "routing", sizeof(uint32_t), (void **)&c->route_ticket},
+        {MEMORY_STEP, "routing", (2 + t / ROUTE_CHUNK) * sizeof(uint32_t), (void **)&c->route_tickets},
+        {MEMORY_STEP, "routing", (1 + t / ROUTE_CHUNK) * experts * sizeof(int32_t), (void **)&c->chunk_counts},
         {MEMORY_STEP, "counters", sizeof(uint64_t), (void **)&c->n_reads},
         {MEMORY_STEP, "uploads", c->upload_cap, (void **)&c->upload},
         {MEMORY_SAMPLER, "sampling slots", slots * sizeof(struct slot_state), (void **)&c->slots},
         {MEMORY_SAMPLER, "token counts", slots * (size_t)m->n_vocab * sizeof(uint32_t),
          (void **)&c->counts},
+        {MEMORY_SAMPLER, "parts of rows", rows * SAMPLE_PARTS * sizeof(struct sample_part), (void **)&c->sample_parts},
+        {MEMORY_SAMPLER, "sampling tickets", rows * sizeof(uint32_t), (void **)&c->sample_tickets},
         {MEMORY_SAMPLER, "slot starts", ((size_t)c->limits.max_seq_tokens + 1) * sizeof(int32_t),
          (void **)&c->start_ids},
     };
@@ -268,6 +270,8 @@ enum status step_end(struct backend *b) {
         TRY(device_check(c, cudaGraphLaunch(g->exec, c->queue.stream)));
     }
     struct flight *f = &c->flights[c->n_begun % MOE_MAX_IN_FLIGHT];
+    TRY(device_check(c, cudaMemcpyAsync(c->host_reads + (c->n_begun & 1), c->n_reads, sizeof *c->n_reads,
+                                        cudaMemcpyDeviceToHost, c->queue.stream)));
     TRY(device_check(c, cudaEventRecord(f->done, c->queue.stream)));
     c->n_begun++;
     c->mode = STEP_NONE;

@@ -1,11 +1,9 @@
 /* upload: a step as the kernels read it: one block of memory, copied to the device in one piece. Header; per token its
  * id, position and sequence; per sequence its slot and where its block table begins; head rows; and, of sizes that
- * only the step knows, attention's work and the block tables. */
+ * only the step knows, the block tables and attention's work. */
 #include "cuda/device.h"
 
 #include <string.h>
-
-enum { MIN_TILE_TOKENS = 4 }; /* of a sequence, for attention to take them together */
 
 static const int32_t sizes[] = {1,   2,   4,   8,   16,  24,   32,   48,   64,   96,   128, 192,
                                 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096};
@@ -77,20 +75,6 @@ size_t upload_capacity(const struct cuda *c) {
            aligned((size_t)l->max_seqs * seq_blocks * sizeof(int32_t));
 }
 
-/* A token's keys in splits; all in one piece of work when the room for partial results is used up. Returns how
- * many pieces. */
-static int32_t split_token(const struct cuda *c, int32_t token, int32_t pos, int32_t *n_partials,
-                           struct attn_split *out) {
-    int32_t n = pos / SPLIT_KEYS + 1;
-    if (n == 1 || *n_partials + n > c->n_partials) {
-        out[0] = (struct attn_split){token, n == 1 ? 0 : -1, n, -1};
-        return 1;
-    }
-    for (int32_t i = 0; i < n; i++) out[i] = (struct attn_split){token, i, n, *n_partials + i};
-    *n_partials += n;
-    return n;
-}
-
 /* Rows of one sequence that reach the head. */
 static int32_t add_rows(const struct moe_step_seq *s, int32_t first_token, struct head_row *out) {
     if (s->rows == MOE_ROWS_NONE) return 0;
@@ -102,32 +86,99 @@ static int32_t add_rows(const struct moe_step_seq *s, int32_t first_token, struc
     return s->n_tokens;
 }
 
-/* The work lists of attention, after the fixed part: splits, then tiles. Returns the bytes up to their end. */
-static size_t add_attention(const struct cuda *c, const struct moe_step *step, const int32_t *pos,
-                            size_t at, struct step_header *h) {
-    uint8_t *dst = (uint8_t *)h;
-    int32_t token = 0, n_partials = 0;
-    struct attn_split *splits = (struct attn_split *)(void *)(dst + at);
-    h->splits_at = (int32_t)(at / sizeof(int32_t));
+/* Work is put in order by classes of its length; what is longer is in the last. */
+enum { CLASSES = 64, TILE_CLASS = 64 /* tokens */ };
+
+static int32_t splits_of(int32_t pos) { return pos / SPLIT_KEYS + 1; }
+
+/* Tokens that attention takes one by one. */
+static bool is_single(const struct moe_step *step, int32_t seq) { return !takes_tiles(&step->seqs[seq]); }
+
+/* How many splits a token may have to be one piece of work: no more than each block gets of all. A token that runs
+ * out of room for partial results is one piece too. */
+static int32_t most_splits(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
+                           int32_t *longest) {
+    const struct model_shape *m = &c->shape;
+    int64_t n = 0;
+    *longest = 0;
+    for (int32_t t = 0; t < step->n_tokens; t++) {
+        if (!is_single(step, v->seq[t])) continue;
+        int32_t splits = splits_of(v->pos[t]);
+        n += splits;
+        if (splits > *longest) *longest = splits;
+    }
+    n *= m->n_kv_heads * attn_octets(m->n_heads, m->n_kv_heads);
+    return (int32_t)((n + c->queue.n_sm - 1) / c->queue.n_sm);
+}
+
+/* Attention's splits, the longest pieces first. Returns how many. */
+static int32_t add_splits(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
+                          int32_t blocks_at, struct attn_split *out) {
+    int32_t longest, most = most_splits(c, step, v, &longest), n = 0, n_partials = 0;
+    for (int32_t size = longest < CLASSES ? longest : CLASSES; size > 0; size--) {
+        for (int32_t t = 0; t < step->n_tokens; t++) {
+            if (!is_single(step, v->seq[t])) continue;
+            int32_t splits = splits_of(v->pos[t]), class = splits < CLASSES ? splits : CLASSES;
+            struct attn_split whole = {.token = t,
+                                       .split = -1,
+                                       .n_splits = splits,
+                                       .partial = -1,
+                                       .end = v->pos[t] + 1,
+                                       .table = blocks_at + v->table[v->seq[t]]};
+            if (class != size) continue;
+            if (splits <= most || n_partials + splits > c->n_partials) {
+                out[n++] = whole;
+                continue;
+            }
+            for (int32_t i = 0; i < splits; i++) {
+                out[n] = whole;
+                out[n].split = i;
+                out[n++].partial = n_partials++;
+            }
+        }
+    }
+    return n;
+}
+
+static int32_t tile_class(int32_t pos) { return pos / TILE_CLASS + 1 < CLASSES ? pos / TILE_CLASS + 1 : CLASSES; }
+
+/* Attention's tiles, those with the most keys first. Returns how many. */
+static int32_t add_tiles(const struct moe_step *step, const struct step_view *v, int32_t blocks_at,
+                         struct attn_tile *out) {
+    int32_t longest = 0, n = 0;
     for (int32_t i = 0; i < step->n_seqs; i++) {
         const struct moe_step_seq *s = &step->seqs[i];
-        for (int32_t t = 0; t < s->n_tokens && !takes_tiles(s); t++)
-            h->n_splits += split_token(c, token + t, pos[token + t], &n_partials, splits + h->n_splits);
-        token += s->n_tokens;
+        int32_t size = tile_class(s->start_pos + s->n_tokens - 1);
+        if (takes_tiles(s) && size > longest) longest = size;
     }
+    for (int32_t size = longest; size > 0; size--) {
+        int32_t token = 0;
+        for (int32_t i = 0; i < step->n_seqs; token += step->seqs[i++].n_tokens) {
+            const struct moe_step_seq *s = &step->seqs[i];
+            for (int32_t t = 0; t < s->n_tokens && takes_tiles(s); t += TILE_TOKENS) {
+                int32_t left = s->n_tokens - t;
+                if (tile_class(s->start_pos + t) != size) continue;
+                out[n++] = (struct attn_tile){.token = token + t,
+                                              .n_tokens = left < TILE_TOKENS ? left : TILE_TOKENS,
+                                              .pos = s->start_pos + t,
+                                              .table = blocks_at + v->table[i]};
+            }
+        }
+    }
+    return n;
+}
+
+/* The work lists of attention at `at`: splits, then tiles. Returns the bytes up to their end. */
+static size_t add_attention(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
+                            size_t at, struct step_header *h) {
+    uint8_t *dst = (uint8_t *)h;
+    struct attn_split *splits = (struct attn_split *)(void *)(dst + at);
+    h->splits_at = (int32_t)(at / sizeof(int32_t));
+    h->n_splits = add_splits(c, step, v, h->blocks_at, splits);
     at += aligned((size_t)h->n_splits * sizeof *splits);
     struct attn_tile *tiles = (struct attn_tile *)(void *)(dst + at);
     h->tiles_at = (int32_t)(at / sizeof(int32_t));
-    token = 0;
-    for (int32_t i = 0; i < step->n_seqs; i++) {
-        const struct moe_step_seq *s = &step->seqs[i];
-        for (int32_t t = 0; t < s->n_tokens && takes_tiles(s); t += TILE_TOKENS) {
-            int32_t left = s->n_tokens - t;
-            tiles[h->n_tiles++] =
-                (struct attn_tile){token + t, left < TILE_TOKENS ? left : TILE_TOKENS};
-        }
-        token += s->n_tokens;
-    }
+    h->n_tiles = add_tiles(step, v, h->blocks_at, tiles);
     return at + aligned((size_t)h->n_tiles * sizeof *tiles);
 }
 
@@ -154,10 +205,10 @@ size_t upload_fill(struct cuda *c, const struct moe_step *step, uint8_t *dst) {
             seq[token] = i;
         }
     }
-    size_t at = add_attention(c, step, pos, fixed_bytes(&b), h);
+    size_t at = fixed_bytes(&b);
     h->blocks_at = (int32_t)(at / sizeof(int32_t));
     memcpy(dst + at, step->blocks, (size_t)n_blocks * sizeof(int32_t));
-    at += (size_t)n_blocks * sizeof(int32_t);
+    at = add_attention(c, step, &v, at + aligned((size_t)n_blocks * sizeof(int32_t)), h);
     CHECK(at <= c->upload_cap);
     return at;
 }

@@ -19,12 +19,28 @@ const char config_help[] =
     "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
     "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
     "rule\n"
-    "  --device DEV              cpu (default), reference (slow and simple), cuda:N\n"
-    "  --threads N               CPU threads; default: all cores\n"
-    "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
-    "  --chat-template NAME      chatml: use ChatML whatever the file says; default: the file's\n"
+    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; several of "
+    "one "
+    "kind, such\n"
+    "                            as cuda:0,cuda:1, share the requests\n"
+    "  --parallel MODE           replica (default): each device holds the whole model; expert: "
+    "each "
+    "holds a\n"
+    "                            share of the experts and computes them for all (not yet on cuda)\n"
+    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold each "
+    "once.\n"
+    "                            More give room for copies of those in demand\n"
+    "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
+    "and "
+    "write what\n"
+    "                            was measured to it at the end (CSV)\n"
+    "  --threads N               CPU threads, for all devices together; default: all cores\n"
+    "  --cpu-isa NAME            avx2 or avx512 instead of the best that there is\n"
+    "  --chat-template NAME      chatml, qwen2.5, qwen3 or qwq, whatever the file says; default: "
+    "the "
+    "file's\n"
     "\n"
-    "Capacity (memory follows from it; --check prints the table)\n"
+    "Capacity, of each device (memory follows from it; --check prints the table)\n"
     "  --max-seqs N              sequences that run at once (256)\n"
     "  --max-seq-tokens N        longest prompt and completion together; default: the model's "
     "context\n"
@@ -66,6 +82,8 @@ enum flag {
     F_MODEL = 256,
     F_LISTEN,
     F_DEVICE,
+    F_PARALLEL,
+    F_EXPERT_LOAD,
     F_CPU_ISA,
     F_CHAT_TEMPLATE,
     F_GPU_MEMORY,
@@ -92,6 +110,7 @@ static const struct number_flag numbers[] = {
     NUMBER("max-seq-tokens", max_seq_tokens, 2, 1 << 24, 0),
     NUMBER("kv-blocks", kv_blocks, 1, 1 << 28, 0),
     NUMBER("block-tokens", block_tokens, 1, 256, 16),
+    NUMBER("experts-per-device", experts_per_device, 1, 1 << 16, 0),
     NUMBER("prefill-chunk", prefill_chunk, 1, 1 << 16, 0),
     NUMBER("max-itl-ms", max_itl_ms, 0, 60000, 0),
     NUMBER("max-queue", max_queue, 1, 1 << 16, 1024),
@@ -104,6 +123,8 @@ static const struct option words[] = {
     {"model", required_argument, NULL, F_MODEL},
     {"listen", required_argument, NULL, F_LISTEN},
     {"device", required_argument, NULL, F_DEVICE},
+    {"parallel", required_argument, NULL, F_PARALLEL},
+    {"expert-load", required_argument, NULL, F_EXPERT_LOAD},
     {"cpu-isa", required_argument, NULL, F_CPU_ISA},
     {"chat-template", required_argument, NULL, F_CHAT_TEMPLATE},
     {"gpu-memory-utilization", required_argument, NULL, F_GPU_MEMORY},
@@ -149,13 +170,18 @@ static enum status set_share(const char *arg, struct error *e, struct config *c)
     return ST_OK;
 }
 
-static enum status check_device(const char *device, struct error *e) {
-    if (strcmp(device, "cpu") == 0 || strcmp(device, "reference") == 0) return ST_OK;
-    const char *digits = device + 5;
-    if (strncmp(device, "cuda:", 5) == 0 && *digits != '\0' && strlen(digits) <= 3 &&
-        strspn(digits, "0123456789") == strlen(digits))
-        return ST_OK;
-    return error_set(e, ST_INVALID, "--device %s: must be cpu, reference or cuda:N", device);
+static enum status set_devices(const char *list, struct error *e, struct moe_devices *out) {
+    if (moe_devices_parse(list, NULL, out) == ST_OK) return ST_OK;
+    return error_set(e, ST_INVALID,
+                     "--device %s: must be cpu, reference or cuda:N, or up to %d of one of these "
+                     "with commas between them",
+                     list, MOE_MAX_RANKS);
+}
+
+static enum status set_parallel(const char *arg, struct error *e, enum config_parallel *out) {
+    *out = strcmp(arg, "expert") == 0 ? PARALLEL_EXPERT : PARALLEL_REPLICA;
+    if (*out == PARALLEL_EXPERT || strcmp(arg, "replica") == 0) return ST_OK;
+    return error_set(e, ST_INVALID, "--parallel %s: must be replica or expert", arg);
 }
 
 static enum status set_word(int flag, const char *arg, struct error *e, struct config *c) {
@@ -166,7 +192,9 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
             return error_set(e, ST_INVALID, "--listen: the endpoint is too long");
         snprintf(c->listen, sizeof c->listen, "%s", arg);
         return ST_OK;
-    case F_DEVICE: c->device = arg; return check_device(arg, e);
+    case F_DEVICE: return set_devices(arg, e, &c->devices);
+    case F_PARALLEL: return set_parallel(arg, e, &c->parallel);
+    case F_EXPERT_LOAD: c->expert_load = arg; return ST_OK;
     case F_CPU_ISA: c->cpu_isa = arg; return ST_OK;
     case F_CHAT_TEMPLATE: c->chat_template = arg; return ST_OK;
     case F_GPU_MEMORY: return set_share(arg, e, c);
@@ -186,12 +214,16 @@ static enum status check_together(const struct config *c, struct error *e) {
     if ((c->block_tokens & (c->block_tokens - 1)) != 0)
         return error_set(e, ST_INVALID, "--block-tokens %d: must be a power of two",
                          c->block_tokens);
+    if (c->experts_per_device > 0 && c->parallel != PARALLEL_EXPERT)
+        return error_set(e, ST_INVALID, "--experts-per-device is for --parallel expert");
+    if (c->expert_load && c->parallel != PARALLEL_EXPERT)
+        return error_set(e, ST_INVALID, "--expert-load is for --parallel expert");
     return ST_OK;
 }
 
 enum status config_parse(int argc, char **argv, struct error *e, struct config *out) {
     struct config c = {.action = CONFIG_SERVE,
-                       .device = "cpu",
+                       .devices = {.n = 1, .names = {"cpu"}},
                        .gpu_memory_utilization = 0.90,
                        .log_level = LOG_INFO};
     struct option options[N_WORDS + N_NUMBERS + 1] = {0};
@@ -224,7 +256,7 @@ enum status config_parse(int argc, char **argv, struct error *e, struct config *
     /* A step of a GPU is short; what it reads for one is worth sharing among more tokens. */
     if (c.max_batch_tokens == 0)
         c.max_batch_tokens =
-            strncmp(c.device, "cuda", 4) == 0 ? GPU_BATCH_TOKENS : CPU_BATCH_TOKENS;
+            strncmp(c.devices.names[0], "cuda", 4) == 0 ? GPU_BATCH_TOKENS : CPU_BATCH_TOKENS;
     *out = c;
     return ST_OK;
 }

@@ -3,15 +3,21 @@
 #ifndef MOED_DAEMON_CONFIG_H
 #define MOED_DAEMON_CONFIG_H
 
+#include "moe/moe.h"
 #include "proto/base.h"
 
 enum config_action { CONFIG_SERVE, CONFIG_CHECK, CONFIG_VERSION, CONFIG_HELP };
+
+enum config_parallel { PARALLEL_REPLICA, PARALLEL_EXPERT };
 
 struct config {
     enum config_action action;
     const char *model;
     char listen[256];
-    const char *device;
+    struct moe_devices devices;
+    enum config_parallel parallel; /* what several devices do */
+    int32_t experts_per_device; /* of a layer; 0: as few as hold each once */
+    const char *expert_load; /* NULL, or where the measured load is kept */
     const char *cpu_isa; /* NULL: the best this machine has */
     const char *chat_template; /* NULL: recognise the model's own */
     int threads; /* 0: all cores */

@@ -98,7 +98,8 @@ static void *engine_main(void *ctx) {
 
 /* ---- the loop's thread ---------------------------------------------------------------------- */
 
-enum status engine_start(const struct engine_ops *ops, void *ctx, struct error *e,
+/* Start the thread; it opens the model. */
+static enum status spawn(const struct engine_ops *ops, void *ctx, struct error *e,
                          struct engine **out) {
     struct engine *g = calloc(1, sizeof *g);
     if (!g) return error_set(e, ST_NO_MEMORY, "no memory for the engine's thread");
@@ -115,16 +116,33 @@ enum status engine_start(const struct engine_ops *ops, void *ctx, struct error *
         engine_stop(g);
         return st;
     }
-    while (!ring_peek(&g->results)) ring_sleep(&g->results);
-    ring_pop(&g->results);
-    if (g->open_st != ST_OK) {
-        st = g->open_st;
-        if (e) *e = g->open_error;
-        engine_stop(g);
-        return st;
-    }
     *out = g;
     return ST_OK;
+}
+
+/* Wait until the model is open: what open returned. */
+static enum status await(struct engine *g, struct error *e) {
+    while (!ring_peek(&g->results)) ring_sleep(&g->results);
+    ring_pop(&g->results);
+    if (g->open_st != ST_OK && e) *e = g->open_error;
+    return g->open_st;
+}
+
+enum status engine_start(const struct engine_ops *ops, void *const *ctxs, int n, struct error *e,
+                         struct engine **out) {
+    enum status st = ST_OK;
+    int n_spawned = 0;
+    while (st == ST_OK && n_spawned < n) {
+        st = spawn(ops, ctxs[n_spawned], e, &out[n_spawned]);
+        n_spawned += st == ST_OK;
+    }
+    for (int i = 0; i < n_spawned; i++) {
+        enum status opened = await(out[i], st == ST_OK ? e : NULL);
+        if (st == ST_OK) st = opened;
+    }
+    if (st == ST_OK) return ST_OK;
+    for (int i = 0; i < n_spawned; i++) engine_stop(out[i]);
+    return st;
 }
 
 void engine_stop(struct engine *g) {

@@ -37,8 +37,10 @@ struct engine_step {
 
 struct engine;
 
-/* Start the thread and wait until it has opened the model: what open returned. ctx is borrowed. */
-enum status engine_start(const struct engine_ops *ops, void *ctx, struct error *e,
+/* Start n engines' threads, out[i] on the borrowed ctxs[i], and wait until all have opened their
+ * models, which they do at the same time: what open returned, of the first that failed. On failure
+ * none is left running. */
+enum status engine_start(const struct engine_ops *ops, void *const *ctxs, int n, struct error *e,
                          struct engine **out);
 /* Finish the steps in hand, close, join. NULL is fine. */
 void engine_stop(struct engine *g);

@@ -4,12 +4,16 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "daemon/config.h"
+#include "daemon/load_file.h"
 #include "daemon/server.h"
 
 enum { EXIT_LOST = 1, EXIT_UNUSABLE = 2, MAX_MEMORY_LINES = 64 };
 #define LOADING_LINE_NS UINT64_C(2000000000)
+/* A GPU's step takes milliseconds; a CPU may well take a minute for a large one. */
+#define GPU_STEP_NS UINT64_C(10000000000)
 
 static struct server *serving; /* for the signal handler; set before it is installed */
 
@@ -47,9 +51,12 @@ static void report_progress(void *ctx, uint64_t done, uint64_t total) {
               (unsigned long long)total);
 }
 
-static struct moe_options model_options(const struct config *c) {
+static struct moe_options model_options(const struct config *c, struct moe_group *group, int rank) {
     return (struct moe_options){.model_path = c->model,
-                                .device = c->device,
+                                .device = c->devices.names[rank],
+                                .n_ranks = c->devices.n,
+                                .group = group,
+                                .rank = rank,
                                 .limits = {.max_batch_tokens = c->max_batch_tokens,
                                            .max_seqs = c->max_seqs,
                                            .max_rows = c->max_seqs,
@@ -61,27 +68,25 @@ static struct moe_options model_options(const struct config *c) {
                                 .gpu_memory_utilization = c->gpu_memory_utilization};
 }
 
-static void log_model(const struct moe_info *i) {
+static void log_model(const struct moe_info *i, int rank) {
     const struct model_shape *s = &i->shape;
     log_event(LOG_INFO, "daemon", "model",
               "name=\"%s\" architecture=%s quantization=%s layers=%d experts=%d used=%d vocab=%d "
-              "context=%d backend=\"%s\"",
+              "context=%d device=%d backend=\"%s\"",
               i->name, i->architecture, i->quantization, s->n_layers, s->n_experts,
-              s->n_experts_used, s->n_vocab, i->limits.max_seq_tokens, i->backend);
+              s->n_experts_used, s->n_vocab, i->limits.max_seq_tokens, rank, i->backend);
     log_event(LOG_INFO, "daemon", "capacity",
               "sequences=%d batch_tokens=%d kv_blocks=%d block_tokens=%d kv_tokens=%lld",
               i->limits.max_seqs, i->limits.max_batch_tokens, i->limits.n_blocks,
               i->limits.block_tokens, (long long)i->limits.n_blocks * i->limits.block_tokens);
 }
 
-static void log_memory(const struct moe *m, uint64_t daemon_bytes) {
+static void log_memory(const struct moe *m) {
     struct moe_memory_line lines[MAX_MEMORY_LINES];
     int n = moe_memory(m, lines, MAX_MEMORY_LINES);
     for (int i = 0; i < n; i++)
         log_event(LOG_INFO, "daemon", "memory", "what=\"%s\" bytes=%llu", lines[i].what,
                   (unsigned long long)lines[i].n_bytes);
-    log_event(LOG_INFO, "daemon", "memory", "what=\"daemon tables, reserved\" bytes=%llu",
-              (unsigned long long)daemon_bytes);
 }
 
 static void print_check(const struct moe *m) {
@@ -106,50 +111,117 @@ static int complain(const struct error *e) {
     return EXIT_UNUSABLE;
 }
 
-/* The model is open; `net` holds the endpoint's lock. Both are closed here. */
-static int serve(const struct config *c, struct text *text, struct net *net, struct engine *engine,
-                 const struct engine_moe *model) {
+/* What the engines run on; engines and models of the same index belong together. */
+struct devices {
+    int n;
+    struct moe_group *group; /* expert parallel, else NULL */
+    uint64_t *load; /* what the group began with, or NULL */
+    struct engine_moe models[MOE_MAX_RANKS];
+    struct engine *engines[MOE_MAX_RANKS];
+};
+
+/* The rank whose limits hold for all: pools may differ, and with them the longest sequence. */
+static const struct moe_info *common_info(const struct devices *d) {
+    const struct moe_info *least = moe_info(d->models[0].moe);
+    for (int i = 1; i < d->n; i++) {
+        const struct moe_info *info = moe_info(d->models[i].moe);
+        if (info->limits.max_seq_tokens < least->limits.max_seq_tokens) least = info;
+    }
+    return least;
+}
+
+/* The models are open; `net` holds the endpoint's lock. All are closed here. */
+static int serve(const struct config *c, struct text *text, struct net *net,
+                 const struct devices *d) {
     struct error e;
-    const struct moe_info *info = moe_info(model->moe);
+    int32_t rank_blocks[MOE_MAX_RANKS];
+    bool on_gpu = strncmp(c->devices.names[0], "cuda", 4) == 0;
+    for (int i = 0; i < d->n; i++) rank_blocks[i] = moe_info(d->models[i].moe)->limits.n_blocks;
     struct server_options o = {.text = text,
-                               .info = info,
+                               .info = common_info(d),
+                               .n_ranks = d->n,
+                               .rank_blocks = rank_blocks,
+                               .lockstep = d->group != NULL,
                                .prefill_chunk = c->prefill_chunk,
                                .max_itl_ns = (uint64_t)c->max_itl_ms * 1000000u,
                                .max_queue = c->max_queue,
                                .max_queued_tokens = c->max_queued_tokens,
+                               .step_ns = on_gpu ? GPU_STEP_NS : 0,
                                .drain_ns = (uint64_t)c->drain_seconds * 1000000000u};
-    if (server_create(&o, net, engine, &e, &serving) != ST_OK) return complain(&e);
-    log_model(info);
-    log_memory(model->moe, server_bytes(serving));
+    if (server_create(&o, net, d->engines, &e, &serving) != ST_OK) return complain(&e);
+    for (int i = 0; i < d->n; i++) {
+        log_model(moe_info(d->models[i].moe), i);
+        log_memory(d->models[i].moe);
+    }
+    log_event(LOG_INFO, "daemon", "memory", "what=\"daemon tables, reserved\" bytes=%llu",
+              (unsigned long long)server_bytes(serving));
     install_signals();
     log_event(LOG_INFO, "daemon", "ready", "endpoint=%s", c->listen);
     enum status st = server_run(serving);
     signal(SIGTERM, SIG_IGN);
     signal(SIGINT, SIG_IGN);
+    if (st != ST_OK) {
+        server_abandon(serving);
+        _exit(EXIT_LOST); /* whatever an engine is stuck in */
+    }
+    const struct model_shape shape = o.info->shape;
     server_destroy(serving);
-    return st == ST_OK ? EXIT_SUCCESS : EXIT_LOST;
+    if (c->expert_load && load_file_write(c->expert_load, d->group, &shape, &e) != ST_OK)
+        return complain(&e);
+    return EXIT_SUCCESS;
+}
+
+static enum status create_group(const struct config *c, struct error *e, struct devices *d) {
+    size_t n_load = 0;
+    if (c->expert_load) {
+        enum status st = load_file_read(c->expert_load, e, &d->load, &n_load);
+        if (st != ST_OK) return st;
+        log_event(LOG_INFO, "daemon", "expert_load", "file=\"%s\" experts=%zu", c->expert_load,
+                  n_load);
+    }
+    const struct moe_group_options o = {.n_ranks = c->devices.n,
+                                        .experts_per_rank = c->experts_per_device,
+                                        .load = d->load,
+                                        .n_load = n_load};
+    return moe_group_create(&o, e, &d->group);
+}
+
+static enum status open_models(const struct config *c, struct error *e, struct devices *d) {
+    void *ctxs[MOE_MAX_RANKS];
+    d->n = c->devices.n;
+    if (c->parallel == PARALLEL_EXPERT) {
+        enum status st = create_group(c, e, d);
+        if (st != ST_OK) return st;
+    }
+    for (int i = 0; i < d->n; i++) {
+        d->models[i] = (struct engine_moe){.options = model_options(c, d->group, i),
+                                           .progress = i == 0 ? report_progress : NULL};
+        ctxs[i] = &d->models[i];
+    }
+    return engine_start(&engine_moe_ops, ctxs, d->n, e, d->engines);
 }
 
 static int check_or_serve(const struct config *c) {
     struct error e = {0};
     struct text *text = NULL;
     struct net *net = NULL;
-    struct engine *engine = NULL;
-    struct engine_moe model = {.options = model_options(c), .progress = report_progress};
+    struct devices d = {0};
     /* The lock comes first: a second daemon is told so before it loads gigabytes. */
     enum status st = c->action == CONFIG_SERVE ? net_open(c->listen, &e, &net) : ST_OK;
     if (st == ST_OK) st = text_open(c->model, c->chat_template, &e, &text);
-    if (st == ST_OK) st = engine_start(&engine_moe_ops, &model, &e, &engine);
+    if (st == ST_OK) st = open_models(c, &e, &d);
     int rc = EXIT_SUCCESS;
     if (st != ST_OK) {
         rc = complain(&e);
         net_close(net);
     } else if (c->action == CONFIG_CHECK) {
-        print_check(model.moe);
-        engine_stop(engine);
+        for (int i = 0; i < d.n; i++) print_check(d.models[i].moe);
+        for (int i = 0; i < d.n; i++) engine_stop(d.engines[i]);
     } else {
-        rc = serve(c, text, net, engine, &model);
+        rc = serve(c, text, net, &d);
     }
+    moe_group_destroy(d.group);
+    free(d.load);
     text_close(text);
     return rc;
 }

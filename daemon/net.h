@@ -8,7 +8,7 @@
 
 #include "proto/base.h"
 
-enum { NET_MAX_ROUTE_BYTES = 255, NET_MAX_FDS = 8 };
+enum { NET_MAX_ROUTE_BYTES = 255, NET_MAX_FDS = 20 };
 
 struct net;
 

@@ -81,7 +81,7 @@ void send_rejected(struct server *v, struct session *s, uint64_t request_id,
                                       .text = text_bytes(e->text),
                                       .retryable = retryable,
                                       .retry_after_ms = retryable ? stats_retry_after_ms(v) : 0,
-                                      .queue_depth = (uint32_t)sched_stats(v->sched).n_waiting}};
+                                      .queue_depth = (uint32_t)stats_sched(v).n_waiting}};
     v->tallies.rejected[e->code]++;
     send_session(v, s, &m);
 }
@@ -107,15 +107,16 @@ void session_dismiss(struct server *v, struct session *s, const struct error *e)
 
 void choice_take_out(struct server *v, struct request *r, struct choice *c) {
     CHECK(c->open);
+    struct rank *rank = &v->ranks[c->rank];
     struct sched_seq_info info;
-    if (sched_seq_info(v->sched, c->seq, &info) == ST_OK) {
+    if (sched_seq_info(rank->sched, c->seq, &info) == ST_OK) {
         r->n_preempted += info.n_preempted;
         uint64_t first = info.first_scheduled_ns;
         if (first != 0 && (r->first_scheduled_ns == 0 || first < r->first_scheduled_ns))
             r->first_scheduled_ns = first;
     }
-    sched_remove(v->sched, c->seq);
-    v->choice_of_seq[c->seq.idx] = -1;
+    sched_remove(rank->sched, c->seq);
+    rank->choice_of_seq[c->seq.idx] = -1;
     c->open = false;
     r->n_open--;
     v->tallies.completion_tokens += c->n_tokens;
@@ -286,7 +287,7 @@ static void hold(struct server *v, struct session *s, bool held) {
         struct request *r = request_at(v->requests, idx);
         for (int32_t i = 0; i < r->n_choices; i++) {
             struct choice *c = choice_at(v->requests, r->choices[i]);
-            if (c->open) sched_hold(v->sched, c->seq, held);
+            if (c->open) sched_hold(v->ranks[c->rank].sched, c->seq, held);
         }
         idx = r->next;
     }

@@ -41,6 +41,7 @@ struct choice {
     int32_t next_free;
     uint32_t index; /* 0 … n-1 in the request */
     bool open; /* it has a sequence */
+    int rank; /* whose scheduler has it */
     struct sched_id seq;
     struct text_stream stream;
     struct stop_state stops;

@@ -39,18 +39,21 @@ static enum status create_tables(struct server *v, struct error *e) {
     v->is_dirty = calloc((size_t)max_sessions, sizeof *v->is_dirty);
     if (!v->frame || !v->logprobs || !v->dirty || !v->is_dirty)
         return error_set(e, ST_NO_MEMORY, "no memory for the daemon's tables");
-    uint64_t id_bytes =
-        (uint64_t)v->max_sequences * (uint64_t)v->o.info->limits.max_seq_tokens * sizeof(int32_t);
+    const struct moe_limits *l = &v->o.info->limits;
+    uint64_t id_bytes = (uint64_t)v->o.n_ranks * (uint64_t)(l->max_seqs + v->o.max_queue) *
+                        (uint64_t)l->max_seq_tokens * sizeof(int32_t);
     v->n_bytes = id_bytes + requests_bytes(v->requests) + textwork_bytes(v->textwork) +
                  WIRE_ARENA_BYTES + ENCODE_BYTES + WIRE_MAX_BODY_BYTES;
     return ST_OK;
 }
 
-enum status server_create(const struct server_options *o, struct net *net, struct engine *engine,
-                          struct error *e, struct server **out) {
+enum status server_create(const struct server_options *o, struct net *net,
+                          struct engine *const *engines, struct error *e, struct server **out) {
     struct server *v = calloc(1, sizeof *v);
+    int n_ranks = o->n_ranks > 0 ? o->n_ranks : 1;
+    CHECK(n_ranks <= MOE_MAX_RANKS);
     if (!v) {
-        engine_stop(engine);
+        for (int i = 0; i < n_ranks; i++) engine_stop(engines[i]);
         net_close(net);
         return error_set(e, ST_NO_MEMORY, "no memory for the daemon");
     }
@@ -58,7 +61,8 @@ enum status server_create(const struct server_options *o, struct net *net, struc
     if (v->o.max_sessions == 0) v->o.max_sessions = DEFAULT_SESSIONS;
     if (v->o.stall_ns == 0) v->o.stall_ns = DEFAULT_STALL_NS;
     v->net = net;
-    v->engine = engine;
+    v->o.n_ranks = n_ranks;
+    for (int i = 0; i < n_ranks; i++) v->ranks[i].engine = engines[i];
     v->timer_ns = UINT64_MAX;
     v->start_ns = v->now_ns = clock_now_ns();
     random_bytes(v->boot_id, sizeof v->boot_id);
@@ -78,7 +82,8 @@ enum status server_create(const struct server_options *o, struct net *net, struc
 
 void server_destroy(struct server *v) {
     if (!v) return;
-    engine_stop(v->engine); /* first: it may hold steps */
+    /* First: they may hold steps. */
+    for (int i = 0; i < v->o.n_ranks; i++) engine_stop(v->ranks[i].engine);
     textwork_destroy(v->textwork);
     step_destroy(v);
     sessions_destroy(v->sessions);
@@ -93,6 +98,8 @@ void server_destroy(struct server *v) {
     net_close(v->net);
     free(v);
 }
+
+void server_abandon(struct server *v) { net_close(v->net); }
 
 uint64_t server_bytes(const struct server *v) { return v->n_bytes; }
 
@@ -184,6 +191,7 @@ static void run_timers(struct server *v) {
         struct request *r = request_at(v->requests, i);
         if (r->state != REQUEST_FREE) request_timers(v, r);
     }
+    step_timers(v);
     if (server_draining(v)) server_timer(v, v->drain_until_ns);
 }
 
@@ -275,12 +283,13 @@ static int sleep_ms(const struct server *v) {
 }
 
 static void turn(struct server *v) {
-    int fds[] = {v->stop_fd, engine_fd(v->engine), textwork_fd(v->textwork)};
+    int fds[2 + MOE_MAX_RANKS] = {v->stop_fd, textwork_fd(v->textwork)};
+    for (int i = 0; i < v->o.n_ranks; i++) fds[2 + i] = engine_fd(v->ranks[i].engine);
     struct text_result text;
     /* Text beyond one turn's share has had its wake-up cleared already. */
     int ms = textwork_peek(v->textwork, &text) ? 0 : sleep_ms(v);
-    net_wait(v->net, fds, 3, ms);
-    engine_clear(v->engine);
+    net_wait(v->net, fds, 2 + v->o.n_ranks, ms);
+    for (int i = 0; i < v->o.n_ranks; i++) engine_clear(v->ranks[i].engine);
     textwork_clear(v->textwork);
     v->now_ns = clock_now_ns();
     take_stop(v);

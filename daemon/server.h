@@ -16,7 +16,11 @@ struct server;
 
 struct server_options {
     const struct text *text; /* borrowed */
-    const struct moe_info *info; /* borrowed; limits as in force */
+    const struct moe_info *info; /* borrowed; limits as in force, of each rank */
+    int n_ranks; /* engines; 0: 1 */
+    bool lockstep; /* they form a group: all run the same steps, some with nothing in them */
+    const int32_t
+        *rank_blocks; /* [n_ranks] where KV pools differ; NULL: as in info; borrowed by create */
     int32_t prefill_chunk; /* 0: the whole batch */
     uint64_t max_itl_ns; /* time between a running stream's tokens that prompts may not exceed; 0: any */
     int32_t max_queue; /* requests, and sequences, that may wait beside max_seqs running ones */
@@ -24,15 +28,21 @@ struct server_options {
     int32_t max_sessions; /* 0: 1024 */
     uint64_t drain_ns; /* what running requests get after server_stop */
     uint64_t stall_ns; /* how long a client may not read; 0: 30 s */
+    uint64_t
+        step_ns; /* how long an engine may take for a step before it counts as lost; 0: any time */
 };
 
-/* Allocate everything and bind. Takes net and engine (opened, started) in any case: server_destroy,
- * or a failure here, closes them. */
-enum status server_create(const struct server_options *o, struct net *net, struct engine *engine,
-                          struct error *e, struct server **out);
+/* Allocate everything and bind. Takes net and the n_ranks engines (opened, started) in any case:
+ * server_destroy, or a failure here, closes them. */
+enum status server_create(const struct server_options *o, struct net *net,
+                          struct engine *const *engines, struct error *e, struct server **out);
 void server_destroy(struct server *s); /* NULL is fine */
 /* Bytes that server_create allocated, for the memory table. */
 uint64_t server_bytes(const struct server *s);
+
+/* After ST_ENGINE_LOST, instead of server_destroy: an engine may hang, and waiting for it would take for
+ * ever. Sends what waits and gives the socket back; the process is to end. */
+void server_abandon(struct server *s);
 
 /* Serve until stopped and drained, or until the engine is lost. ST_OK or ST_ENGINE_LOST. */
 enum status server_run(struct server *s);

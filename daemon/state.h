@@ -24,25 +24,32 @@ struct tallies { /* since start */
     uint64_t messages_in, messages_out;
 };
 
-struct server {
-    struct server_options o;
-    struct net *net;
+/* One engine and what is scheduled on it: a device's own sequences, blocks and steps. */
+struct rank {
     struct engine *engine;
-    struct textwork *textwork;
-    struct sessions *sessions;
-    struct requests *requests;
     struct paging *paging;
     struct sched *sched;
-    int stop_fd;
-    uint8_t boot_id[WIRE_ID_BYTES];
-
     struct engine_step steps[MOE_MAX_IN_FLIGHT];
     struct engine_step *idle_steps[MOE_MAX_IN_FLIGHT]; /* not with the engine */
     int n_idle_steps;
     bool answer_due; /* the engine waits to hear what comes next */
-    struct sched_token *tokens; /* [max_seqs] */
+    uint64_t moved_ns; /* when a step last came back, or went out while none was out */
     int32_t *choice_of_seq; /* [max_sequences]; -1: none */
-    int32_t max_sequences;
+    struct moe_counters counters; /* of the step applied last */
+};
+
+struct server {
+    struct server_options o;
+    struct net *net;
+    struct textwork *textwork;
+    struct sessions *sessions;
+    struct requests *requests;
+    struct rank ranks[MOE_MAX_RANKS]; /* [o.n_ranks] */
+    int stop_fd;
+    uint8_t boot_id[WIRE_ID_BYTES];
+
+    struct sched_token *tokens; /* [max_seqs] */
+    int32_t max_sequences; /* on all ranks */
 
     int32_t *dirty; /* sessions to flush: [n_dirty], may repeat none */
     bool *is_dirty; /* [max_sessions] */
@@ -62,7 +69,6 @@ struct server {
 
     double finish_interval_ns; /* smoothed time between ends of requests; 0: not known yet */
     uint64_t last_finish_ns;
-    struct moe_counters counters; /* of the step applied last */
     struct tallies tallies;
     uint64_t n_bytes;
 };
@@ -100,6 +106,9 @@ void receive_message(struct server *v, const struct net_message *m);
 
 /* ---- submit.c */
 void submit_receive(struct server *v, struct session *s, const struct wire_msg *msg);
+/* ST_INVALID, with `what` named: a token that the vocabulary does not have. */
+enum status submit_check_ids(const struct server *v, const int32_t *ids, size_t n, const char *what,
+                             struct error *e);
 void submit_tokenized(struct server *v, const struct text_result *result);
 
 /* ---- step.c */
@@ -107,9 +116,14 @@ enum status step_create(struct server *v);
 void step_destroy(struct server *v);
 void step_results(struct server *v);
 void step_plan(struct server *v);
+void step_timers(struct server *v); /* an engine that keeps a step too long is lost */
+/* Where a new sequence goes: the rank with the most blocks to spare. */
+int step_pick_rank(const struct server *v);
 
 /* ---- stats.c */
 void stats_send(struct server *v, struct session *s, uint64_t request_id);
+/* Of all ranks together. */
+struct sched_stats stats_sched(const struct server *v);
 void stats_finished(struct server *v); /* a request ended: for the estimate below */
 uint32_t stats_retry_after_ms(struct server *v);
 

@@ -4,7 +4,7 @@
 
 #include "daemon/state.h"
 
-enum { MAX_COUNTERS = 128, NAME_BYTES = 48 };
+enum { MAX_COUNTERS = 256, NAME_BYTES = 48 };
 
 struct counter_list {
     struct wire_counter counters[MAX_COUNTERS];
@@ -48,10 +48,52 @@ static void add_requests(struct counter_list *l, const struct server *v) {
         add(l, "requests_rejected_", status_name(rejecting[i]), (double)t->rejected[rejecting[i]]);
 }
 
+struct sched_stats stats_sched(const struct server *v) {
+    struct sched_stats sum = {0};
+    for (int i = 0; i < v->o.n_ranks; i++) {
+        struct sched_stats s = sched_stats(v->ranks[i].sched);
+        sum.n_waiting += s.n_waiting;
+        sum.n_running += s.n_running;
+        sum.n_waiting_tokens += s.n_waiting_tokens;
+        sum.n_preempted += s.n_preempted;
+        sum.n_plans += s.n_plans;
+        sum.n_prompt_tokens += s.n_prompt_tokens;
+        sum.n_decode_tokens += s.n_decode_tokens;
+    }
+    return sum;
+}
+
+/* The peak is the sum of the ranks' peaks, which may have been at different times. */
+static struct paging_stats all_blocks(const struct server *v) {
+    struct paging_stats sum = {0};
+    for (int i = 0; i < v->o.n_ranks; i++) {
+        struct paging_stats p = paging_stats(v->ranks[i].paging);
+        sum.total += p.total;
+        sum.free += p.free;
+        sum.held += p.held;
+        sum.peak_held += p.peak_held;
+    }
+    return sum;
+}
+
+static struct moe_counters all_counters(const struct server *v) {
+    struct moe_counters sum = {0};
+    for (int i = 0; i < v->o.n_ranks; i++) {
+        const struct moe_counters *c = &v->ranks[i].counters;
+        sum.n_steps += c->n_steps;
+        sum.n_tokens += c->n_tokens;
+        sum.n_sampled += c->n_sampled;
+        sum.expert_reads += c->expert_reads;
+        sum.expert_reads_ungrouped += c->expert_reads_ungrouped;
+        sum.busy_ns += c->busy_ns;
+    }
+    return sum;
+}
+
 static void add_steps(struct counter_list *l, const struct server *v) {
-    struct sched_stats s = sched_stats(v->sched);
-    struct paging_stats p = paging_stats(v->paging);
-    const struct moe_counters *c = &v->counters;
+    struct sched_stats s = stats_sched(v);
+    struct paging_stats p = all_blocks(v);
+    struct moe_counters counters = all_counters(v), *c = &counters;
     add(l, "", "sequences_waiting", s.n_waiting);
     add(l, "", "sequences_running", s.n_running);
     add(l, "", "prompt_tokens_waiting", s.n_waiting_tokens);
@@ -69,6 +111,35 @@ static void add_steps(struct counter_list *l, const struct server *v) {
     add(l, "", "expert_reads", (double)c->expert_reads);
     add(l, "", "expert_reads_ungrouped", (double)c->expert_reads_ungrouped);
     add(l, "", "engine_busy_seconds", (double)c->busy_ns / 1e9);
+}
+
+/* What each of several devices has of the above. */
+static void add_devices(struct counter_list *l, const struct server *v) {
+    for (int i = 0; i < v->o.n_ranks && v->o.n_ranks > 1; i++) {
+        const struct rank *r = &v->ranks[i];
+        struct sched_stats s = sched_stats(r->sched);
+        char prefix[NAME_BYTES];
+        snprintf(prefix, sizeof prefix, "device_%d_", i);
+        add(l, prefix, "sequences_waiting", s.n_waiting);
+        add(l, prefix, "sequences_running", s.n_running);
+        add(l, prefix, "kv_blocks_free", paging_stats(r->paging).free);
+        add(l, prefix, "steps", (double)r->counters.n_steps);
+        add(l, prefix, "step_tokens", (double)r->counters.n_tokens);
+        add(l, prefix, "engine_busy_seconds", (double)r->counters.busy_ns / 1e9);
+        if (!v->o.lockstep) continue;
+        add(l, prefix, "expert_rows", (double)r->counters.expert_rows);
+        add(l, prefix, "experts_moved_in", (double)r->counters.n_moved);
+        add(l, prefix, "exchange_bytes", (double)r->counters.exchange_bytes);
+    }
+    if (!v->o.lockstep) return;
+    uint64_t most = 0, sum = 0;
+    for (int i = 0; i < v->o.n_ranks; i++) {
+        uint64_t n = v->ranks[i].counters.expert_rows;
+        sum += n;
+        if (n > most) most = n;
+    }
+    add(l, "", "expert_imbalance", sum > 0 ? (double)most * v->o.n_ranks / (double)sum : 1);
+    add(l, "", "expert_replans", (double)v->ranks[0].counters.n_replans);
 }
 
 static void add_traffic(struct counter_list *l, const struct server *v) {
@@ -90,6 +161,7 @@ void stats_send(struct server *v, struct session *s, uint64_t request_id) {
     l.n = 0;
     add_requests(&l, v);
     add_steps(&l, v);
+    add_devices(&l, v);
     add_traffic(&l, v);
     struct wire_msg m = {.type = WIRE_STATS_RESULT,
                          .request_id = request_id,
@@ -110,7 +182,7 @@ void stats_finished(struct server *v) {
  * do not come back all at once. A second per request until a rate is known. */
 uint32_t stats_retry_after_ms(struct server *v) {
     double interval_ms = v->finish_interval_ns == 0 ? 1000.0 : v->finish_interval_ns / 1e6;
-    double ms = interval_ms * (1 + sched_stats(v->sched).n_waiting);
+    double ms = interval_ms * (1 + stats_sched(v).n_waiting);
     double u = (double)(server_random(v) >> 11) * 0x1p-53;
     ms *= 0.8 + 0.4 * u;
     if (ms < MIN_RETRY_AFTER_MS) ms = MIN_RETRY_AFTER_MS;

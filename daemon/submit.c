@@ -37,7 +37,7 @@ static enum status check_session(struct server *v, const struct session *s,
     return ST_OK;
 }
 
-static enum status check_ids(struct server *v, const int32_t *ids, size_t n, const char *what,
+enum status submit_check_ids(const struct server *v, const int32_t *ids, size_t n, const char *what,
                              struct error *e) {
     int32_t n_vocab = v->o.info->shape.n_vocab;
     for (size_t i = 0; i < n; i++)
@@ -53,7 +53,7 @@ static enum status check_fields(struct server *v, const struct wire_submit *w, s
         if (w->sampling.bias[i].token >= n_vocab)
             return error_set(e, ST_INVALID, "bias: token %d does not exist, the vocabulary has %d",
                              w->sampling.bias[i].token, n_vocab);
-    enum status st = check_ids(v, w->stop_ids, w->n_stop_ids, "stop_ids", e);
+    enum status st = submit_check_ids(v, w->stop_ids, w->n_stop_ids, "stop_ids", e);
     if (st != ST_OK) return st;
     if (w->n > (uint32_t)v->max_sequences)
         return error_set(e, ST_INVALID, "n is %u: this daemon has room for %d sequences", w->n,
@@ -63,7 +63,7 @@ static enum status check_fields(struct server *v, const struct wire_submit *w, s
         return error_set(e, ST_TOO_LONG,
                          "the prompt has %zu tokens: with one to complete, at most %zu fit",
                          w->n_prompt_ids, max - 1);
-    return check_ids(v, w->prompt_ids, w->n_prompt_ids, "prompt_ids", e);
+    return submit_check_ids(v, w->prompt_ids, w->n_prompt_ids, "prompt_ids", e);
 }
 
 /* ---- the request ---------------------------------------------------------------------------- */
@@ -139,12 +139,14 @@ static enum status add_choice(struct server *v, struct session *s, struct reques
                                  .priority = r->priority,
                                  .sampling = r->sampling};
     want.sampling.seed = r->seed + c->index;
-    enum status st = sched_add(v->sched, &want, v->now_ns, &c->seq);
+    c->rank = step_pick_rank(v);
+    struct rank *rank = &v->ranks[c->rank];
+    enum status st = sched_add(rank->sched, &want, v->now_ns, &c->seq);
     if (st != ST_OK) return st;
     c->open = true;
     r->n_open++;
-    v->choice_of_seq[c->seq.idx] = choice_idx(v->requests, c);
-    if (s->held) sched_hold(v->sched, c->seq, true);
+    rank->choice_of_seq[c->seq.idx] = choice_idx(v->requests, c);
+    if (s->held) sched_hold(rank->sched, c->seq, true);
     return ST_OK;
 }
 
@@ -152,7 +154,7 @@ static enum status add_choice(struct server *v, struct session *s, struct reques
 static void admit(struct server *v, struct session *s, struct request *r, const int32_t *ids,
                   size_t n_ids) {
     struct error e;
-    uint32_t depth = (uint32_t)sched_stats(v->sched).n_waiting;
+    uint32_t depth = (uint32_t)stats_sched(v).n_waiting;
     enum status st = ST_OK;
     for (int32_t i = 0; st == ST_OK && i < r->n; i++) st = add_choice(v, s, r, ids, n_ids);
     if (st != ST_OK) {

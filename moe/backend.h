@@ -55,6 +55,8 @@ struct backend_config {
     const char *cpu_isa; /* "auto", "avx2", "avx512", …: which kernels a CPU backend uses */
     int device;          /* GPU ordinal */
     double gpu_memory_utilization; /* share of the GPU's memory that may be used, 0 … 1 */
+    struct moe_group *group; /* NULL, or whom to share experts with: moe/exchange.h */
+    int rank;
 };
 
 /* A tensor of the file: n_experts matrices of n_rows x n_cols, row-major (GGUF ne = [n_cols,
@@ -65,6 +67,7 @@ struct weight_source {
     const char *name;
     enum tensor_type type;
     int32_t n_experts, n_rows, n_cols;
+    int32_t layer; /* of an expert stack */
     size_t n_bytes;
     enum status (*read)(void *ctx, size_t offset, void *dst, size_t n);
     void *ctx;
@@ -131,6 +134,7 @@ struct op_linear_add {
  * of the T*K (token, expert) pairs by expert. The result is the step's routing, kept by the backend
  * until the next op_route (see route_read). */
 struct op_route {
+    int layer;
     const struct buf *h;         /* [T][D] */
     const struct weight *norm;   /* [D] */
     float eps;

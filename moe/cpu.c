@@ -56,6 +56,7 @@ static void *map2(struct cpu *c, enum cpu_memory what, size_t a, size_t b, size_
 
 static void cpu_close(struct backend *b) {
     struct cpu *c = cpu_of(b);
+    exchange_close(c->exchange); /* first: until then others may read weights and rows */
     cpu_pool_destroy(c->pool);
     while (c->weights) {
         struct weight *w = c->weights;
@@ -110,7 +111,12 @@ static enum status load_matrix(struct cpu *c, const struct weight_source *source
     uint8_t *raw = malloc((size_t)step * tile_raw);
     if (!raw) return ST_NO_MEMORY;
     enum status st = ST_OK;
+    bool shared = c->exchange && m->n_experts > 1;
+    if (shared)
+        st = exchange_stack(c->exchange, source->layer, m->p, m->n_bytes / (size_t)m->n_experts);
     for (int32_t e = 0; e < m->n_experts && st == ST_OK; e++) {
+        /* What is not held is never touched, and takes no memory. */
+        if (shared && !exchange_holds(c->exchange, source->layer, e)) continue;
         for (int32_t tile = 0; tile < m->n_tiles && st == ST_OK; tile += step) {
             int32_t row = tile * CPU_ROWS, n_rows = m->n_rows - row;
             if (n_rows > step * CPU_ROWS) n_rows = step * CPU_ROWS;
@@ -183,7 +189,7 @@ static enum status cpu_buf_create(struct backend *b, enum buf_rows rows, enum bu
     f->stride = cpu_pad((size_t)n_cols, CPU_ROWS);
     f->n_rows = rows == BUF_HEAD     ? c->limits.max_rows
                 : rows == BUF_TOKENS ? c->limits.max_batch_tokens
-                                     : c->limits.max_batch_tokens * c->shape.n_experts_used;
+                                     : cpu_max_work_tokens(c) * c->shape.n_experts_used;
     f->f = map2(c, CPU_MEM_ACTIVATIONS, (size_t)f->n_rows, f->stride, sizeof(float));
     *out = f;
     return f->f ? ST_OK : ST_NO_MEMORY;
@@ -207,6 +213,21 @@ static bool create_scratch(struct cpu *c) {
     return true;
 }
 
+static bool create_exchange(struct cpu *c) {
+    size_t n_work = (size_t)cpu_max_work_tokens(c),
+           stride = cpu_pad((size_t)c->shape.n_embd, CPU_ROWS);
+    size_t n_own = (size_t)c->limits.max_batch_tokens * (size_t)c->shape.n_experts_used;
+    c->inputs = (struct buf){.n_cols = c->shape.n_embd, .stride = stride};
+    c->returned = c->inputs;
+    c->inputs.f = map2(c, CPU_MEM_ACTIVATIONS, n_work, stride, sizeof(float));
+    c->returned.f = map2(c, CPU_MEM_ACTIVATIONS, n_own, stride, sizeof(float));
+    if (!c->inputs.f || !c->returned.f) return false;
+    if (!c->x_q) return true;
+    c->inputs_q =
+        map2(c, CPU_MEM_ACTIVATIONS, n_work, cpu_row_bytes(c->shape.n_embd, CPU_PLANES_UP), 1);
+    return c->inputs_q != NULL;
+}
+
 static bool create_inputs(struct cpu *c) {
     size_t n_tokens = (size_t)c->limits.max_batch_tokens, n_used = (size_t)c->shape.n_experts_used;
     int32_t d = c->shape.n_embd, f = c->shape.n_ff_expert;
@@ -225,11 +246,11 @@ static bool create_inputs(struct cpu *c) {
         if (!c->x_q) return false;
     }
     if (f % CPU_BLOCK == 0) {
-        c->act_q =
-            map2(c, CPU_MEM_ACTIVATIONS, n_tokens * n_used, cpu_row_bytes(f, CPU_PLANES_DOWN), 1);
+        c->act_q = map2(c, CPU_MEM_ACTIVATIONS, (size_t)cpu_max_work_tokens(c) * n_used,
+                        cpu_row_bytes(f, CPU_PLANES_DOWN), 1);
         if (!c->act_q) return false;
     }
-    return true;
+    return !c->exchange || create_exchange(c);
 }
 
 static enum status cpu_ready(struct backend *b, struct error *e, int32_t *n_blocks) {
@@ -263,13 +284,15 @@ static void cpu_describe(const struct backend *b, char *dst, size_t cap) {
 
 static int cpu_memory(const struct backend *b, struct moe_memory_line *dst, int cap) {
     const struct cpu *c = (const struct cpu *)(const void *)b;
+    uint64_t away = c->exchange ? exchange_away_bytes(c->exchange) : 0;
+    uint64_t exchange = c->exchange ? exchange_bytes(c->exchange) : 0;
     const struct moe_memory_line lines[] = {
-        {"weights", c->n_bytes[CPU_MEM_WEIGHTS]},
+        {"weights", c->n_bytes[CPU_MEM_WEIGHTS] - away},
         {"kv", c->n_bytes[CPU_MEM_KV]},
         {"activations", c->n_bytes[CPU_MEM_ACTIVATIONS]},
         {"scratch", c->n_bytes[CPU_MEM_SCRATCH]},
         {"sampler", sampler_bytes(c->sampler)},
-        {"batch and routing", batch_bytes(&c->limits) + route_bytes(&c->route)},
+        {"batch and routing", batch_bytes(&c->limits) + route_bytes(&c->route) + exchange},
     };
     int n = (int)(sizeof lines / sizeof *lines);
     if (n > cap) n = cap;
@@ -278,7 +301,9 @@ static int cpu_memory(const struct backend *b, struct moe_memory_line *dst, int 
 }
 
 static void cpu_counters(const struct backend *b, struct moe_counters *out) {
-    *out = ((const struct cpu *)(const void *)b)->counters;
+    const struct cpu *c = (const struct cpu *)(const void *)b;
+    *out = c->counters;
+    if (c->exchange) exchange_counters(c->exchange, out);
 }
 
 /* ---- steps ---------------------------------------------------------------------------------------------- */
@@ -441,6 +466,14 @@ enum status backend_cpu_open(const struct backend_config *c, struct error *e,
     if (st != ST_OK) {
         free(cpu);
         return error_set(e, st, "cannot start %d threads", c->n_threads);
+    }
+    if (c->group) {
+        st =
+            exchange_open(c->group, c->rank, &c->shape, c->limits.max_batch_tokens, &cpu->exchange);
+        if (st != ST_OK) {
+            cpu_close((struct backend *)(void *)cpu);
+            return error_set(e, st, "rank %d cannot join its group: %s", c->rank, status_name(st));
+        }
     }
     *out = (struct backend *)(void *)cpu;
     return ST_OK;

@@ -21,6 +21,7 @@
 #include "moe/cpu_kernels.h"
 #include "moe/cpu_pool.h"
 #include "moe/cpu_repack.h"
+#include "moe/exchange.h"
 #include "moe/route.h"
 #include "moe/sampler.h"
 
@@ -106,6 +107,13 @@ struct cpu {
     int32_t *groups; /* [E] experts with tokens, the largest group first */
     int32_t n_groups;
 
+    struct exchange
+        *exchange; /* NULL: all experts are computed here, for this rank's tokens only */
+    struct buf inputs; /* exchange: [work tokens][D] */
+    uint8_t *inputs_q; /* quantised, as x_q */
+    struct buf
+        returned; /* exchange: [T * K][D] products of this rank's tokens, in its routing order */
+
     uint8_t *kv; /* see cpu_attend.c */
     size_t kv_head_bytes; /* of one block and KV head: keys, then values */
     size_t key_bytes; /* of which keys */
@@ -116,6 +124,14 @@ struct cpu {
 };
 
 static inline struct cpu *cpu_of(struct backend *b) { return (struct cpu *)(void *)b; }
+
+/* What this rank computes experts for. */
+static inline const struct route *cpu_work(const struct cpu *c) {
+    return c->exchange ? &c->exchange->work : &c->route;
+}
+static inline int32_t cpu_max_work_tokens(const struct cpu *c) {
+    return c->exchange ? exchange_max_tokens(c->exchange) : c->limits.max_batch_tokens;
+}
 
 static inline size_t cpu_pad(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static inline float *cpu_row(const struct buf *b, int32_t row) {

@@ -60,11 +60,16 @@ static int by_falling_size(const void *a, const void *b, void *ctx) {
 }
 
 void cpu_route_done(struct cpu *c) {
+    const struct route *work = cpu_work(c);
     c->n_groups = 0;
-    for (int32_t e = 0; e < c->route.n_experts; e++)
-        if (c->route.expert_first[e + 1] > c->route.expert_first[e]) c->groups[c->n_groups++] = e;
-    qsort_r(c->groups, (size_t)c->n_groups, sizeof *c->groups, by_falling_size,
-            c->route.expert_first);
+    for (int32_t e = 0; e < work->n_experts; e++)
+        if (work->expert_first[e + 1] > work->expert_first[e]) c->groups[c->n_groups++] = e;
+    qsort_r(c->groups, (size_t)c->n_groups, sizeof *c->groups, by_falling_size, work->expert_first);
+}
+
+static struct exchange_rows rows_of_buf(const struct buf *b) {
+    return (struct exchange_rows){
+        .p = b->f, .stride = b->stride * sizeof *b->f, .n_bytes = (size_t)b->n_cols * sizeof *b->f};
 }
 
 enum status cpu_route(struct backend *b, const struct op_route *op) {
@@ -77,8 +82,13 @@ enum status cpu_route(struct backend *b, const struct op_route *op) {
     cpu_pool_run(c->pool, r.n_items, route_item, &r);
     c->x_q_of = c->x_q ? op->x : NULL;
     route_sort(&c->route, n);
-    cpu_route_done(c);
     c->counters.expert_reads_ungrouped += (uint64_t)n * (uint64_t)c->route.n_used;
+    if (c->exchange) {
+        enum status st = exchange_route(c->exchange, op->layer, &c->route, rows_of_buf(op->x));
+        if (st != ST_OK) return st;
+        exchange_gather(c->exchange, c->inputs.f, c->inputs.stride * sizeof *c->inputs.f);
+    }
+    cpu_route_done(c);
     return ST_OK;
 }
 
@@ -136,7 +146,7 @@ static struct cpu_input gather(const struct experts *x, int32_t first, int n, in
         .q = s->tile, .planes = x->planes, .f = s->rows, .f_stride = (size_t)c->max_cols, .n = n};
     for (int i = 0; i < n; i++) {
         int32_t row = first + i;
-        if (x->by_token) row = c->route.pair_of[row] / c->route.n_used;
+        if (x->by_token) row = cpu_work(c)->pair_of[row] / c->route.n_used;
         const uint8_t *q = x->src_q + (size_t)row * row_bytes;
         if (quantized && n == 1)
             in.q = q;
@@ -213,8 +223,9 @@ static void experts_item(void *ctx, int32_t item, int thread) {
     const struct experts *x = ctx;
     struct cpu *c = x->c;
     struct span s = item_span(x, item);
-    int32_t end = c->route.expert_first[s.e + 1];
-    for (int32_t first = c->route.expert_first[s.e]; first < end;) {
+    const int32_t *expert_first = cpu_work(c)->expert_first;
+    int32_t end = expert_first[s.e + 1];
+    for (int32_t first = expert_first[s.e]; first < end;) {
         int n = cpu_tile_width(c->kernels, end - first);
         struct cpu_input in = gather(x, first, n, thread);
         if (x->up)
@@ -226,9 +237,14 @@ static void experts_item(void *ctx, int32_t item, int thread) {
     }
 }
 
+static int32_t n_work_rows(const struct cpu *c) {
+    return cpu_work(c)->expert_first[c->route.n_experts];
+}
+
 static void run_experts(struct experts *x) {
     struct cpu *c = x->c;
-    int32_t n_routed = c->route.n_tokens * c->route.n_used;
+    if (c->n_groups == 0) return;
+    int32_t n_routed = n_work_rows(c);
     double n = (double)n_routed / (double)c->n_groups;
     double cost =
         cpu_tile_cost(x->gate, 1, x->planes) +
@@ -245,13 +261,15 @@ enum status cpu_experts_up(struct backend *b, const struct op_experts_up *op) {
     const struct cpu_matrix *gate = &op->gate->matrix, *up = &op->up->matrix;
     CHECK(gate->p && up->p && gate->n_rows == up->n_rows && gate->n_cols == up->n_cols);
     bool quantized = cpu_matrix_quantized(gate) || cpu_matrix_quantized(up);
-    if (quantized && c->x_q_of != op->x) {
+    if (quantized && c->exchange) {
+        requantize(c, &c->inputs, c->inputs_q, CPU_PLANES_UP, cpu_work(c)->n_tokens);
+    } else if (quantized && c->x_q_of != op->x) {
         requantize(c, op->x, c->x_q, CPU_PLANES_UP, c->batch.n_tokens);
         c->x_q_of = op->x;
     }
     struct experts x = {.c = c,
-                        .src = op->x,
-                        .src_q = c->x_q,
+                        .src = c->exchange ? &c->inputs : op->x,
+                        .src_q = c->exchange ? c->inputs_q : c->x_q,
                         .planes = CPU_PLANES_UP,
                         .by_token = true,
                         .gate = gate,
@@ -268,7 +286,8 @@ enum status cpu_experts_up(struct backend *b, const struct op_experts_up *op) {
 
 struct combine {
     struct cpu *c;
-    const struct op_experts_down *op;
+    const struct buf *y; /* products in this rank's routing order */
+    const struct buf *h;
     int32_t n_items;
 };
 
@@ -281,13 +300,13 @@ static void combine_item(void *ctx, int32_t item, int thread) {
     int32_t to = (int32_t)((int64_t)n * (item + 1) / m->n_items);
     for (int32_t t = from; t < to; t++)
         c->kernels->combine(
-            &(struct cpu_combine){.h = cpu_row(m->op->h, t),
-                                  .y = m->op->y->f,
-                                  .stride = m->op->y->stride,
+            &(struct cpu_combine){.h = cpu_row(m->h, t),
+                                  .y = m->y->f,
+                                  .stride = m->y->stride,
                                   .rows = c->route.row_of + (size_t)t * (size_t)k,
                                   .weights = c->route.weights + (size_t)t * (size_t)k,
                                   .k = k,
-                                  .n = m->op->h->n_cols});
+                                  .n = m->h->n_cols});
 }
 
 enum status cpu_experts_down(struct backend *b, const struct op_experts_down *op) {
@@ -295,7 +314,7 @@ enum status cpu_experts_down(struct backend *b, const struct op_experts_down *op
     const struct cpu_matrix *down = &op->down->matrix;
     CHECK(down->p && down->n_cols == op->act->n_cols && down->n_rows == op->h->n_cols);
     if (cpu_matrix_quantized(down) && c->act_q_of != op->act) {
-        requantize(c, op->act, c->act_q, CPU_PLANES_DOWN, c->route.n_tokens * c->route.n_used);
+        requantize(c, op->act, c->act_q, CPU_PLANES_DOWN, n_work_rows(c));
         c->act_q_of = op->act;
     }
     struct experts x = {.c = c,
@@ -307,7 +326,14 @@ enum status cpu_experts_down(struct backend *b, const struct op_experts_down *op
                         .part_tiles = 1,
                         .n_parts = down->n_tiles};
     run_experts(&x);
-    struct combine m = {.c = c, .op = op};
+    struct combine m = {.c = c, .y = op->y, .h = op->h};
+    if (c->exchange) {
+        enum status st = exchange_products(c->exchange, op->layer, rows_of_buf(op->y));
+        if (st != ST_OK) return st;
+        exchange_return(c->exchange, op->layer, &c->route, c->returned.f,
+                        c->returned.stride * sizeof *c->returned.f);
+        m.y = &c->returned;
+    }
     m.n_items =
         cpu_n_items(c, c->batch.n_tokens, (double)(op->h->n_cols / 8) * (double)c->route.n_used);
     cpu_pool_run(c->pool, m.n_items, combine_item, &m);

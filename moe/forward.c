@@ -51,7 +51,8 @@ static enum status experts(struct forward *f, int i) {
     const struct backend_ops *ops = backend_ops_of(f->backend);
     struct backend *b = f->backend;
     const struct forward_layer *l = &f->layers[i];
-    TRY(ops->route(b, &(struct op_route){.h = f->h,
+    TRY(ops->route(b, &(struct op_route){.layer = i,
+                                         .h = f->h,
                                          .norm = l->ffn_norm,
                                          .eps = f->shape.norm_eps,
                                          .router = l->router,
@@ -85,10 +86,12 @@ enum status forward_step(struct forward *f, const struct moe_step *step, int32_t
     CHECK(issue || !probe);
     if (!issue) return ops->step_end(b);
 
-    TRY(ops->embed(b, &(struct op_embed){.table = f->embed, .h = f->h}));
+    /* In a group, a step without tokens is there for the experts' sake. */
+    bool any = step->n_tokens > 0;
+    if (any) TRY(ops->embed(b, &(struct op_embed){.table = f->embed, .h = f->h}));
     TRY(look(f, probe, -1, step->n_tokens));
     for (int i = 0; i < f->shape.n_layers; i++) {
-        TRY(attention(f, i));
+        if (any) TRY(attention(f, i));
         TRY(experts(f, i));
         TRY(look(f, probe, i, step->n_tokens));
     }

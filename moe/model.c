@@ -13,6 +13,7 @@
 
 #include "moe/arch.h"
 #include "moe/backend.h"
+#include "moe/exchange.h"
 #include "moe/forward.h"
 #include "moe/gguf.h"
 #ifdef MOED_CUDA
@@ -30,6 +31,7 @@ struct moe {
     struct moe_info info;
     const struct backend_ops *ops;
     struct forward forward;
+    struct moe_group *group; /* or NULL */
     struct slot_state *slots; /* [max_seqs] */
     uint64_t n_submitted;
     int n_in_flight;
@@ -126,6 +128,34 @@ static bool parse_cuda(const char *device, int *out) {
     return true;
 }
 
+static enum status check_device(const char *device, struct error *e) {
+    int n;
+    if (strcmp(device, "cpu") == 0 || strcmp(device, "reference") == 0 || parse_cuda(device, &n))
+        return ST_OK;
+    return error_set(e, ST_INVALID, "device %s: it must be cpu, reference or cuda:N", device);
+}
+
+enum status moe_devices_parse(const char *list, struct error *e, struct moe_devices *out) {
+    *out = (struct moe_devices){0};
+    for (;;) {
+        size_t len = strcspn(list, ",");
+        if (out->n == MOE_MAX_RANKS)
+            return error_set(e, ST_INVALID, "device: more than %d of them", MOE_MAX_RANKS);
+        char *name = out->names[out->n];
+        if (len >= sizeof out->names[0])
+            return error_set(e, ST_INVALID, "device %s: it must be cpu, reference or cuda:N", list);
+        memcpy(name, list, len);
+        enum status st = check_device(name, e);
+        if (st != ST_OK) return st;
+        if (strncmp(name, out->names[0], 4) != 0)
+            return error_set(e, ST_INVALID, "device %s beside %s: all must be of one kind", name,
+                             out->names[0]);
+        out->n++;
+        if (list[len] == 0) return ST_OK;
+        list += len + 1;
+    }
+}
+
 static enum status open_backend(const char *device, const struct backend_config *c, struct error *e,
                                 struct backend **out) {
     if (strcmp(device, "reference") == 0) return backend_reference_open(c, e, out);
@@ -143,6 +173,7 @@ static enum status open_backend(const char *device, const struct backend_config 
 struct loader {
     const struct gguf *gguf;
     const struct gguf_tensor *tensor; /* in hand */
+    int32_t layer;
     struct backend *backend;
     struct error *error;
     void (*progress)(void *ctx, uint64_t done, uint64_t total);
@@ -170,6 +201,7 @@ static enum status load(struct loader *l, const struct gguf_tensor *t, struct we
                                    .n_experts = (int32_t)t->ne[2],
                                    .n_rows = (int32_t)t->ne[1],
                                    .n_cols = (int32_t)t->ne[0],
+                                   .layer = l->layer,
                                    .n_bytes = t->n_bytes,
                                    .read = loader_read,
                                    .ctx = l};
@@ -207,8 +239,8 @@ static enum status load_layer(struct loader *l, const struct arch_layer *a,
 static enum status load_all(struct loader *l, const struct arch_model *a, struct forward *f) {
     enum status st;
     if ((st = load(l, a->token_embd, &f->embed)) != ST_OK) return st;
-    for (int32_t i = 0; i < a->shape.n_layers; i++)
-        if ((st = load_layer(l, &a->layers[i], &f->layers[i])) != ST_OK) return st;
+    for (l->layer = 0; l->layer < a->shape.n_layers; l->layer++)
+        if ((st = load_layer(l, &a->layers[l->layer], &f->layers[l->layer])) != ST_OK) return st;
     if ((st = load(l, a->output_norm, &f->norm)) != ST_OK) return st;
     f->head = f->embed;
     return a->output == a->token_embd ? ST_OK : load(l, a->output, &f->head);
@@ -232,14 +264,22 @@ static enum status read_info(const struct gguf *g, const struct arch_model *a, s
     return st;
 }
 
+static int n_threads_of(const struct moe_options *o) {
+    int n_ranks = o->n_ranks > 0 ? o->n_ranks : 1;
+    int n = (o->n_threads > 0 ? o->n_threads : count_cores()) / n_ranks;
+    return n > 0 ? n : 1;
+}
+
 static enum status start_backend(struct moe *m, const struct moe_options *o, int device,
                                  struct error *e) {
     struct backend_config c = {.shape = m->info.shape,
                                .limits = m->info.limits,
-                               .n_threads = o->n_threads > 0 ? o->n_threads : count_cores(),
+                               .n_threads = n_threads_of(o),
                                .cpu_isa = o->cpu_isa ? o->cpu_isa : "auto",
                                .device = device,
-                               .gpu_memory_utilization = o->gpu_memory_utilization};
+                               .gpu_memory_utilization = o->gpu_memory_utilization,
+                               .group = o->group,
+                               .rank = o->rank};
     enum status st = open_backend(o->device, &c, e, &m->forward.backend);
     if (st == ST_OK) m->ops = backend_ops_of(m->forward.backend);
     return st;
@@ -277,11 +317,10 @@ static enum status open_into(struct moe *m, const struct moe_options *o, struct 
                              const struct arch_model *a) {
     int device = 0;
     bool cuda = parse_cuda(o->device, &device);
-    if (!cuda && strcmp(o->device, "cpu") != 0 && strcmp(o->device, "reference") != 0)
-        return error_set(l->error, ST_INVALID, "device %s: it must be cpu, reference or cuda:N",
-                         o->device);
-    enum status st = read_info(l->gguf, a, l->error, &m->info);
+    enum status st = check_device(o->device, l->error);
+    if (st == ST_OK) st = read_info(l->gguf, a, l->error, &m->info);
     if (st != ST_OK) return st;
+    m->group = o->group;
     m->info.limits = o->limits;
     if ((st = settle_limits(&a->shape, cuda, l->error, &m->info.limits)) != ST_OK) return st;
     if ((st = alloc_model(a, m)) != ST_OK) return error_set(l->error, st, "no memory");
@@ -378,7 +417,7 @@ static int32_t check_seq(struct moe *m, const struct moe_step_seq *seq, const in
 }
 
 static int32_t check_step(struct moe *m, const struct moe_step *step) {
-    CHECK(step->n_seqs >= 1 && step->n_seqs <= m->info.limits.max_seqs);
+    CHECK(step->n_seqs >= (m->group ? 0 : 1) && step->n_seqs <= m->info.limits.max_seqs);
     CHECK(step->n_tokens <= m->info.limits.max_batch_tokens);
     int32_t n_tokens = 0, n_rows = 0;
     const int32_t *blocks = step->blocks;
@@ -401,12 +440,14 @@ enum status moe_submit(struct moe *m, const struct moe_step *step) {
     m->n_result_rows = -1;
     enum status st = forward_step(&m->forward, step, n_rows, m->probe.fn ? &m->probe : NULL);
     if (st == ST_OK) m->n_in_flight++;
+    if (st != ST_OK && m->group) exchange_fail(m->group);
     return st;
 }
 
 enum status moe_collect(struct moe *m, struct moe_result *out) {
     CHECK(m->n_in_flight > 0);
     enum status st = m->ops->step_collect(m->forward.backend, out);
+    if (st != ST_OK && m->group) exchange_fail(m->group);
     if (st != ST_OK) return st;
     m->n_in_flight--;
     uint64_t number = m->n_submitted - (uint64_t)m->n_in_flight;

@@ -18,7 +18,8 @@ enum {
     MOE_MAX_TOP = 20,      /* top logprobs per row */
     MOE_MAX_BIASES = 128,
     MOE_MAX_STOP_IDS = 24, /* ids banned until min_tokens */
-    MOE_MAX_IN_FLIGHT = 2  /* steps between submit and collect */
+    MOE_MAX_IN_FLIGHT = 2, /* steps between submit and collect */
+    MOE_MAX_RANKS = 16     /* devices that serve one model */
 };
 
 /* What the file's metadata says, range-checked by the loader (fields: model-math, GGUF keys). */
@@ -51,10 +52,45 @@ struct moe_options {
     const char *model_path;
     const char *device; /* "cpu", "reference", "cuda:0" */
     struct moe_limits limits;
-    int n_threads;       /* 0 = all cores */
+    int n_threads;       /* for all ranks together; 0 = all cores */
+    int n_ranks;         /* models of this process that share the cores; 0 = 1 */
+    struct moe_group *group; /* NULL, or what this model computes its experts with */
+    int rank;            /* in the group; each once */
     const char *cpu_isa; /* NULL = auto */
     double gpu_memory_utilization;
 };
+
+/* Ranks of this process that compute one model's experts together (expert parallel): each has its own
+ * sequences, KV blocks and attention, and computes the experts that it holds for all ranks' tokens. Every
+ * rank runs the same steps at the same time, an empty one (n_seqs 0) where it has no sequences. Tokens are
+ * those of one rank alone, bit for bit. */
+struct moe_group;
+struct moe_group_options {
+    int n_ranks; /* 1 … MOE_MAX_RANKS */
+    int32_t experts_per_rank; /* held per layer; 0: as few as hold each once; more than E: all, everywhere */
+    uint64_t timeout_ns; /* a rank that keeps the others waiting for longer is lost; 0: 10 s */
+    uint64_t replan_tokens; /* look at the balance every so many routed tokens of all layers; 0: 2^20 */
+    double max_imbalance; /* plan anew above it; 0: 1.1 */
+    const uint64_t *load; /* [n_load] tokens of each (layer, expert), measured before: the first plan is made for
+                             them; NULL: all alike. Borrowed until the models are open */
+    size_t n_load; /* L * E, else opening says ST_INVALID */
+};
+/* ST_INVALID; ST_NO_MEMORY. The group outlives its models. */
+enum status moe_group_create(const struct moe_group_options *o, struct error *e,
+                             struct moe_group **out);
+void moe_group_destroy(struct moe_group *g); /* NULL is fine */
+/* For tests and tools: tokens routed since the group began, [L][E], L and E as in moe_info. Any thread. */
+void moe_group_load(const struct moe_group *g, uint64_t *dst);
+/* Likewise who holds each expert, a bit for each rank. No step may be out. */
+void moe_group_held(const struct moe_group *g, uint16_t *dst);
+
+/* Devices as a person lists them: "cuda:0,cuda:1". */
+struct moe_devices {
+    int n; /* 1 … MOE_MAX_RANKS */
+    char names[MOE_MAX_RANKS][16];
+};
+/* ST_INVALID names the word that is no device. All must be of one kind (cpu, reference or cuda). */
+enum status moe_devices_parse(const char *list, struct error *e, struct moe_devices *out);
 
 struct moe_info {
     char name[128];         /* general.name */
@@ -79,6 +115,10 @@ struct moe_counters {
     uint64_t expert_reads;         /* non-empty (layer, expert) groups */
     uint64_t expert_reads_ungrouped; /* what serving each token alone would have read: sum of T*K */
     uint64_t busy_ns;              /* in steps */
+    /* In a group: */
+    uint64_t expert_rows; /* (token, expert) pairs that this rank computed */
+    uint64_t exchange_bytes; /* rows that came from other ranks */
+    uint64_t n_replans, n_moved; /* plans that were taken, and experts that this rank gained by them */
 };
 
 struct moe_bias {
@@ -130,7 +170,7 @@ struct moe_step_seq {
 
 /* Borrowed until moe_submit returns. Tokens of a sequence are contiguous, sequences in array order. */
 struct moe_step {
-    int32_t n_seqs, n_tokens;
+    int32_t n_seqs, n_tokens; /* >= 1; 0 only in a group */
     const struct moe_step_seq *seqs; /* [n_seqs] */
     const int32_t *ids;              /* [n_tokens]; MOE_LAST_TOKEN only for a slot that has sampled */
     const int32_t *blocks;           /* the sequences' tables, one after the other */

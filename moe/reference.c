@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "moe/batch.h"
+#include "moe/exchange.h"
 #include "moe/quant.h"
 #include "moe/route.h"
 #include "moe/sampler.h"
@@ -52,6 +53,10 @@ struct reference {
     size_t kv_tokens; /* n_blocks * B */
     struct batch batch; /* of the current step */
     struct route route;
+    struct exchange
+        *exchange; /* NULL: all experts are computed here, for this rank's tokens only */
+    float *inputs; /* exchange: [work tokens][D] */
+    float *returned; /* exchange: [T * K][D] products of this rank's tokens, in its routing order */
     struct sampler *sampler;
     struct sampler_scratch *scratch;
     struct batch_results results;
@@ -140,6 +145,7 @@ static float *kv_at(const struct reference *r, int layer, bool value, size_t ind
 
 static void reference_close(struct backend *b) {
     struct reference *r = of(b);
+    exchange_close(r->exchange); /* first: until then others may read weights and rows */
     while (r->weights) {
         struct weight *w = r->weights;
         r->weights = w->next;
@@ -161,12 +167,32 @@ static void reference_close(struct backend *b) {
     free(r->head);
     free(r->rope_freq);
     free(r->kv);
+    free(r->inputs);
+    free(r->returned);
     batch_destroy(&r->batch);
     route_destroy(&r->route);
     sampler_destroy(r->sampler);
     sampler_scratch_destroy(r->scratch);
     batch_results_destroy(&r->results);
     free(r);
+}
+
+/* An expert stack of which this rank holds some. What is not held is never touched, and takes no memory. */
+static enum status load_held(struct reference *r, const struct weight_source *source,
+                             const struct weight *w) {
+    size_t expert_bytes = (size_t)w->n_rows * w->row_bytes;
+    enum status st = exchange_stack(r->exchange, source->layer, w->raw, expert_bytes);
+    for (int32_t e = 0; e < w->n_experts && st == ST_OK; e++) {
+        size_t at = (size_t)e * expert_bytes;
+        if (exchange_holds(r->exchange, source->layer, e))
+            st = source->read(source->ctx, at, w->raw + at, expert_bytes);
+    }
+    return st;
+}
+
+/* Tokens of one step that this rank may compute experts for. */
+static int32_t max_work_tokens(const struct reference *r) {
+    return r->exchange ? exchange_max_tokens(r->exchange) : r->limits.max_batch_tokens;
 }
 
 static enum status reference_weight_load(struct backend *b, const struct weight_source *source,
@@ -197,6 +223,7 @@ static enum status reference_weight_load(struct backend *b, const struct weight_
     w->row_bytes = row_bytes;
     if (w->n_cols > r->max_cols) r->max_cols = w->n_cols;
     *out = w;
+    if (r->exchange && w->n_experts > 1) return load_held(r, source, w);
     return source->read(source->ctx, 0, w->raw, n_bytes);
 }
 
@@ -216,7 +243,7 @@ static enum status reference_buf_create(struct backend *b, enum buf_rows rows, e
     f->n_cols = n_cols;
     f->n_rows = rows == BUF_HEAD     ? r->limits.max_rows
                 : rows == BUF_TOKENS ? r->limits.max_batch_tokens
-                                     : r->limits.max_batch_tokens * r->shape.n_experts_used;
+                                     : max_work_tokens(r) * r->shape.n_experts_used;
     f->p = alloc2(f->n_rows, n_cols, sizeof(float));
     if (!f->p) {
         free(f);
@@ -238,6 +265,14 @@ static bool alloc_kv(struct reference *r) {
     return r->kv != NULL;
 }
 
+static bool alloc_exchange(struct reference *r) {
+    if (!r->exchange) return true;
+    r->inputs = alloc2(max_work_tokens(r), r->shape.n_embd, sizeof *r->inputs);
+    r->returned = alloc2(r->limits.max_batch_tokens * r->shape.n_experts_used, r->shape.n_embd,
+                         sizeof *r->returned);
+    return r->inputs && r->returned;
+}
+
 static enum status reference_ready(struct backend *b, struct error *e, int32_t *n_blocks) {
     struct reference *r = of(b);
     const struct model_shape *m = &r->shape;
@@ -245,14 +280,15 @@ static enum status reference_ready(struct backend *b, struct error *e, int32_t *
     int32_t n_pairs = m->head_dim / 2;
     r->row = calloc((size_t)r->max_cols, sizeof *r->row);
     r->wide_row = calloc((size_t)r->max_cols, sizeof *r->wide_row);
-    r->x = alloc2(l->max_batch_tokens, r->max_cols, sizeof *r->x);
-    r->wide_x = alloc2(l->max_batch_tokens, r->max_cols, sizeof *r->wide_x);
-    r->up = alloc2(l->max_batch_tokens, m->n_ff_expert, sizeof *r->up);
+    r->x = alloc2(max_work_tokens(r), r->max_cols, sizeof *r->x);
+    r->wide_x = alloc2(max_work_tokens(r), r->max_cols, sizeof *r->wide_x);
+    r->up = alloc2(max_work_tokens(r), m->n_ff_expert, sizeof *r->up);
     r->scores = calloc((size_t)l->max_seq_tokens, sizeof *r->scores);
     r->head = calloc((size_t)m->head_dim, sizeof *r->head);
     r->rope_freq = calloc((size_t)n_pairs, sizeof *r->rope_freq);
     bool ok = r->row && r->wide_row && r->x && r->wide_x && r->up && r->scores && r->head &&
-              r->rope_freq && alloc_kv(r) && batch_create(l, &r->batch) == ST_OK &&
+              r->rope_freq && alloc_exchange(r) && alloc_kv(r) &&
+              batch_create(l, &r->batch) == ST_OK &&
               route_create(m, l->max_batch_tokens, &r->route) == ST_OK &&
               sampler_create(l->max_seqs, l->max_seq_tokens, m->n_vocab, &r->sampler) == ST_OK &&
               sampler_scratch_create(m->n_vocab, &r->scratch) == ST_OK &&
@@ -275,9 +311,15 @@ static void reference_describe(const struct backend *b, char *dst, size_t cap) {
 static int reference_memory(const struct backend *b, struct moe_memory_line *dst, int cap) {
     const struct reference *r = of_const(b);
     const struct model_shape *m = &r->shape;
-    uint64_t weights = 0, bufs = 0, n_tokens = (uint64_t)r->limits.max_batch_tokens;
+    uint64_t weights = 0, bufs = 0, n_tokens = (uint64_t)max_work_tokens(r);
     for (const struct weight *w = r->weights; w; w = w->next)
         weights += (uint64_t)w->n_experts * (uint64_t)w->n_rows * w->row_bytes;
+    if (r->exchange) {
+        uint64_t n_returned = (uint64_t)r->limits.max_batch_tokens * (uint64_t)m->n_experts_used;
+        weights -= exchange_away_bytes(r->exchange);
+        bufs += (n_tokens + n_returned) * (uint64_t)m->n_embd * sizeof(float) +
+                exchange_bytes(r->exchange);
+    }
     for (const struct buf *f = r->bufs; f; f = f->next)
         bufs += (uint64_t)f->n_rows * (uint64_t)f->n_cols * sizeof(float);
     bufs += n_tokens * (uint64_t)r->max_cols * (sizeof(float) + sizeof(double)) +
@@ -297,7 +339,9 @@ static int reference_memory(const struct backend *b, struct moe_memory_line *dst
 }
 
 static void reference_counters(const struct backend *b, struct moe_counters *out) {
-    *out = of_const(b)->counters;
+    const struct reference *r = of_const(b);
+    *out = r->counters;
+    if (r->exchange) exchange_counters(r->exchange, out);
 }
 
 static enum status reference_slot_start(struct backend *b, const struct moe_slot_start *start) {
@@ -418,6 +462,11 @@ static enum status reference_linear_add(struct backend *b, const struct op_linea
     return ST_OK;
 }
 
+static struct exchange_rows rows_of(const struct buf *b) {
+    size_t n_bytes = (size_t)b->n_cols * sizeof *b->p;
+    return (struct exchange_rows){.p = b->p, .stride = n_bytes, .n_bytes = n_bytes};
+}
+
 static enum status reference_route(struct backend *b, const struct op_route *op) {
     struct reference *r = of(b);
     int32_t n_tokens = r->batch.n_tokens, k = r->shape.n_experts_used;
@@ -431,19 +480,29 @@ static enum status reference_route(struct backend *b, const struct op_route *op)
                     r->route.weights + (size_t)t * (size_t)k);
     route_sort(&r->route, n_tokens);
     r->counters.expert_reads_ungrouped += (uint64_t)n_tokens * (uint64_t)k;
-    return ST_OK;
+    if (!r->exchange) return ST_OK;
+    enum status st = exchange_route(r->exchange, op->layer, &r->route, rows_of(op->x));
+    if (st == ST_OK) exchange_gather(r->exchange, r->inputs, rows_of(op->x).stride);
+    return st;
+}
+
+/* What this rank computes experts for. */
+static const struct route *work_of(const struct reference *r) {
+    return r->exchange ? &r->exchange->work : &r->route;
 }
 
 static enum status reference_experts_up(struct backend *b, const struct op_experts_up *op) {
     struct reference *r = of(b);
-    const struct route *route = &r->route;
+    const struct route *route = work_of(r);
+    const float *inputs = r->exchange ? r->inputs : op->x->p;
     size_t d = (size_t)op->gate->n_cols, f = (size_t)op->gate->n_rows;
     for (int32_t e = 0; e < route->n_experts; e++) {
         int32_t first = route->expert_first[e], n = route->expert_first[e + 1] - first;
         if (n == 0) continue;
         r->counters.expert_reads++;
         for (int32_t i = 0; i < n; i++)
-            memcpy(r->x + (size_t)i * d, buf_row(op->x, route->pair_of[first + i] / route->n_used),
+            memcpy(r->x + (size_t)i * d,
+                   inputs + (size_t)(route->pair_of[first + i] / route->n_used) * d,
                    d * sizeof(float));
         float *act = buf_row(op->act, first);
         matmul(r, op->gate, e, r->x, n, act);
@@ -456,25 +515,39 @@ static enum status reference_experts_up(struct backend *b, const struct op_exper
     return ST_OK;
 }
 
+/* h[t] += the weighted products of token t, in rank order; y is in routing order. */
+static void combine(const struct reference *r, const float *y, struct buf *h) {
+    const struct route *route = &r->route;
+    size_t n_cols = (size_t)h->n_cols;
+    for (int32_t t = 0; t < r->batch.n_tokens; t++) {
+        float *row = buf_row(h, t);
+        for (size_t i = 0; i < n_cols; i++) {
+            double sum = 0.0;
+            for (int32_t k = 0; k < route->n_used; k++) {
+                int32_t pair = t * route->n_used + k;
+                sum += (double)route->weights[pair] *
+                       (double)y[(size_t)route->row_of[pair] * n_cols + i];
+            }
+            row[i] = (float)((double)row[i] + sum);
+        }
+    }
+}
+
 static enum status reference_experts_down(struct backend *b, const struct op_experts_down *op) {
     struct reference *r = of(b);
-    const struct route *route = &r->route;
+    const struct route *route = work_of(r);
     for (int32_t e = 0; e < route->n_experts; e++) {
         int32_t first = route->expert_first[e], n = route->expert_first[e + 1] - first;
         if (n > 0) matmul(r, op->down, e, buf_row(op->act, first), n, buf_row(op->y, first));
     }
-    for (int32_t t = 0; t < r->batch.n_tokens; t++) {
-        float *h = buf_row(op->h, t);
-        for (int32_t i = 0; i < op->h->n_cols; i++) {
-            double sum = 0.0;
-            for (int32_t k = 0; k < route->n_used; k++) {
-                int32_t pair = t * route->n_used + k;
-                sum +=
-                    (double)route->weights[pair] * (double)buf_row(op->y, route->row_of[pair])[i];
-            }
-            h[i] = (float)((double)h[i] + sum);
-        }
+    const float *y = op->y->p;
+    if (r->exchange) {
+        enum status st = exchange_products(r->exchange, op->layer, rows_of(op->y));
+        if (st != ST_OK) return st;
+        exchange_return(r->exchange, op->layer, &r->route, r->returned, rows_of(op->y).stride);
+        y = r->returned;
     }
+    combine(r, y, op->h);
     return ST_OK;
 }
 
@@ -605,6 +678,14 @@ enum status backend_reference_open(const struct backend_config *c, struct error 
     r->limits = c->limits;
     /* Rows also hold router logits, [T][E], and one head of a key or value. */
     r->max_cols = c->shape.n_experts > c->shape.head_dim ? c->shape.n_experts : c->shape.head_dim;
+    if (c->group) {
+        enum status st =
+            exchange_open(c->group, c->rank, &c->shape, c->limits.max_batch_tokens, &r->exchange);
+        if (st != ST_OK) {
+            free(r);
+            return error_set(e, st, "rank %d cannot join its group: %s", c->rank, status_name(st));
+        }
+    }
     *out = (struct backend *)(void *)r;
     return ST_OK;
 }

@@ -142,11 +142,6 @@ void fake_let(struct rig *r, int n) {
     while (n-- > 0) sem_post(&r->fake.gate);
 }
 
-void fake_ungate(struct rig *r) {
-    atomic_store(&r->fake.gated, false);
-    fake_let(r, 2); /* the step that waits, and one that had looked before the store */
-}
-
 int32_t fake_char(const struct rig *r, char c) {
     int32_t id;
     size_t n;
@@ -189,6 +184,23 @@ static void fake_free(struct fake *f) {
     sem_destroy(&f->gate);
 }
 
+static struct fake *fake_of(struct rig *r, int rank) {
+    return rank == 0 ? &r->fake : &r->more[rank - 1];
+}
+
+void fake_gate(struct rig *r) {
+    for (int i = 0; i < r->n_ranks; i++) atomic_store(&fake_of(r, i)->gated, true);
+}
+
+void fake_ungate(struct rig *r) {
+    for (int i = 0; i < r->n_ranks; i++) {
+        struct fake *f = fake_of(r, i);
+        atomic_store(&f->gated, false);
+        /* The step that waits, and one that had looked before the store. */
+        for (int n = 0; n < 2; n++) sem_post(&f->gate);
+    }
+}
+
 static void *rig_main(void *ctx) {
     struct rig *r = ctx;
     r->result = server_run(r->server);
@@ -198,25 +210,30 @@ static void *rig_main(void *ctx) {
 void rig_start(struct rig *r, const struct rig_options *o) {
     struct error e = {0};
     memset(r, 0, sizeof *r);
-    fake_init(&r->fake, o);
+    r->n_ranks = or_default(o->n_ranks, 1);
+    void *fakes[RIG_MAX_RANKS];
+    for (int i = 0; i < r->n_ranks; i++) fake_init(fakes[i] = fake_of(r, i), o);
     log_set_level(getenv("MOED_TEST_LOG") ? LOG_DEBUG : LOG_ERROR);
     snprintf(r->dir, sizeof r->dir, "/tmp/moed-test-XXXXXX");
     if (!mkdtemp(r->dir)) fail_msg("mkdtemp");
     snprintf(r->endpoint, sizeof r->endpoint, "ipc://%s/moed.sock", r->dir);
     assert_ok(text_open(TINY_MODEL, "chatml", &e, &r->text), &e);
     struct net *net = NULL;
-    struct engine *engine = NULL;
+    struct engine *engines[RIG_MAX_RANKS];
     assert_ok(net_open(r->endpoint, &e, &net), &e);
-    assert_ok(engine_start(&fake_ops, &r->fake, &e, &engine), &e);
+    assert_ok(engine_start(&fake_ops, fakes, r->n_ranks, &e, engines), &e);
     struct server_options options = {.text = r->text,
                                      .info = &r->fake.info,
+                                     .n_ranks = r->n_ranks,
+                                     .lockstep = o->lockstep,
                                      .max_queue = or_default(o->max_queue, 64),
                                      .max_queued_tokens = or_default(o->max_queued_tokens, 10000),
                                      .max_sessions = or_default(o->max_sessions, 64),
+                                     .step_ns = (uint64_t)o->step_ms * 1000000u,
                                      .drain_ns = (uint64_t)or_default(o->drain_ms, 5000) * 1000000u,
                                      .stall_ns =
                                          (uint64_t)or_default(o->stall_ms, 30000) * 1000000u};
-    assert_ok(server_create(&options, net, engine, &e, &r->server), &e);
+    assert_ok(server_create(&options, net, engines, &e, &r->server), &e);
     if (pthread_create(&r->thread, NULL, rig_main, r) != 0) fail_msg("pthread_create");
 }
 
@@ -225,7 +242,7 @@ enum status rig_join(struct rig *r) {
     fake_ungate(r);
     server_destroy(r->server);
     text_close(r->text);
-    fake_free(&r->fake);
+    for (int i = 0; i < r->n_ranks; i++) fake_free(fake_of(r, i));
     /* Succeeds only if the socket and its lock are gone. */
     assert_int_equal(rmdir(r->dir), 0);
     return r->result;

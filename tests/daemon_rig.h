@@ -20,6 +20,7 @@ enum {
     FAKE_SCRIPTS = 16,
     FAKE_NUMERIC = 300, /* a prompt that begins with this id fails at its third token */
     RIG_VOCAB = 8192,
+    RIG_MAX_RANKS = 4,
     RIG_EOS = 8189 /* <|im_end|> of the bundled vocabulary */
 };
 
@@ -63,12 +64,17 @@ struct rig_options { /* zero: the default in brackets */
     int32_t max_queued_tokens; /* [10000] */
     int32_t max_sessions; /* [64] */
     int depth; /* [1] */
+    int n_ranks; /* [1] engines, each with the limits above */
+    bool lockstep;
     int drain_ms; /* [5000] */
     int stall_ms; /* [30000] */
+    int step_ms; /* [any] an engine that takes longer is lost */
 };
 
 struct rig {
-    struct fake fake;
+    struct fake fake; /* of rank 0 */
+    struct fake more[RIG_MAX_RANKS - 1]; /* of the others */
+    int n_ranks;
     struct text *text;
     struct server *server;
     pthread_t thread;
@@ -83,7 +89,9 @@ enum status rig_stop(struct rig *r);
 enum status rig_join(struct rig *r);
 
 void fake_add_script(struct rig *r, int32_t first_id, const int32_t *ids, int32_t n);
-/* Let n gated steps run. */
+/* Make steps of all ranks wait, for fake_let or the end of the gate. */
+void fake_gate(struct rig *r);
+/* Let n gated steps of rank 0 run. */
 void fake_let(struct rig *r, int n);
 void fake_ungate(struct rig *r);
 /* What the fake answers to a prompt: n tokens. */

@@ -42,10 +42,10 @@ stage_asan() {
   UBSAN_OPTIONS=print_stacktrace=1 run_ctest asan
 }
 
-# The tests in which threads meet: the daemon's three, the CPU backend's, the client's and ZeroMQ's.
+# The tests in which threads meet: the daemon's, the CPU backend's, the ranks' of a group, the client's and ZeroMQ's.
 stage_tsan() {
   build tsan
-  TSAN_OPTIONS="halt_on_error=1:suppressions=$PWD/tests/tsan.supp" run_ctest tsan -R 'pool|daemon|client_lib'
+  TSAN_OPTIONS="halt_on_error=1:suppressions=$PWD/tests/tsan.supp" run_ctest tsan -R 'pool|daemon|client_lib|group'
 }
 
 stage_release() {

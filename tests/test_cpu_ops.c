@@ -543,11 +543,60 @@ static void test_opening(void **state) {
     free(s.p);
 }
 
+/* Reads of a large tensor: how long, how many bytes in all. */
+struct stream {
+    size_t n_bytes, longest, total;
+};
+
+static enum status read_stream(void *ctx, size_t offset, void *dst, size_t n) {
+    struct stream *s = ctx;
+    assert_true(offset <= s->n_bytes && n <= s->n_bytes - offset);
+    if (n > s->longest) s->longest = n;
+    s->total += n;
+    memset(dst, 1, n);
+    return ST_OK;
+}
+
+/* A tensor goes through a buffer of a few megabytes, each byte once, into little more than its size: so
+ * loading needs the file's size and a few percent. */
+static void test_loading_streams(void **state) {
+    (void)state;
+    static const enum tensor_type types[] = {TENSOR_Q4_K, TENSOR_Q5_K, TENSOR_Q6_K, TENSOR_Q8_0};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        struct error e = {0};
+        struct backend *b;
+        struct weight *w;
+        struct backend_config config = {
+            .shape = cases[0].shape, .limits = {1, 1, 1, 64, 16, 4}, .n_threads = 2};
+        assert_ok(backend_cpu_open(&config, &e, &b), &e);
+        struct stream s = {0};
+        assert_true(tensor_type_bytes(types[i], (size_t)3 * 5000 * 2048, &s.n_bytes));
+        struct weight_source src = {.name = "blk.0.large",
+                                    .type = types[i],
+                                    .n_experts = 3,
+                                    .n_rows = 5000,
+                                    .n_cols = 2048,
+                                    .n_bytes = s.n_bytes,
+                                    .read = read_stream,
+                                    .ctx = &s};
+        assert_ok(backend_ops_of(b)->weight_load(b, &src, &e, &w), &e);
+        assert_int_equal(s.total, s.n_bytes);
+        assert_in_range(s.longest, 1, 8 << 20);
+        int32_t n_blocks;
+        struct moe_memory_line lines[1];
+        assert_ok(backend_ops_of(b)->ready(b, &e, &n_blocks), &e);
+        assert_int_equal(backend_ops_of(b)->memory(b, lines, 1), 1);
+        assert_in_range(lines[0].n_bytes, s.n_bytes, s.n_bytes + s.n_bytes / 16);
+        backend_ops_of(b)->close(b);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_against_reference),
         cmocka_unit_test(test_rows_alone),
         cmocka_unit_test(test_opening),
+        cmocka_unit_test(test_loading_streams),
     };
     return cmocka_run_group_tests_name("cpu_ops", tests, NULL, NULL);
 }

@@ -26,7 +26,8 @@ static void test_defaults(void **state) {
     assert_int_equal(c.action, CONFIG_SERVE);
     assert_string_equal(c.model, "m.gguf");
     assert_string_equal(c.listen, "ipc:///somewhere/sock");
-    assert_string_equal(c.device, "cpu");
+    assert_int_equal(c.devices.n, 1);
+    assert_string_equal(c.devices.names[0], "cpu");
     assert_int_equal(c.max_seqs, 256);
     assert_int_equal(c.max_batch_tokens, 512);
     assert_int_equal(c.block_tokens, 16);
@@ -107,6 +108,13 @@ static void test_refusals(void **state) {
     refuse("--device", "gpu", "--device gpu");
     refuse("--device", "cuda:", "--device cuda:");
     refuse("--device", "cuda:1x", "--device cuda:1x");
+    refuse("--device", "cpu,", "--device cpu,");
+    refuse("--device", "cpu,cuda:0", "--device cpu,cuda:0");
+    refuse("--device", "cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu",
+           "up to 16");
+    refuse("--parallel", "both", "--parallel both");
+    refuse("--experts-per-device", "3", "for --parallel expert");
+    refuse("--expert-load", "x", "for --parallel expert");
     refuse("--block-tokens", "24", "power of two");
     refuse("--gpu-memory-utilization", "1.5", "between 0.05 and 1");
     refuse("--gpu-memory-utilization", "nan", "between 0.05 and 1");
@@ -130,13 +138,19 @@ static void test_actions(void **state) {
     assert_int_equal(parse(&c, &e, "--model=m", "--check", NULL), ST_OK);
     assert_int_equal(c.action, CONFIG_CHECK);
     assert_int_equal(parse(&c, &e, "--model=m", "--device", "cuda:3"), ST_OK);
-    assert_string_equal(c.device, "cuda:3");
+    assert_string_equal(c.devices.names[0], "cuda:3");
+    assert_int_equal(parse(&c, &e, "--model=m", "--device", "cuda:0,cuda:12"), ST_OK);
+    assert_int_equal(c.devices.n, 2);
+    assert_string_equal(c.devices.names[1], "cuda:12");
     assert_int_equal(parse(&c, &e, "--model=m", "--log-level", "warn"), ST_OK);
     assert_int_equal(c.log_level, LOG_WARN);
     /* Every flag is in the help. */
     static const char *const flags[] = {"--model",
                                         "--listen",
                                         "--device",
+                                        "--parallel",
+                                        "--experts-per-device",
+                                        "--expert-load",
                                         "--threads",
                                         "--cpu-isa",
                                         "--chat-template",

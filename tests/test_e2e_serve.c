@@ -239,6 +239,100 @@ static void test_crowd(void **state) {
     daemon_stop(&d);
 }
 
+/* --check, --version and refusals: what a person sees. */
+static void run_moed(const char *const *flags, int want_status, const char *want_output) {
+    char output[8192], command[2048] = TEST_BIN "/moed";
+    for (; *flags; flags++) {
+        size_t n = strlen(command);
+        snprintf(command + n, sizeof command - n, " '%s'", *flags);
+    }
+    size_t n = strlen(command);
+    snprintf(command + n, sizeof command - n, " 2>&1");
+    FILE *f = popen(command, "r");
+    assert_non_null(f);
+    output[fread(output, 1, sizeof output - 1, f)] = '\0';
+    int status = pclose(f);
+    assert_int_equal(WEXITSTATUS(status), want_status);
+    if (!strstr(output, want_output)) fail_msg("\"%s\" is not in: %s", want_output, output);
+}
+
+static void submit_all(struct client *c, struct want *all, int n) {
+    uint64_t first = 0;
+    for (int i = 0; i < n; i++) {
+        want_init(&all[i], i);
+        uint64_t id = submit(c, &all[i], LENGTH);
+        if (i == 0) first = id;
+    }
+    for (int n_ended = 0; n_ended < n;) {
+        struct wire_msg m;
+        struct error e = {0};
+        assert_ok(client_next(c, ANSWER_MS, &e, &m), &e);
+        take(&all[m.request_id - first], &m);
+        n_ended += m.type == WIRE_FINISHED || m.type == WIRE_FAILED || m.type == WIRE_REJECTED;
+    }
+}
+
+/* Several devices behind one daemon say what one says, each with the whole model or all with shares of it. */
+static void test_devices(void **state) {
+    (void)state;
+    enum { N = 36, KINDS = 12 };
+    struct daemon d;
+    static struct want alone[KINDS], all[N];
+    daemon_start(&d, (const char *const[]){"--max-seqs", "2", "--kv-blocks", "64", NULL});
+    struct client *c = connect_to(&d);
+    for (int i = 0; i < KINDS; i++) {
+        want_init(&alone[i], i);
+        run_alone(c, &alone[i]);
+    }
+    client_close(c);
+    daemon_stop(&d);
+    static const char *const modes[] = {"replica", "expert", "expert"};
+    char load_path[64];
+    snprintf(load_path, sizeof load_path, "/tmp/moed-e2e-load-%d.csv", (int)getpid());
+    for (int k = 0; k < 3; k++) { /* the last begins with the load that the one before measured */
+        daemon_start(&d, (const char *const[]){"--device", "cpu,cpu", "--parallel", modes[k],
+                                               "--max-seqs", "8", "--kv-blocks", "24",
+                                               k > 0 ? "--expert-load" : NULL, load_path, NULL});
+        c = connect_to(&d);
+        submit_all(c, all, N);
+        for (int i = 0; i < N; i++) {
+            assert_int_equal(all[i].end, WIRE_FINISHED);
+            assert_memory_equal(all[i].ids, alone[i % KINDS].ids, LENGTH * sizeof(int32_t));
+            assert_string_equal(all[i].text, alone[i % KINDS].text);
+        }
+        /* Half each, give or take what preemption computes again. */
+        double a = stat_of(c, "device_0_step_tokens"), b = stat_of(c, "device_1_step_tokens");
+        assert_true(a > 0.3 * (a + b) && b > 0.3 * (a + b));
+        assert_true(stat_of(c, "kv_blocks_free") == 48);
+        if (k > 0) {
+            double rows = 0, want = 1;
+            for (int i = 0; i < 500 && rows != want; i++) { /* the last step may not be back yet */
+                rows = stat_of(c, "device_0_expert_rows") + stat_of(c, "device_1_expert_rows");
+                want = stat_of(c, "expert_reads_ungrouped");
+            }
+            assert_true(rows == want);
+            assert_true(stat_of(c, "expert_imbalance") < 1.5);
+        }
+        client_close(c);
+        daemon_stop(&d);
+    }
+    FILE *f = fopen(load_path, "r");
+    assert_non_null(f);
+    char line[64];
+    int n_lines = 0;
+    while (fgets(line, sizeof line, f)) n_lines++;
+    fclose(f);
+    assert_true(n_lines > 1 && (n_lines - 1) % 4 == 0);
+    run_moed((const char *const[]){"--model", TINY_MODEL, "--device", "cpu,cpu", "--parallel",
+                                   "expert", "--check", "--expert-load", load_path, NULL},
+             0, "backend   cpu ");
+    assert_int_equal(truncate(load_path, 100), 0);
+    run_moed((const char *const[]){"--model", TINY_MODEL, "--device", "cpu,cpu", "--parallel",
+                                   "expert", "--check", "--expert-load", load_path, NULL},
+             2, load_path);
+    unlink(load_path);
+}
+
 /* Everything between the socket and the weights, held against the reference outputs. */
 static void test_reference_answer(void **state) {
     (void)state;
@@ -418,23 +512,6 @@ static void test_garbage_and_second_daemon(void **state) {
     daemon_stop(&d);
 }
 
-/* --check, --version and refusals: what a person sees. */
-static void run_moed(const char *const *flags, int want_status, const char *want_output) {
-    char output[8192], command[2048] = TEST_BIN "/moed";
-    for (; *flags; flags++) {
-        size_t n = strlen(command);
-        snprintf(command + n, sizeof command - n, " '%s'", *flags);
-    }
-    size_t n = strlen(command);
-    snprintf(command + n, sizeof command - n, " 2>&1");
-    FILE *f = popen(command, "r");
-    assert_non_null(f);
-    output[fread(output, 1, sizeof output - 1, f)] = '\0';
-    int status = pclose(f);
-    assert_int_equal(WEXITSTATUS(status), want_status);
-    if (!strstr(output, want_output)) fail_msg("\"%s\" is not in: %s", want_output, output);
-}
-
 static void test_command_line(void **state) {
     (void)state;
     run_moed((const char *const[]){"--help", NULL}, 0, "Usage: moed --model FILE");
@@ -456,6 +533,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_killed_client), /* forks: before this process has a ZeroMQ thread */
         cmocka_unit_test(test_crowd),
+        cmocka_unit_test(test_devices),
         cmocka_unit_test(test_reference_answer),
         cmocka_unit_test(test_sigterm_under_load),
         cmocka_unit_test(test_garbage_and_second_daemon),

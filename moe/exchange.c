@@ -1,0 +1,482 @@
+/* See exchange.h. */
+#include "moe/exchange.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "moe/shares.h"
+
+#define DEFAULT_TIMEOUT_NS UINT64_C(10000000000)
+#define DEFAULT_REPLAN_TOKENS (UINT64_C(1) << 20)
+#define DEFAULT_MAX_IMBALANCE 1.1
+
+/* An expert stack as one rank has it. */
+struct stack {
+    int32_t layer;
+    uint8_t *base;
+    size_t expert_bytes;
+};
+
+/* What a rank shows the others. Written by it before it meets them, read by them after. */
+struct shown {
+    const struct route *route;
+    struct exchange_rows inputs, products;
+};
+
+struct member {
+    bool joined;
+    bool inside; /* a step: it reads what the others show */
+    struct shown shown;
+    struct stack *stacks;
+    int32_t n_stacks, max_stacks;
+    struct moe_counters counters;
+};
+
+struct moe_group {
+    struct moe_group_options o;
+    pthread_mutex_t lock; /* of the meeting, and of joining */
+    pthread_cond_t all_here; /* or lost, or a member is no longer inside */
+    int n_here;
+    uint64_t round;
+    bool lost;
+
+    /* Written when the first rank joins. */
+    struct model_shape shape;
+    int32_t max_tokens;
+    struct shares shares; /* rank 0 writes, between two meetings at which nobody reads */
+    _Atomic uint64_t *load; /* [L][E] since the beginning */
+    bool moving; /* shares.next is to be taken before the next layer 0 */
+    struct member members[MOE_MAX_RANKS];
+};
+
+/* ---- the group ------------------------------------------------------------------------------ */
+
+enum status moe_group_create(const struct moe_group_options *o, struct error *e,
+                             struct moe_group **out) {
+    *out = NULL;
+    if (o->n_ranks < 1 || o->n_ranks > MOE_MAX_RANKS)
+        return error_set(e, ST_INVALID, "a group has 1 to %d ranks, not %d", MOE_MAX_RANKS,
+                         o->n_ranks);
+    struct moe_group *g = calloc(1, sizeof *g);
+    if (!g) return error_set(e, ST_NO_MEMORY, "no memory for a group of devices");
+    g->o = *o;
+    if (g->o.timeout_ns == 0) g->o.timeout_ns = DEFAULT_TIMEOUT_NS;
+    if (g->o.replan_tokens == 0) g->o.replan_tokens = DEFAULT_REPLAN_TOKENS;
+    if (g->o.max_imbalance == 0) g->o.max_imbalance = DEFAULT_MAX_IMBALANCE;
+    pthread_condattr_t clock;
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_mutex_init(&g->lock, NULL);
+    pthread_cond_init(&g->all_here, &clock);
+    pthread_condattr_destroy(&clock);
+    *out = g;
+    return ST_OK;
+}
+
+void moe_group_destroy(struct moe_group *g) {
+    if (!g) return;
+    shares_destroy(&g->shares);
+    free((void *)g->load);
+    for (int r = 0; r < g->o.n_ranks; r++) free(g->members[r].stacks);
+    pthread_cond_destroy(&g->all_here);
+    pthread_mutex_destroy(&g->lock);
+    free(g);
+}
+
+static size_t n_cells(const struct moe_group *g) {
+    return (size_t)g->shape.n_layers * (size_t)g->shape.n_experts;
+}
+
+void moe_group_load(const struct moe_group *g, uint64_t *dst) {
+    for (size_t i = 0; i < n_cells(g); i++)
+        dst[i] = atomic_load_explicit(&g->load[i], memory_order_relaxed);
+}
+
+void moe_group_held(const struct moe_group *g, uint16_t *dst) {
+    memcpy(dst, g->shares.held, n_cells(g) * sizeof *dst);
+}
+
+void exchange_fail(struct moe_group *g) {
+    pthread_mutex_lock(&g->lock);
+    g->lost = true;
+    pthread_cond_broadcast(&g->all_here);
+    pthread_mutex_unlock(&g->lock);
+}
+
+static struct timespec deadline(const struct moe_group *g) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    uint64_t ns = (uint64_t)until.tv_nsec + g->o.timeout_ns;
+    until.tv_sec += (time_t)(ns / 1000000000u);
+    until.tv_nsec = (long)(ns % 1000000000u);
+    return until;
+}
+
+/* Wait until all ranks are here. */
+static enum status meet(struct moe_group *g) {
+    struct timespec until = deadline(g);
+    pthread_mutex_lock(&g->lock);
+    uint64_t round = g->round;
+    if (!g->lost && ++g->n_here == g->o.n_ranks) {
+        g->n_here = 0;
+        g->round++;
+        pthread_cond_broadcast(&g->all_here);
+    }
+    while (!g->lost && g->round == round)
+        if (pthread_cond_timedwait(&g->all_here, &g->lock, &until) == ETIMEDOUT &&
+            g->round == round) {
+            log_event(LOG_ERROR, "moe", "rank_missing", "here=%d of=%d", g->n_here, g->o.n_ranks);
+            g->lost = true;
+            pthread_cond_broadcast(&g->all_here);
+        }
+    bool lost = g->lost;
+    pthread_mutex_unlock(&g->lock);
+    return lost ? ST_ENGINE_LOST : ST_OK;
+}
+
+static void set_inside(struct exchange *x, bool inside) {
+    struct moe_group *g = x->group;
+    pthread_mutex_lock(&g->lock);
+    g->members[x->rank].inside = inside;
+    pthread_cond_broadcast(&g->all_here);
+    pthread_mutex_unlock(&g->lock);
+}
+
+/* Wait until nobody can be reading this rank's rows: the others are outside, or have taken too long. */
+static void wait_until_unread(struct exchange *x) {
+    struct moe_group *g = x->group;
+    struct timespec until = deadline(g);
+    pthread_mutex_lock(&g->lock);
+    g->members[x->rank].inside = false;
+    bool late = false;
+    for (int r = 0; r < g->o.n_ranks && !late;) {
+        if (g->members[r].inside)
+            late = pthread_cond_timedwait(&g->all_here, &g->lock, &until) == ETIMEDOUT;
+        else
+            r++;
+    }
+    pthread_mutex_unlock(&g->lock);
+}
+
+/* ---- joining -------------------------------------------------------------------------------- */
+
+/* With the lock held: the first rank sets what all have in common. */
+static enum status agree(struct moe_group *g, const struct model_shape *shape, int32_t max_tokens) {
+    if (g->load) {
+        bool same = memcmp(&g->shape, shape, sizeof *shape) == 0 && g->max_tokens == max_tokens;
+        return same ? ST_OK : ST_INVALID;
+    }
+    size_t n = (size_t)shape->n_layers * (size_t)shape->n_experts;
+    if (g->o.load && g->o.n_load != n) return ST_INVALID;
+    enum status st =
+        shares_create(shape, g->o.n_ranks, g->o.experts_per_rank, g->o.load, &g->shares);
+    if (st != ST_OK) return st;
+    g->shape = *shape;
+    g->max_tokens = max_tokens;
+    g->load = calloc(n, sizeof *g->load);
+    if (g->load) return ST_OK;
+    shares_destroy(&g->shares);
+    return ST_NO_MEMORY;
+}
+
+static bool allocate(struct exchange *x) {
+    const struct moe_group *g = x->group;
+    size_t n_tokens = (size_t)exchange_max_tokens(x), n_experts = (size_t)g->shape.n_experts;
+    size_t n_own = (size_t)g->max_tokens * (size_t)g->shape.n_experts_used;
+    size_t n_ranks = (size_t)g->o.n_ranks;
+    if (route_create(&g->shape, (int32_t)n_tokens, &x->work) != ST_OK) return false;
+    x->token_rank = calloc(n_tokens, sizeof(int32_t));
+    x->token_of = calloc(n_tokens, sizeof(int32_t));
+    x->work_of = calloc(n_tokens, sizeof(int32_t));
+    x->back_rank = calloc(n_own, sizeof(int32_t));
+    x->back_row = calloc(n_own, sizeof(int32_t));
+    x->counts = calloc(n_experts, sizeof(int32_t));
+    x->seen = calloc(n_experts, sizeof(int32_t));
+    x->rows = calloc(n_experts * n_ranks, sizeof(int32_t));
+    x->first = calloc(n_experts * n_ranks, sizeof(int32_t));
+    return x->token_rank && x->token_of && x->work_of && x->back_rank && x->back_row && x->counts &&
+           x->seen && x->rows && x->first;
+}
+
+enum status exchange_open(struct moe_group *g, int rank, const struct model_shape *shape,
+                          int32_t max_tokens, struct exchange **out) {
+    CHECK(rank >= 0 && rank < g->o.n_ranks);
+    *out = NULL;
+    int64_t most = (int64_t)max_tokens * g->o.n_ranks * shape->n_experts_used;
+    if (most > INT32_MAX || shape->n_experts > 512) return ST_INVALID;
+    struct exchange *x = calloc(1, sizeof *x);
+    if (!x) return ST_NO_MEMORY;
+    x->group = g;
+    x->rank = rank;
+    pthread_mutex_lock(&g->lock);
+    CHECK(!g->members[rank].joined);
+    g->members[rank].joined = true;
+    enum status st = agree(g, shape, max_tokens);
+    pthread_mutex_unlock(&g->lock);
+    if (st == ST_OK && !allocate(x)) st = ST_NO_MEMORY;
+    if (st != ST_OK) {
+        exchange_close(x);
+        return st;
+    }
+    *out = x;
+    return ST_OK;
+}
+
+void exchange_close(struct exchange *x) {
+    if (!x) return;
+    exchange_fail(x->group);
+    wait_until_unread(x);
+    route_destroy(&x->work);
+    free(x->token_rank);
+    free(x->token_of);
+    free(x->work_of);
+    free(x->back_rank);
+    free(x->back_row);
+    free(x->counts);
+    free(x->seen);
+    free(x->rows);
+    free(x->first);
+    free(x);
+}
+
+int32_t exchange_max_tokens(const struct exchange *x) {
+    return x->group->max_tokens * x->group->o.n_ranks;
+}
+
+uint64_t exchange_bytes(const struct exchange *x) {
+    const struct moe_group *g = x->group;
+    uint64_t n_own = (uint64_t)g->max_tokens * (uint64_t)g->shape.n_experts_used;
+    uint64_t n_cuts = (uint64_t)g->shape.n_experts * (uint64_t)(g->o.n_ranks + 1);
+    return route_bytes(&x->work) +
+           sizeof(int32_t) * (3 * (uint64_t)exchange_max_tokens(x) + 2 * n_own + 2 * n_cuts);
+}
+
+bool exchange_holds(const struct exchange *x, int32_t layer, int32_t expert) {
+    return shares_holds(&x->group->shares, layer, expert, x->rank);
+}
+
+enum status exchange_stack(struct exchange *x, int32_t layer, uint8_t *base, size_t expert_bytes) {
+    struct member *m = &x->group->members[x->rank];
+    if (m->n_stacks == m->max_stacks) {
+        int32_t max = m->max_stacks > 0 ? m->max_stacks * 2 : 64;
+        struct stack *p = realloc(m->stacks, (size_t)max * sizeof *p);
+        if (!p) return ST_NO_MEMORY;
+        m->stacks = p;
+        m->max_stacks = max;
+    }
+    m->stacks[m->n_stacks++] = (struct stack){layer, base, expert_bytes};
+    return ST_OK;
+}
+
+uint64_t exchange_away_bytes(const struct exchange *x) {
+    const struct member *m = &x->group->members[x->rank];
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < m->n_stacks; i++)
+        for (int32_t e = 0; e < x->group->shape.n_experts; e++)
+            if (!exchange_holds(x, m->stacks[i].layer, e)) sum += m->stacks[i].expert_bytes;
+    return sum;
+}
+
+/* ---- moving weights ------------------------------------------------------------------------- */
+
+/* Give back whole pages; what is read next is zero. */
+static void drop(uint8_t *p, size_t n) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uintptr_t from = ((uintptr_t)p + page - 1) / page * page, to = ((uintptr_t)p + n) / page * page;
+    if (to > from) madvise((void *)from, to - from, MADV_DONTNEED); /* advice: may be refused */
+}
+
+static void copy_gained(struct exchange *x) {
+    struct moe_group *g = x->group;
+    struct member *m = &g->members[x->rank];
+    for (int32_t i = 0; i < m->n_stacks; i++) {
+        const struct stack *s = &m->stacks[i];
+        size_t row = (size_t)s->layer * (size_t)g->shape.n_experts;
+        for (int32_t e = 0; e < g->shape.n_experts; e++) {
+            unsigned held = g->shares.held[row + (size_t)e], next = g->shares.next[row + (size_t)e];
+            if ((next & ~held) >> x->rank & 1) {
+                const struct stack *from = &g->members[__builtin_ctz(held)].stacks[i];
+                CHECK(from->layer == s->layer && from->expert_bytes == s->expert_bytes);
+                size_t at = (size_t)e * s->expert_bytes;
+                memcpy(s->base + at, from->base + at, s->expert_bytes);
+                m->counters.exchange_bytes += s->expert_bytes;
+                m->counters.n_moved++;
+            }
+        }
+    }
+}
+
+static void drop_lost(struct exchange *x) {
+    struct moe_group *g = x->group;
+    const struct member *m = &g->members[x->rank];
+    for (int32_t i = 0; i < m->n_stacks; i++) {
+        const struct stack *s = &m->stacks[i];
+        size_t row = (size_t)s->layer * (size_t)g->shape.n_experts;
+        for (int32_t e = 0; e < g->shape.n_experts; e++) {
+            unsigned held = g->shares.held[row + (size_t)e], next = g->shares.next[row + (size_t)e];
+            if ((held & ~next) >> x->rank & 1)
+                drop(s->base + (size_t)e * s->expert_bytes, s->expert_bytes);
+        }
+    }
+}
+
+/* All ranks have met and see `moving`. Sources stay until all have copied, the old table until all have
+ * dropped. */
+static enum status move(struct exchange *x) {
+    struct moe_group *g = x->group;
+    copy_gained(x);
+    enum status st = meet(g);
+    if (st != ST_OK) return st;
+    drop_lost(x);
+    g->members[x->rank].counters.n_replans++;
+    if ((st = meet(g)) != ST_OK) return st;
+    if (x->rank == 0) {
+        memcpy(g->shares.held, g->shares.next, n_cells(g) * sizeof *g->shares.held);
+        g->moving = false;
+    }
+    return meet(g);
+}
+
+/* ---- a layer -------------------------------------------------------------------------------- */
+
+/* Count the group's rows by expert, and mark its tokens as nobody's work yet. */
+static void count(struct exchange *x) {
+    const struct moe_group *g = x->group;
+    memset(x->counts, 0, (size_t)g->shape.n_experts * sizeof *x->counts);
+    memset(x->seen, 0, (size_t)g->shape.n_experts * sizeof *x->seen);
+    int32_t n_tokens = 0;
+    for (int q = 0; q < g->o.n_ranks; q++) {
+        const struct route *r = g->members[q].shown.route;
+        for (int32_t i = 0; i < r->n_tokens * r->n_used; i++) x->counts[r->ids[i]]++;
+        n_tokens += r->n_tokens;
+    }
+    for (int32_t t = 0; t < n_tokens; t++) x->work_of[t] = -1;
+}
+
+/* Where each expert's rows begin on each rank. */
+static void place(struct exchange *x) {
+    const struct moe_group *g = x->group;
+    int n_ranks = g->o.n_ranks;
+    int32_t end[MOE_MAX_RANKS] = {0};
+    for (int32_t e = 0; e < g->shape.n_experts; e++) {
+        x->work.expert_first[e] = end[x->rank];
+        for (int r = 0; r < n_ranks; r++) {
+            x->first[e * n_ranks + r] = end[r];
+            end[r] += x->rows[e * n_ranks + r];
+        }
+    }
+    x->work.expert_first[g->shape.n_experts] = end[x->rank];
+}
+
+/* Which rank computes the next row of expert e, and as which of its rows. */
+static int32_t next_row(struct exchange *x, int32_t e, int *rank) {
+    int n_ranks = x->group->o.n_ranks;
+    int32_t i = x->seen[e]++;
+    const int32_t *rows = x->rows + e * n_ranks;
+    for (*rank = 0; i >= rows[*rank]; ++*rank) i -= rows[*rank];
+    return x->first[e * n_ranks + *rank] + i;
+}
+
+/* Walk the group's pairs, rank after rank: those of this rank learn who computes them, those that this rank
+ * computes become its work. */
+static void deal(struct exchange *x) {
+    const struct moe_group *g = x->group;
+    int32_t group_token = 0;
+    x->work.n_tokens = 0;
+    for (int q = 0; q < g->o.n_ranks; q++) {
+        const struct route *r = g->members[q].shown.route;
+        for (int32_t t = 0; t < r->n_tokens; t++, group_token++) {
+            for (int32_t k = 0; k < r->n_used; k++) {
+                int32_t pair = t * r->n_used + k;
+                int computes;
+                int32_t row = next_row(x, r->ids[pair], &computes);
+                if (q == x->rank) x->back_rank[pair] = computes, x->back_row[pair] = row;
+                if (computes != x->rank) continue;
+                int32_t *w = &x->work_of[group_token];
+                if (*w < 0) {
+                    *w = x->work.n_tokens++;
+                    x->token_rank[*w] = q;
+                    x->token_of[*w] = t;
+                }
+                x->work.pair_of[row] = *w * r->n_used + k;
+            }
+        }
+    }
+}
+
+static void record(struct exchange *x, int32_t layer) {
+    struct moe_group *g = x->group;
+    shares_record(&g->shares, layer, x->counts, x->rows);
+    _Atomic uint64_t *load = g->load + (size_t)layer * (size_t)g->shape.n_experts;
+    for (int32_t e = 0; e < g->shape.n_experts; e++)
+        atomic_fetch_add_explicit(&load[e], (uint64_t)x->counts[e], memory_order_relaxed);
+    if (layer == g->shape.n_layers - 1)
+        g->moving = shares_replan(&g->shares, g->o.replan_tokens, g->o.max_imbalance);
+}
+
+enum status exchange_route(struct exchange *x, int32_t layer, const struct route *own,
+                           struct exchange_rows inputs) {
+    struct moe_group *g = x->group;
+    struct shares_scratch scratch;
+    g->members[x->rank].shown.route = own;
+    g->members[x->rank].shown.inputs = inputs;
+    if (layer == 0) set_inside(x, true);
+    enum status st = meet(g);
+    if (st == ST_OK && layer == 0 && g->moving) st = move(x);
+    if (st != ST_OK) {
+        set_inside(x, false);
+        return st;
+    }
+    count(x);
+    shares_assign(&g->shares, layer, x->counts, &scratch, x->rows);
+    place(x);
+    deal(x);
+    struct moe_counters *c = &g->members[x->rank].counters;
+    c->expert_rows += (uint64_t)x->work.expert_first[g->shape.n_experts];
+    for (int32_t w = 0; w < x->work.n_tokens; w++)
+        if (x->token_rank[w] != x->rank) c->exchange_bytes += inputs.n_bytes;
+    return ST_OK;
+}
+
+void exchange_gather(const struct exchange *x, void *dst, size_t stride) {
+    for (int32_t w = 0; w < x->work.n_tokens; w++) {
+        const struct exchange_rows *from = &x->group->members[x->token_rank[w]].shown.inputs;
+        memcpy((uint8_t *)dst + (size_t)w * stride,
+               (const uint8_t *)from->p + (size_t)x->token_of[w] * from->stride, from->n_bytes);
+    }
+}
+
+enum status exchange_products(struct exchange *x, int32_t layer, struct exchange_rows products) {
+    x->group->members[x->rank].shown.products = products;
+    enum status st = meet(x->group);
+    /* All have dealt this layer out, and look at the tables again only after the next meeting. */
+    if (st == ST_OK && x->rank == 0) record(x, layer);
+    if (st != ST_OK) set_inside(x, false);
+    return st;
+}
+
+void exchange_return(struct exchange *x, int32_t layer, const struct route *own, void *dst,
+                     size_t stride) {
+    struct moe_counters *c = &x->group->members[x->rank].counters;
+    for (int32_t i = 0; i < own->n_tokens * own->n_used; i++) {
+        const struct exchange_rows *from = &x->group->members[x->back_rank[i]].shown.products;
+        memcpy((uint8_t *)dst + (size_t)own->row_of[i] * stride,
+               (const uint8_t *)from->p + (size_t)x->back_row[i] * from->stride, from->n_bytes);
+        if (x->back_rank[i] != x->rank) c->exchange_bytes += from->n_bytes;
+    }
+    if (layer == x->group->shape.n_layers - 1) set_inside(x, false);
+}
+
+void exchange_counters(const struct exchange *x, struct moe_counters *out) {
+    const struct moe_counters *c = &x->group->members[x->rank].counters;
+    out->expert_rows = c->expert_rows;
+    out->exchange_bytes = c->exchange_bytes;
+    out->n_replans = c->n_replans;
+    out->n_moved = c->n_moved;
+}

@@ -1,0 +1,84 @@
+/* exchange: where the ranks of a group meet in every layer, so that each computes the experts it holds for
+ * all ranks' tokens. This is the implementation for ranks that are threads of one process: a rank shows where
+ * its rows lie, and the others copy what they need while it waits for them.
+ *
+ * A layer, on every rank at the same time:
+ *   exchange_route     show this rank's routing and its experts' inputs; wait for all; deal the rows out
+ *   exchange_gather    copy in the inputs of the rows that this rank computes
+ *   ... the two expert products, over `work` instead of the rank's own routing ...
+ *   exchange_products  show the products; wait for all
+ *   exchange_return    copy back the products of this rank's own tokens, in its own routing order
+ * and then the rank sums them as it would have its own. So every row is computed by the one kernel that would
+ * have computed it alone, and summed in rank order at home: the bits are those of one rank.
+ *
+ * Two waits a layer are enough: nobody overwrites inputs before the second, nor products before the first of the
+ * next layer. A rank without tokens takes part with none. A wait ends with ST_ENGINE_LOST when a rank does not
+ * come in time, or has left or failed; from then on every call of the group says so.
+ *
+ * Between steps, when the load has been uneven, weights move (moe/shares.h has the policy): each rank copies
+ * what it gains from a rank that has it, all switch tables, and each gives back the memory of what it lost.
+ *
+ * A rank's calls come from its own thread. No allocation after exchange_open but the planner's scratch, when it
+ * plans. Private to moe/ and its tests. */
+#ifndef MOED_MOE_EXCHANGE_H
+#define MOED_MOE_EXCHANGE_H
+
+#include "moe/backend.h"
+#include "moe/route.h"
+
+/* One rank's side. */
+struct exchange {
+    struct moe_group *group;
+    int rank;
+    /* The rows that this rank computes in the layer at hand, grouped by expert: expert_first and pair_of as in
+     * route.h, with pair w * K + k for work token w; n_tokens is W. The rest of it is unused. */
+    struct route work;
+    int32_t *token_rank, *token_of; /* [R * T] whose token w is, and which */
+    int32_t *back_rank,
+        *back_row; /* [T * K] who computes a pair of this rank, and as which of its rows */
+    int32_t *work_of; /* [R * T] token of the group -> w, or -1 */
+    int32_t *counts, *seen; /* [E] rows of the group, and how many of them were placed */
+    int32_t *rows,
+        *first; /* [E][R] how many of them each rank computes, and where they begin there */
+};
+
+/* Join. All ranks of a group have the same shape and max_tokens, and the group's load, if it was given one, is of that
+ * shape, else ST_INVALID; ST_NO_MEMORY. */
+enum status exchange_open(struct moe_group *g, int rank, const struct model_shape *shape,
+                          int32_t max_tokens, struct exchange **out);
+/* Leave, between steps: the others' waits end, and this one returns once none of them reads what this rank
+ * showed, but waits no longer than for a meeting. NULL is fine. */
+void exchange_close(struct exchange *x);
+/* Something else failed here: the others' waits end, with ST_ENGINE_LOST. */
+void exchange_fail(struct moe_group *g);
+
+/* Tokens and routed rows that may become this rank's work. */
+int32_t exchange_max_tokens(const struct exchange *x);
+uint64_t exchange_bytes(const struct exchange *x);
+
+/* Whether this rank holds an expert: other experts need not be loaded. */
+bool exchange_holds(const struct exchange *x, int32_t layer, int32_t expert);
+/* Tell where an expert stack of a layer lies, [E] experts of expert_bytes each, so that its experts can move.
+ * Every rank tells the same stacks in the same order. ST_NO_MEMORY. */
+enum status exchange_stack(struct exchange *x, int32_t layer, uint8_t *base, size_t expert_bytes);
+/* Bytes of the told stacks' experts that this rank does not hold now. */
+uint64_t exchange_away_bytes(const struct exchange *x);
+
+/* Rows of a buffer. */
+struct exchange_rows {
+    const void *p;
+    size_t stride, n_bytes; /* from row to row, and of one */
+};
+
+enum status exchange_route(struct exchange *x, int32_t layer, const struct route *own,
+                           struct exchange_rows inputs);
+void exchange_gather(const struct exchange *x, void *dst, size_t stride); /* row w */
+enum status exchange_products(struct exchange *x, int32_t layer, struct exchange_rows products);
+/* Row r of dst: the product of own routed row r. */
+void exchange_return(struct exchange *x, int32_t layer, const struct route *own, void *dst,
+                     size_t stride);
+
+void exchange_counters(const struct exchange *x,
+                       struct moe_counters *out); /* its own fields only */
+
+#endif
