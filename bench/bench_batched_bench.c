@@ -28,9 +28,11 @@ static const char usage[] =
     "medians over --repeat).\n"
     "\n"
     "  --model FILE            GGUF model\n"
-    "  --device NAME[,NAME…]   cpu, reference or cuda:N (default cpu); several of a kind "
-    "share\n"
-    "                          the B sequences evenly, each with the whole model\n"
+    "  --device NAME[,NAME…]   cpu, reference or cuda:N (default cpu); several share the B "
+    "sequences\n"
+    "  --parallel MODE         replica (default): each device has the whole model; expert: a share "
+    "of\n"
+    "                          the experts, which it computes for all\n"
     "  --threads N             CPU threads, for all devices together (default: all cores)\n"
     "  --cpu-isa NAME          CPU kernels: auto, avx2, avx512, … (default auto)\n"
     "  --pp N                  prompt tokens per sequence (default 128)\n"
@@ -38,7 +40,8 @@ static const char usage[] =
     "  --npl LIST              batch sizes (default 1,2,4,8,16,32)\n"
     "  --max-batch-tokens N    tokens in one step (default 512)\n"
     "  --repeat N              runs per batch size, of which the median counts (default 3)\n"
-    "  --busy PERCENT          meanwhile another process keeps one core busy so much of every 10 ms (default 0)\n"
+    "  --busy PERCENT          meanwhile another process keeps one core busy so much of every 10 "
+    "ms (default 0)\n"
     "  --gpu-memory-utilization PERCENT  (default 90)\n";
 
 enum { MAX_NPL = 32, BLOCK_TOKENS = 16 };
@@ -49,6 +52,7 @@ struct options {
     int busy; /* percent of a core that another process takes */
     int pp, tg, max_batch_tokens, n_repeat;
     int npl[MAX_NPL], n_npl;
+    bool experts; /* --parallel expert: open.group */
     pthread_barrier_t *meet; /* all devices' threads */
 };
 
@@ -103,10 +107,19 @@ static void add_seq(struct bench *b, struct moe_step *step, int32_t *n_blocks, i
     for (int32_t i = 0; i < seq.n_blocks; i++) b->blocks[(*n_blocks)++] = s * b->blocks_per_seq + i;
 }
 
-/* Full steps of prompt tokens, sequence after sequence; each prompt's last token is sampled. */
-static void prefill(struct bench *b, int n_seqs) {
+/* This device's share of pl sequences; rank 0 has the largest. */
+static int share(const struct bench *b, int rank, int pl) {
+    int n = b->o->devices.n;
+    return pl / n + (rank < pl % n);
+}
+
+/* Full steps of prompt tokens, sequence after sequence; each prompt's last token is sampled. In a group a device
+ * goes on, with nothing, until the one with most is done. */
+static void prefill(struct bench *b, int pl) {
+    int n_seqs = share(b, b->rank, pl), most = share(b, 0, pl) * b->pp;
+    int n_steps = (most + b->max_batch_tokens - 1) / b->max_batch_tokens;
     int32_t s = 0, pos = 0;
-    while (s < n_seqs) {
+    for (int k = 0; k < n_steps && (s < n_seqs || b->o->open.group); k++) {
         struct moe_step step = {.seqs = b->seqs, .ids = b->ids, .blocks = b->blocks};
         int32_t n_blocks = 0;
         while (s < n_seqs && step.n_tokens < b->max_batch_tokens) {
@@ -126,9 +139,10 @@ static void prefill(struct bench *b, int n_seqs) {
     drain(b);
 }
 
-static void decode(struct bench *b, int n_seqs) {
+static void decode(struct bench *b, int pl) {
     static const int32_t last = MOE_LAST_TOKEN;
-    for (int32_t k = 0; k < b->tg && n_seqs > 0; k++) {
+    int n_seqs = share(b, b->rank, pl);
+    for (int32_t k = 0; k < b->tg && (n_seqs > 0 || b->o->open.group); k++) {
         struct moe_step step = {.seqs = b->seqs, .ids = b->ids, .blocks = b->blocks};
         int32_t n_blocks = 0;
         for (int32_t s = 0; s < n_seqs; s++)
@@ -142,37 +156,31 @@ static void decode(struct bench *b, int n_seqs) {
 }
 
 /* A phase on all devices: from when all are ready until all are done, in seconds. */
-static double timed(struct bench *b, void (*phase)(struct bench *, int), int n_seqs) {
+static double timed(struct bench *b, void (*phase)(struct bench *, int), int pl) {
     pthread_barrier_wait(b->o->meet);
     uint64_t begun = clock_now_ns();
-    phase(b, n_seqs);
+    phase(b, pl);
     pthread_barrier_wait(b->o->meet);
     return (double)(clock_now_ns() - begun) * 1e-9;
 }
 
-/* This device's share of pl sequences. */
-static int share(const struct bench *b, int pl) {
-    int n = b->o->devices.n;
-    return pl / n + (b->rank < pl % n);
-}
-
 static void run(struct bench *b, int pl) {
-    int n_repeat = b->o->n_repeat, n_seqs = share(b, pl);
+    int n_repeat = b->o->n_repeat, n_seqs = share(b, b->rank, pl);
     double *t_pp = bench_alloc((size_t)n_repeat, sizeof *t_pp);
     double *t_tg = bench_alloc((size_t)n_repeat, sizeof *t_tg);
     for (int i = 0; i < n_repeat; i++) {
         for (int32_t s = 0; s < n_seqs; s++)
             bench_start_greedy(b->m, s, b->prompts + (size_t)s * (size_t)b->pp, b->pp);
-        t_pp[i] = timed(b, prefill, n_seqs);
-        t_tg[i] = timed(b, decode, n_seqs);
+        t_pp[i] = timed(b, prefill, pl);
+        t_tg[i] = timed(b, decode, pl);
     }
     double pp = bench_median(t_pp, n_repeat), tg = bench_median(t_tg, n_repeat);
     if (b->rank == 0)
-        printf(
-            "{\"pp\": %d, \"tg\": %d, \"pl\": %d, \"devices\": %d, \"n_kv\": %d, \"t_pp\": %.6f, "
-            "\"speed_pp\": %.2f, \"t_tg\": %.6f, \"speed_tg\": %.2f}\n",
-            b->pp, b->tg, pl, b->o->devices.n, pl * (b->pp + b->tg), pp, pl * b->pp / pp, tg,
-            pl * b->tg / tg);
+        printf("{\"pp\": %d, \"tg\": %d, \"pl\": %d, \"devices\": %d, \"parallel\": \"%s\", "
+               "\"n_kv\": %d, \"t_pp\": %.6f, "
+               "\"speed_pp\": %.2f, \"t_tg\": %.6f, \"speed_tg\": %.2f}\n",
+               b->pp, b->tg, pl, b->o->devices.n, b->o->experts ? "expert" : "replica",
+               pl * (b->pp + b->tg), pp, pl * b->pp / pp, tg, pl * b->tg / tg);
     fflush(stdout);
     free(t_pp);
     free(t_tg);
@@ -199,6 +207,7 @@ static void open_bench(struct bench *b) {
     struct moe_options open = b->o->open;
     open.device = b->o->devices.names[b->rank];
     open.n_ranks = b->o->devices.n;
+    open.rank = b->rank;
     open.limits = (struct moe_limits){.max_batch_tokens = b->max_batch_tokens,
                                       .max_seqs = b->max_seqs,
                                       .max_rows = b->max_seqs,
@@ -220,8 +229,8 @@ static void *bench_main(void *ctx) {
     struct bench *b = ctx;
     open_bench(b);
     bench_start_greedy(b->m, 0, b->prompts, b->pp);
-    (void)timed(b, prefill, 1); /* warm: every page touched, graphs recorded */
-    (void)timed(b, decode, 1);
+    (void)timed(b, prefill, b->o->devices.n); /* warm: every page touched, graphs recorded */
+    (void)timed(b, decode, b->o->devices.n);
     for (int i = 0; i < b->o->n_npl; i++) run(b, b->o->npl[i]);
     moe_close(b->m);
     free(b->prompts);
@@ -233,15 +242,35 @@ static void *bench_main(void *ctx) {
 }
 
 static void parse(int argc, char **argv, struct options *o) {
-    enum { MODEL = 1, DEVICE, THREADS, ISA, PP, TG, NPL, BATCH, REPEAT, BUSY, UTILIZATION, HELP };
-    static const struct option longs[] = {
-        {"model", 1, 0, MODEL},     {"device", 1, 0, DEVICE},
-        {"threads", 1, 0, THREADS}, {"cpu-isa", 1, 0, ISA},
-        {"pp", 1, 0, PP},           {"tg", 1, 0, TG},
-        {"npl", 1, 0, NPL},         {"max-batch-tokens", 1, 0, BATCH},
-        {"repeat", 1, 0, REPEAT},   {"busy", 1, 0, BUSY},
-        {"gpu-memory-utilization", 1, 0, UTILIZATION},
-        {"help", 0, 0, HELP},       {0, 0, 0, 0}};
+    enum {
+        MODEL = 1,
+        DEVICE,
+        PARALLEL,
+        THREADS,
+        ISA,
+        PP,
+        TG,
+        NPL,
+        BATCH,
+        REPEAT,
+        BUSY,
+        UTILIZATION,
+        HELP
+    };
+    static const struct option longs[] = {{"model", 1, 0, MODEL},
+                                          {"device", 1, 0, DEVICE},
+                                          {"parallel", 1, 0, PARALLEL},
+                                          {"threads", 1, 0, THREADS},
+                                          {"cpu-isa", 1, 0, ISA},
+                                          {"pp", 1, 0, PP},
+                                          {"tg", 1, 0, TG},
+                                          {"npl", 1, 0, NPL},
+                                          {"max-batch-tokens", 1, 0, BATCH},
+                                          {"repeat", 1, 0, REPEAT},
+                                          {"busy", 1, 0, BUSY},
+                                          {"gpu-memory-utilization", 1, 0, UTILIZATION},
+                                          {"help", 0, 0, HELP},
+                                          {0, 0, 0, 0}};
     *o = (struct options){.open = {.gpu_memory_utilization = 0.9},
                           .pp = 128,
                           .tg = 32,
@@ -253,6 +282,11 @@ static void parse(int argc, char **argv, struct options *o) {
         switch (c) {
         case MODEL: o->open.model_path = optarg; break;
         case DEVICE: devices = optarg; break;
+        case PARALLEL:
+            o->experts = strcmp(optarg, "expert") == 0;
+            if (o->experts || strcmp(optarg, "replica") == 0) break;
+            fprintf(stderr, "%s: --parallel %s: want replica or expert\n", program, optarg);
+            exit(2);
         case THREADS: o->open.n_threads = bench_int("threads", optarg, 1, 1024); break;
         case ISA: o->open.cpu_isa = optarg; break;
         case PP: o->pp = bench_int("pp", optarg, 1, 1 << 20); break;
@@ -284,6 +318,8 @@ int main(int argc, char **argv) {
     struct options o;
     parse(argc, argv, &o);
     int n = o.devices.n, max_pl = n;
+    struct moe_group_options group = {.n_ranks = n};
+    if (o.experts) bench_require(moe_group_create(&group, NULL, &o.open.group), "group");
     for (int i = 0; i < o.n_npl; i++)
         if (o.npl[i] > max_pl) max_pl = o.npl[i];
     int max_seqs = (max_pl + n - 1) / n;
@@ -308,5 +344,6 @@ int main(int argc, char **argv) {
     }
     for (int i = 0; i < n; i++) pthread_join(benches[i].thread, NULL);
     pthread_barrier_destroy(&meet);
+    moe_group_destroy(o.open.group);
     return 0;
 }

@@ -9,6 +9,8 @@
  *              the bytes a device sends and receives are B * D * 2 * (n-1)/n; devices of several hosts use the
  *              network's latency and rate
  *   overhead   a fixed time per layer for launches and small kernels
+ *   host       experts that fit no device stay in host memory, coldest first by the trace's first half; those that a
+ *              step routes to cross PCIe, each to one device, all devices' links at once, before they can be used
  * and once per step the LM head, split over the devices' sequences. Replicas: no exchange, B/n sequences per
  * device, every device reads what its own tokens route to. */
 #ifndef MOED_BENCH_PLACE_MODEL_H
@@ -19,29 +21,30 @@
 struct place_shape {
     const char *name;
     int32_t n_layers, n_experts, n_used, n_embd;
-    double expert_bytes;        /* gate, up and down of one expert, mean over layers */
-    double attention_bytes;     /* per layer: q, k, v, o and the router */
+    double expert_bytes; /* gate, up and down of one expert, mean over layers */
+    double attention_bytes; /* per layer: q, k, v, o and the router */
     double head_bytes;
-    double kv_bytes_per_token;  /* per layer */
-    double expert_flops;        /* per token and expert */
+    double kv_bytes_per_token; /* per layer */
+    double expert_flops; /* per token and expert */
 };
 const struct place_shape *place_shape_find(const char *name); /* NULL: unknown */
 const char *place_shape_names(void);
 
 struct place_costs {
-    double memory_gbs;   /* device memory, GB/s */
-    double tflops;       /* arithmetic rate of the expert kernels */
+    double memory_gbs; /* device memory, GB/s */
+    double tflops; /* arithmetic rate of the expert kernels */
     double link_gbs, link_us; /* between devices of a host */
-    double net_gbs, net_us;   /* between hosts, per device */
-    double layer_us;     /* fixed, per layer */
+    double net_gbs, net_us; /* between hosts, per device */
+    double pcie_gbs; /* host memory to device, each device */
+    double layer_us; /* fixed, per layer */
     int32_t devices_per_host;
 };
 
 /* A routing trace: tokens per (step, layer, expert). */
 struct place_trace {
     int32_t n_steps, n_layers, n_experts;
-    int32_t batch;     /* tokens per step */
-    int32_t *tokens;   /* [n_steps][n_layers][n_experts], owned */
+    int32_t batch; /* tokens per step */
+    int32_t *tokens; /* [n_steps][n_layers][n_experts], owned */
 };
 /* n_steps steps of `batch` tokens, each routed to n_used distinct experts drawn from Zipf(s) popularity, a
  * different permutation of the experts in each layer. */
@@ -50,17 +53,22 @@ enum status place_trace_zipf(const struct place_shape *shape, int32_t n_steps, i
 /* CSV lines `step,layer,expert,tokens` with that header; steps and layers from 0. */
 enum status place_trace_read(const char *path, const struct place_shape *shape, struct error *e,
                              struct place_trace *out);
+/* As zipf, but experts drawn by the load that a daemon measured (its --expert-load file: CSV lines
+ * layer,expert,devices,tokens). */
+enum status place_trace_load(const struct place_shape *shape, int32_t n_steps, int32_t batch,
+                             const char *path, struct error *e, struct place_trace *out);
 void place_trace_free(struct place_trace *t);
 
 struct place_prediction {
     double step_ms, tokens_per_s;
-    double expert_gb;      /* read per step by the busiest device */
-    double exchange_mb;    /* sent and received per step and device */
-    double imbalance;      /* max / mean device tokens, averaged over layers and steps */
+    double expert_gb; /* read per step by the busiest device */
+    double exchange_mb; /* sent and received per step and device */
+    double pcie_gb; /* per step, of all devices: experts that are kept in host memory */
+    double imbalance; /* max / mean device tokens, averaged over layers and steps */
 };
 
 /* Experts spread over n devices by a plan made from the trace's first half, evaluated on its second half. slots is
- * per device and layer. planned = false: experts in order, no replicas (what one would do without a planner). */
+ * per device and layer; experts beyond slots * n_devices are kept in host memory. planned = false: experts in order, no replicas (what one would do without a planner). */
 enum status place_predict_experts(const struct place_shape *shape, const struct place_costs *costs,
                                   const struct place_trace *trace, int32_t n_devices, int32_t slots,
                                   bool planned, double context, struct error *e,

@@ -19,34 +19,40 @@ const char config_help[] =
     "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
     "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
     "rule\n"
-    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; several of "
-    "one "
-    "kind, such\n"
-    "                            as cuda:0,cuda:1, share the requests\n"
-    "  --parallel MODE           replica (default): each device holds the whole model; expert: "
-    "each "
-    "holds a\n"
-    "                            share of the experts and computes them for all (not yet on cuda)\n"
-    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold each "
-    "once.\n"
-    "                            More give room for copies of those in demand\n"
+    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; several of\n"
+    "                            one kind, such as cuda:0,cuda:1, share the requests\n"
+    "  --parallel MODE           replica (default): each device holds the whole model; expert:\n"
+    "                            each holds a share of the experts and computes them for all (not\n"
+    "                            on cuda yet); auto: each holds all, and what is faster is "
+    "measured\n"
+    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold "
+    "each\n"
+    "                            once. More give room for copies of those in demand\n"
     "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
-    "and "
-    "write what\n"
-    "                            was measured to it at the end (CSV)\n"
+    "and\n"
+    "                            write what was measured to it at the end (CSV)\n"
     "  --threads N               CPU threads, for all devices together; default: all cores\n"
-    "  --cpu-isa NAME            force a kernel set, such as avx2; default: the best there is\n"
-    "  --chat-template NAME      chatml: use ChatML whatever the file says; default: the file's\n"
+    "  --cpu-isa NAME            avx2 or avx512 instead of the best that there is\n"
+    "  --chat-template NAME      chatml, qwen2.5, qwen3 or qwq, whatever the file says; default: "
+    "the "
+    "file's\n"
     "\n"
     "Capacity, of each device (memory follows from it; --check prints the table)\n"
     "  --max-seqs N              sequences that run at once (256)\n"
     "  --max-seq-tokens N        longest prompt and completion together; default: the model's "
     "context\n"
-    "  --max-batch-tokens N      tokens computed in one step (512)\n"
+    "  --max-batch-tokens N      tokens computed in one step (512; on a GPU 2048)\n"
     "  --prefill-chunk N         most prompt tokens of one sequence in a step; default: a whole "
     "step.\n"
     "                            Smaller keeps running streams smoother while long prompts are "
     "read\n"
+    "  --max-itl-ms N            while streams run, steps take prompt tokens only as far as they "
+    "are "
+    "expected\n"
+    "                            to end within N ms; default 0: no bound. A step that takes longer "
+    "with no\n"
+    "                            prompt in it is not helped by this; prompts go on under any "
+    "bound\n"
     "  --kv-blocks N             blocks in the KV pool; default: what memory allows\n"
     "  --block-tokens N          tokens in a KV block, a power of two (16)\n"
     "  --gpu-memory-utilization F  share of a GPU's memory to use (0.90)\n"
@@ -66,6 +72,8 @@ const char config_help[] =
     "once.\n"
     "Exit status: 0 done, 1 the engine was lost or a fault of the daemon, 2 the command line, the\n"
     "model or the socket was not usable.\n";
+
+enum { CPU_BATCH_TOKENS = 512, GPU_BATCH_TOKENS = 2048 };
 
 enum flag {
     F_MODEL = 256,
@@ -94,13 +102,14 @@ _Static_assert(sizeof(int) == sizeof(int32_t), "threads is set as an int32_t");
     { name, offsetof(struct config, field), lo, hi, initial }
 static const struct number_flag numbers[] = {
     NUMBER("threads", threads, 1, 1024, 0),
-    NUMBER("max-batch-tokens", max_batch_tokens, 1, 1 << 16, 512),
+    NUMBER("max-batch-tokens", max_batch_tokens, 1, 1 << 16, 0),
     NUMBER("max-seqs", max_seqs, 1, 1 << 14, 256),
     NUMBER("max-seq-tokens", max_seq_tokens, 2, 1 << 24, 0),
     NUMBER("kv-blocks", kv_blocks, 1, 1 << 28, 0),
     NUMBER("block-tokens", block_tokens, 1, 256, 16),
     NUMBER("experts-per-device", experts_per_device, 1, 1 << 16, 0),
     NUMBER("prefill-chunk", prefill_chunk, 1, 1 << 16, 0),
+    NUMBER("max-itl-ms", max_itl_ms, 0, 60000, 0),
     NUMBER("max-queue", max_queue, 1, 1 << 16, 1024),
     NUMBER("max-queued-tokens", max_queued_tokens, 1, 1 << 30, 1 << 20),
     NUMBER("drain-seconds", drain_seconds, 0, 86400, 30),
@@ -167,9 +176,13 @@ static enum status set_devices(const char *list, struct error *e, struct moe_dev
 }
 
 static enum status set_parallel(const char *arg, struct error *e, enum config_parallel *out) {
-    *out = strcmp(arg, "expert") == 0 ? PARALLEL_EXPERT : PARALLEL_REPLICA;
-    if (*out == PARALLEL_EXPERT || strcmp(arg, "replica") == 0) return ST_OK;
-    return error_set(e, ST_INVALID, "--parallel %s: must be replica or expert", arg);
+    static const char *const names[] = {"replica", "expert", "auto"};
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(arg, names[i]) != 0) continue;
+        *out = (enum config_parallel)i;
+        return ST_OK;
+    }
+    return error_set(e, ST_INVALID, "--parallel %s: must be replica, expert or auto", arg);
 }
 
 static enum status set_word(int flag, const char *arg, struct error *e, struct config *c) {
@@ -241,6 +254,10 @@ enum status config_parse(int argc, char **argv, struct error *e, struct config *
         enum status st = check_together(&c, e);
         if (st != ST_OK) return st;
     }
+    /* A step of a GPU is short; what it reads for one is worth sharing among more tokens. */
+    if (c.max_batch_tokens == 0)
+        c.max_batch_tokens =
+            strncmp(c.devices.names[0], "cuda", 4) == 0 ? GPU_BATCH_TOKENS : CPU_BATCH_TOKENS;
     *out = c;
     return ST_OK;
 }

@@ -8,7 +8,7 @@
 
 enum config_action { CONFIG_SERVE, CONFIG_CHECK, CONFIG_VERSION, CONFIG_HELP };
 
-enum config_parallel { PARALLEL_REPLICA, PARALLEL_EXPERT };
+enum config_parallel { PARALLEL_REPLICA, PARALLEL_EXPERT, PARALLEL_AUTO };
 
 struct config {
     enum config_action action;
@@ -25,6 +25,7 @@ struct config {
     int32_t max_seq_tokens; /* 0: the model's context length */
     int32_t kv_blocks; /* 0: what memory allows */
     int32_t prefill_chunk; /* 0: the whole batch */
+    int32_t max_itl_ms; /* 0: no bound */
     int32_t max_queue, max_queued_tokens;
     int32_t drain_seconds;
     double gpu_memory_utilization;

@@ -6,6 +6,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "daemon/choose.h"
 #include "daemon/config.h"
 #include "daemon/load_file.h"
 #include "daemon/server.h"
@@ -134,6 +135,16 @@ static const struct moe_info *common_info(const struct devices *d) {
 static int serve(const struct config *c, struct text *text, struct net *net,
                  const struct devices *d) {
     struct error e;
+    bool together = d->group != NULL;
+    if (together && c->parallel == PARALLEL_AUTO) {
+        const struct choose_args choose = {d->engines, d->n, d->group, common_info(d)};
+        enum status measured = choose_parallel(&choose, &together);
+        if (measured != ST_OK) {
+            net_close(net);
+            error_set(&e, measured, "the first steps failed: %s", status_name(measured));
+            return complain(&e);
+        }
+    }
     int32_t rank_blocks[MOE_MAX_RANKS];
     bool on_gpu = strncmp(c->devices.names[0], "cuda", 4) == 0;
     for (int i = 0; i < d->n; i++) rank_blocks[i] = moe_info(d->models[i].moe)->limits.n_blocks;
@@ -141,8 +152,9 @@ static int serve(const struct config *c, struct text *text, struct net *net,
                                .info = common_info(d),
                                .n_ranks = d->n,
                                .rank_blocks = rank_blocks,
-                               .lockstep = d->group != NULL,
+                               .lockstep = together,
                                .prefill_chunk = c->prefill_chunk,
+                               .max_itl_ns = (uint64_t)c->max_itl_ms * 1000000u,
                                .max_queue = c->max_queue,
                                .max_queued_tokens = c->max_queued_tokens,
                                .step_ns = on_gpu ? GPU_STEP_NS : 0,
@@ -178,17 +190,28 @@ static enum status create_group(const struct config *c, struct error *e, struct 
         log_event(LOG_INFO, "daemon", "expert_load", "file=\"%s\" experts=%zu", c->expert_load,
                   n_load);
     }
-    const struct moe_group_options o = {.n_ranks = c->devices.n,
-                                        .experts_per_rank = c->experts_per_device,
-                                        .load = d->load,
-                                        .n_load = n_load};
+    const struct moe_group_options o = {
+        .n_ranks = c->devices.n,
+        .experts_per_rank = c->parallel == PARALLEL_AUTO ? INT32_MAX : c->experts_per_device,
+        .load = d->load,
+        .n_load = n_load};
     return moe_group_create(&o, e, &d->group);
+}
+
+/* Whether a group is worth trying: only auto may decide that it is not. */
+static bool may_share(const struct config *c) {
+    if (c->parallel != PARALLEL_AUTO) return true;
+    bool cuda = strncmp(c->devices.names[0], "cuda", 4) == 0;
+    if (c->devices.n > 1 && !cuda) return true;
+    log_event(LOG_INFO, "daemon", "parallel", "mode=replica why=\"%s\"",
+              cuda ? "the CUDA backend has no expert parallelism" : "one device");
+    return false;
 }
 
 static enum status open_models(const struct config *c, struct error *e, struct devices *d) {
     void *ctxs[MOE_MAX_RANKS];
     d->n = c->devices.n;
-    if (c->parallel == PARALLEL_EXPERT) {
+    if (c->parallel != PARALLEL_REPLICA && may_share(c)) {
         enum status st = create_group(c, e, d);
         if (st != ST_OK) return st;
     }

@@ -33,8 +33,8 @@ struct net {
 static enum status check_endpoint(const char *endpoint, struct error *e) {
     if (strncmp(endpoint, "tcp://", 6) == 0)
         return error_set(e, ST_UNSUPPORTED,
-                         "%s: only ipc:// endpoints are served; reach other machines through the "
-                         "HTTP gateway or an ssh tunnel to the ipc socket",
+                         "%s: only ipc:// endpoints are served; from other machines, forward the "
+                         "socket (ssh -L)",
                          endpoint);
     if (strncmp(endpoint, "ipc://", 6) != 0 || endpoint[6] == '\0' || endpoint[6] == '*')
         return error_set(e, ST_INVALID, "%s: an endpoint is ipc:// and the path of a socket",

@@ -124,7 +124,9 @@ static void on_text_question(struct server *v, struct session *s, const struct w
         job.n_messages = msg->tokenize.n_messages;
         job.parse_special = msg->tokenize.parse_special;
     }
-    if (s->n_questions >= SESSION_MAX_INFLIGHT)
+    if (submit_check_ids(v, job.ids, job.n_ids, "ids", &e) != ST_OK) {
+        /* e says it */
+    } else if (s->n_questions >= SESSION_MAX_INFLIGHT)
         error_set(&e, ST_QUOTA, "%d questions of this session wait, the most allowed",
                   s->n_questions);
     else if (textwork_submit(v->textwork, &job) != ST_OK)

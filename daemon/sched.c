@@ -196,10 +196,13 @@ static void take_row(struct sched *s, int32_t idx, const struct moe_row *row,
 
 int32_t sched_apply(struct sched *s, struct sched_plan *plan, const struct moe_result *result,
                     uint64_t now_ns, struct sched_token *out) {
-    (void)now_ns;
     CHECK(s->n_out > 0);
     const struct sched_out *o = &s->out[s->first_out];
     CHECK(plan->number == o->number && result->n_rows == o->n_rows);
+    /* It ran from when it was planned, or from when the one before it ended. */
+    uint64_t start_ns = o->planned_ns > s->applied_ns ? o->planned_ns : s->applied_ns;
+    pace_learn(&s->pace, o->n_tokens, now_ns > start_ns ? now_ns - start_ns : 0);
+    s->applied_ns = now_ns;
     int32_t n = 0;
     for (int32_t i = 0; i < o->n_rows; i++) {
         const struct sched_row *r = &o->rows[i];

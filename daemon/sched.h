@@ -31,6 +31,9 @@
  * dropped when its row arrives: sched_apply reports only rows of live sequences. Blocks may be
  * reused at once, because the engine runs steps in order.
  *
+ * How long a step took is the time between its plan, or the results before it, and its results; a plan
+ * that decodes is sized by that for max_itl_ns.
+ *
  * Invariants (sched_check): scheduled <= known + out <= limit; blocks == ceil(scheduled / B); one
  * state; a slot belongs to one running sequence; lists in order; plan tokens <= max_batch_tokens;
  * each sequence at most once per plan.
@@ -55,6 +58,9 @@ struct sched_limits {
     /* Prompt tokens waiting; over it sched_add says ST_OVERLOADED, unless none waits. */
     int32_t max_queued_tokens;
     int32_t prefill_chunk; /* most prompt tokens of one sequence in a step; 0 = the whole budget */
+    /* Steps that decode hold no more prompt tokens than are expected to end within it (pace.h), but a block's
+     * worth at least, so that prompts get on under any bound. 0 = no bound. */
+    uint64_t max_itl_ns;
 };
 
 /* Names a sequence until sched_remove; generation tells a reused index apart. */

@@ -94,11 +94,22 @@ static int32_t chunk_of(const struct sched *s, const struct seq *q, int32_t n_bu
     return n < n_budget ? n : n_budget;
 }
 
+/* The step's tokens, when streams wait for its end. */
+static int32_t budget_in_time(const struct sched *s, int32_t n_decoding) {
+    int32_t most = s->limits.max_batch_tokens;
+    if (s->limits.max_itl_ns == 0 || n_decoding == 0) return most;
+    /* A tenth is left for what the estimate misses and for sending. */
+    int32_t n = pace_tokens(&s->pace, s->limits.max_itl_ns / 10 * 9);
+    if (n < n_decoding + s->block_tokens) n = n_decoding + s->block_tokens;
+    return n < most ? n : most;
+}
+
 /* How many tokens each running sequence gets in this plan (n_step), with the blocks for them. */
 static void reserve(struct sched *s, struct picking *k) {
     for (int32_t c = 0; c < SCHED_N_PRIORITIES; c++)
         for (int32_t i = s->running[c].head; i >= 0; i = s->seqs[i].next)
             k->n_decoding += s->seqs[i].decoding && can_run(&s->seqs[i]);
+    k->n_budget = budget_in_time(s, k->n_decoding);
     for (int32_t c = 0; c < SCHED_N_PRIORITIES; c++) {
         for (int32_t i = s->running[c].head; i >= 0; i = s->seqs[i].next) {
             struct seq *q = &s->seqs[i];
@@ -220,7 +231,7 @@ bool sched_plan(struct sched *s, uint64_t now_ns, struct sched_plan *plan) {
     CHECK(s->n_out < MOE_MAX_IN_FLIGHT);
     plan->step = (struct moe_step){.seqs = plan->seqs, .ids = plan->ids, .blocks = plan->blocks};
     plan->n_starts = plan->n_decode_tokens = plan->n_prefill_tokens = plan->n_preempted = 0;
-    struct picking k = {.plan = plan, .n_budget = s->limits.max_batch_tokens};
+    struct picking k = {.plan = plan};
     struct sched_out *o = &s->out[(s->first_out + s->n_out) % MOE_MAX_IN_FLIGHT];
     o->n_rows = 0;
     reserve(s, &k);
@@ -229,6 +240,8 @@ bool sched_plan(struct sched *s, uint64_t now_ns, struct sched_plan *plan) {
     if (plan->step.n_seqs == 0) return false;
     copy_tables(s, plan);
     plan->number = o->number = ++s->n_plans;
+    o->planned_ns = now_ns;
+    o->n_tokens = plan->step.n_tokens;
     s->n_out++;
     s->n_prompt_tokens += (uint64_t)plan->n_prefill_tokens;
     s->n_decode_tokens += (uint64_t)plan->n_decode_tokens;

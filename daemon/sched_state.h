@@ -3,6 +3,7 @@
 #ifndef MOED_DAEMON_SCHED_STATE_H
 #define MOED_DAEMON_SCHED_STATE_H
 
+#include "daemon/pace.h"
 #include "daemon/sched.h"
 
 enum seq_state {
@@ -47,8 +48,8 @@ struct sched_row {
 };
 
 struct sched_out {
-    uint64_t number;
-    int32_t n_rows;
+    uint64_t number, planned_ns;
+    int32_t n_tokens, n_rows;
     struct sched_row *rows; /* [max_running] */
 };
 
@@ -70,6 +71,8 @@ struct sched {
 
     struct sched_out out[MOE_MAX_IN_FLIGHT]; /* outstanding plans, a ring */
     int32_t first_out, n_out;
+    struct pace pace; /* learnt from the steps applied */
+    uint64_t applied_ns; /* when the last plan's results came */
     uint64_t next_arrival;
     uint64_t n_preempted, n_plans, n_prompt_tokens, n_decode_tokens;
 };

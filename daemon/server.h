@@ -22,6 +22,7 @@ struct server_options {
     const int32_t
         *rank_blocks; /* [n_ranks] where KV pools differ; NULL: as in info; borrowed by create */
     int32_t prefill_chunk; /* 0: the whole batch */
+    uint64_t max_itl_ns; /* time between a running stream's tokens that prompts may not exceed; 0: any */
     int32_t max_queue; /* requests, and sequences, that may wait beside max_seqs running ones */
     int32_t max_queued_tokens;
     int32_t max_sessions; /* 0: 1024 */

@@ -106,6 +106,9 @@ void receive_message(struct server *v, const struct net_message *m);
 
 /* ---- submit.c */
 void submit_receive(struct server *v, struct session *s, const struct wire_msg *msg);
+/* ST_INVALID, with `what` named: a token that the vocabulary does not have. */
+enum status submit_check_ids(const struct server *v, const int32_t *ids, size_t n, const char *what,
+                             struct error *e);
 void submit_tokenized(struct server *v, const struct text_result *result);
 
 /* ---- step.c */

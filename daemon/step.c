@@ -12,7 +12,8 @@ static enum status create_rank(struct server *v, const struct moe_limits *l, str
                                   .max_sequences = l->max_seqs + v->o.max_queue,
                                   .max_seq_tokens = v->o.info->limits.max_seq_tokens,
                                   .max_queued_tokens = most > 0 ? most : 1,
-                                  .prefill_chunk = v->o.prefill_chunk};
+                                  .prefill_chunk = v->o.prefill_chunk,
+                                  .max_itl_ns = v->o.max_itl_ns};
     int32_t max_blocks = (limits.max_seq_tokens + l->block_tokens - 1) / l->block_tokens;
     struct paging_limits paging = {.n_blocks = l->n_blocks,
                                    .block_tokens = l->block_tokens,

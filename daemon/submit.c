@@ -37,7 +37,7 @@ static enum status check_session(struct server *v, const struct session *s,
     return ST_OK;
 }
 
-static enum status check_ids(struct server *v, const int32_t *ids, size_t n, const char *what,
+enum status submit_check_ids(const struct server *v, const int32_t *ids, size_t n, const char *what,
                              struct error *e) {
     int32_t n_vocab = v->o.info->shape.n_vocab;
     for (size_t i = 0; i < n; i++)
@@ -53,7 +53,7 @@ static enum status check_fields(struct server *v, const struct wire_submit *w, s
         if (w->sampling.bias[i].token >= n_vocab)
             return error_set(e, ST_INVALID, "bias: token %d does not exist, the vocabulary has %d",
                              w->sampling.bias[i].token, n_vocab);
-    enum status st = check_ids(v, w->stop_ids, w->n_stop_ids, "stop_ids", e);
+    enum status st = submit_check_ids(v, w->stop_ids, w->n_stop_ids, "stop_ids", e);
     if (st != ST_OK) return st;
     if (w->n > (uint32_t)v->max_sequences)
         return error_set(e, ST_INVALID, "n is %u: this daemon has room for %d sequences", w->n,
@@ -63,7 +63,7 @@ static enum status check_fields(struct server *v, const struct wire_submit *w, s
         return error_set(e, ST_TOO_LONG,
                          "the prompt has %zu tokens: with one to complete, at most %zu fit",
                          w->n_prompt_ids, max - 1);
-    return check_ids(v, w->prompt_ids, w->n_prompt_ids, "prompt_ids", e);
+    return submit_check_ids(v, w->prompt_ids, w->n_prompt_ids, "prompt_ids", e);
 }
 
 /* ---- the request ---------------------------------------------------------------------------- */

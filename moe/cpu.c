@@ -316,6 +316,7 @@ static enum status cpu_slot_start(struct backend *b, const struct moe_slot_start
 static enum status cpu_step_begin(struct backend *b, const struct moe_step *step, bool *issue) {
     struct cpu *c = cpu_of(b);
     c->begun_ns = clock_now_ns();
+    c->peers = exchange_in_use(c->exchange);
     batch_set(&c->batch, step, c->sampler);
     cpu_rope_begin(c);
     cpu_attend_begin(c);

@@ -107,8 +107,9 @@ struct cpu {
     int32_t *groups; /* [E] experts with tokens, the largest group first */
     int32_t n_groups;
 
-    struct exchange
-        *exchange; /* NULL: all experts are computed here, for this rank's tokens only */
+    struct exchange *exchange; /* or NULL */
+    /* exchange, or NULL: this step's experts are computed here, for its own tokens only */
+    struct exchange *peers;
     struct buf inputs; /* exchange: [work tokens][D] */
     uint8_t *inputs_q; /* quantised, as x_q */
     struct buf
@@ -127,7 +128,7 @@ static inline struct cpu *cpu_of(struct backend *b) { return (struct cpu *)(void
 
 /* What this rank computes experts for. */
 static inline const struct route *cpu_work(const struct cpu *c) {
-    return c->exchange ? &c->exchange->work : &c->route;
+    return c->peers ? &c->peers->work : &c->route;
 }
 static inline int32_t cpu_max_work_tokens(const struct cpu *c) {
     return c->exchange ? exchange_max_tokens(c->exchange) : c->limits.max_batch_tokens;

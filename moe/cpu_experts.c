@@ -83,10 +83,10 @@ enum status cpu_route(struct backend *b, const struct op_route *op) {
     c->x_q_of = c->x_q ? op->x : NULL;
     route_sort(&c->route, n);
     c->counters.expert_reads_ungrouped += (uint64_t)n * (uint64_t)c->route.n_used;
-    if (c->exchange) {
-        enum status st = exchange_route(c->exchange, op->layer, &c->route, rows_of_buf(op->x));
+    if (c->peers) {
+        enum status st = exchange_route(c->peers, op->layer, &c->route, rows_of_buf(op->x));
         if (st != ST_OK) return st;
-        exchange_gather(c->exchange, c->inputs.f, c->inputs.stride * sizeof *c->inputs.f);
+        exchange_gather(c->peers, c->inputs.f, c->inputs.stride * sizeof *c->inputs.f);
     }
     cpu_route_done(c);
     return ST_OK;
@@ -261,15 +261,15 @@ enum status cpu_experts_up(struct backend *b, const struct op_experts_up *op) {
     const struct cpu_matrix *gate = &op->gate->matrix, *up = &op->up->matrix;
     CHECK(gate->p && up->p && gate->n_rows == up->n_rows && gate->n_cols == up->n_cols);
     bool quantized = cpu_matrix_quantized(gate) || cpu_matrix_quantized(up);
-    if (quantized && c->exchange) {
+    if (quantized && c->peers) {
         requantize(c, &c->inputs, c->inputs_q, CPU_PLANES_UP, cpu_work(c)->n_tokens);
     } else if (quantized && c->x_q_of != op->x) {
         requantize(c, op->x, c->x_q, CPU_PLANES_UP, c->batch.n_tokens);
         c->x_q_of = op->x;
     }
     struct experts x = {.c = c,
-                        .src = c->exchange ? &c->inputs : op->x,
-                        .src_q = c->exchange ? c->inputs_q : c->x_q,
+                        .src = c->peers ? &c->inputs : op->x,
+                        .src_q = c->peers ? c->inputs_q : c->x_q,
                         .planes = CPU_PLANES_UP,
                         .by_token = true,
                         .gate = gate,
@@ -327,10 +327,10 @@ enum status cpu_experts_down(struct backend *b, const struct op_experts_down *op
                         .n_parts = down->n_tiles};
     run_experts(&x);
     struct combine m = {.c = c, .y = op->y, .h = op->h};
-    if (c->exchange) {
-        enum status st = exchange_products(c->exchange, op->layer, rows_of_buf(op->y));
+    if (c->peers) {
+        enum status st = exchange_products(c->peers, op->layer, rows_of_buf(op->y));
         if (st != ST_OK) return st;
-        exchange_return(c->exchange, op->layer, &c->route, c->returned.f,
+        exchange_return(c->peers, op->layer, &c->route, c->returned.f,
                         c->returned.stride * sizeof *c->returned.f);
         m.y = &c->returned;
     }

@@ -51,6 +51,7 @@ struct moe_group {
     int32_t max_tokens;
     struct shares shares; /* rank 0 writes, between two meetings at which nobody reads */
     _Atomic uint64_t *load; /* [L][E] since the beginning */
+    bool apart; /* ranks compute alone, until told otherwise */
     bool moving; /* shares.next is to be taken before the next layer 0 */
     struct member members[MOE_MAX_RANKS];
 };
@@ -96,6 +97,16 @@ static size_t n_cells(const struct moe_group *g) {
 void moe_group_load(const struct moe_group *g, uint64_t *dst) {
     for (size_t i = 0; i < n_cells(g); i++)
         dst[i] = atomic_load_explicit(&g->load[i], memory_order_relaxed);
+}
+
+enum status moe_group_use(struct moe_group *g, bool together) {
+    if (!together && g->shares.slots < g->shape.n_experts) return ST_UNSUPPORTED;
+    g->apart = !together;
+    return ST_OK;
+}
+
+struct exchange *exchange_in_use(struct exchange *x) {
+    return x && !x->group->apart ? x : NULL;
 }
 
 void moe_group_held(const struct moe_group *g, uint16_t *dst) {

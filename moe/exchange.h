@@ -52,6 +52,9 @@ void exchange_close(struct exchange *x);
 /* Something else failed here: the others' waits end, with ST_ENGINE_LOST. */
 void exchange_fail(struct moe_group *g);
 
+/* x, or NULL if x is NULL or its ranks compute alone. Asked at the beginning of a step, and true for all of it. */
+struct exchange *exchange_in_use(struct exchange *x);
+
 /* Tokens and routed rows that may become this rank's work. */
 int32_t exchange_max_tokens(const struct exchange *x);
 uint64_t exchange_bytes(const struct exchange *x);

@@ -79,6 +79,10 @@ struct moe_group_options {
 enum status moe_group_create(const struct moe_group_options *o, struct error *e,
                              struct moe_group **out);
 void moe_group_destroy(struct moe_group *g); /* NULL is fine */
+/* Whether the ranks compute their experts together (as they do at first) or each alone, as replicas; the tokens are
+ * the same. ST_UNSUPPORTED: alone, but some rank does not hold all experts. The models are open, and no step
+ * is out. */
+enum status moe_group_use(struct moe_group *g, bool together);
 /* For tests and tools: tokens routed since the group began, [L][E], L and E as in moe_info. Any thread. */
 void moe_group_load(const struct moe_group *g, uint64_t *dst);
 /* Likewise who holds each expert, a bit for each rank. No step may be out. */

@@ -53,8 +53,9 @@ struct reference {
     size_t kv_tokens; /* n_blocks * B */
     struct batch batch; /* of the current step */
     struct route route;
-    struct exchange
-        *exchange; /* NULL: all experts are computed here, for this rank's tokens only */
+    struct exchange *exchange; /* or NULL */
+    /* exchange, or NULL: this step's experts are computed here, for its own tokens only */
+    struct exchange *peers;
     float *inputs; /* exchange: [work tokens][D] */
     float *returned; /* exchange: [T * K][D] products of this rank's tokens, in its routing order */
     struct sampler *sampler;
@@ -355,6 +356,7 @@ static enum status reference_step_begin(struct backend *b, const struct moe_step
                                         bool *issue) {
     struct reference *r = of(b);
     r->begun_ns = clock_now_ns();
+    r->peers = exchange_in_use(r->exchange);
     batch_set(&r->batch, step, r->sampler);
     *issue = true;
     return ST_OK;
@@ -480,21 +482,21 @@ static enum status reference_route(struct backend *b, const struct op_route *op)
                     r->route.weights + (size_t)t * (size_t)k);
     route_sort(&r->route, n_tokens);
     r->counters.expert_reads_ungrouped += (uint64_t)n_tokens * (uint64_t)k;
-    if (!r->exchange) return ST_OK;
-    enum status st = exchange_route(r->exchange, op->layer, &r->route, rows_of(op->x));
-    if (st == ST_OK) exchange_gather(r->exchange, r->inputs, rows_of(op->x).stride);
+    if (!r->peers) return ST_OK;
+    enum status st = exchange_route(r->peers, op->layer, &r->route, rows_of(op->x));
+    if (st == ST_OK) exchange_gather(r->peers, r->inputs, rows_of(op->x).stride);
     return st;
 }
 
 /* What this rank computes experts for. */
 static const struct route *work_of(const struct reference *r) {
-    return r->exchange ? &r->exchange->work : &r->route;
+    return r->peers ? &r->peers->work : &r->route;
 }
 
 static enum status reference_experts_up(struct backend *b, const struct op_experts_up *op) {
     struct reference *r = of(b);
     const struct route *route = work_of(r);
-    const float *inputs = r->exchange ? r->inputs : op->x->p;
+    const float *inputs = r->peers ? r->inputs : op->x->p;
     size_t d = (size_t)op->gate->n_cols, f = (size_t)op->gate->n_rows;
     for (int32_t e = 0; e < route->n_experts; e++) {
         int32_t first = route->expert_first[e], n = route->expert_first[e + 1] - first;
@@ -541,10 +543,10 @@ static enum status reference_experts_down(struct backend *b, const struct op_exp
         if (n > 0) matmul(r, op->down, e, buf_row(op->act, first), n, buf_row(op->y, first));
     }
     const float *y = op->y->p;
-    if (r->exchange) {
-        enum status st = exchange_products(r->exchange, op->layer, rows_of(op->y));
+    if (r->peers) {
+        enum status st = exchange_products(r->peers, op->layer, rows_of(op->y));
         if (st != ST_OK) return st;
-        exchange_return(r->exchange, op->layer, &r->route, r->returned, rows_of(op->y).stride);
+        exchange_return(r->peers, op->layer, &r->route, r->returned, rows_of(op->y).stride);
         y = r->returned;
     }
     combine(r, y, op->h);

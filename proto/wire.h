@@ -292,8 +292,11 @@ struct wire_msg {
 enum status wire_header_decode(const void *p, size_t n, struct error *e, struct wire_header *out);
 void wire_header_encode(const struct wire_header *h, uint8_t out[WIRE_HEADER_BYTES]);
 
+/* What a body may use beside 8 times its bytes: WIRE_MAX_MESSAGES of the shortest messages fit. */
+enum { WIRE_BUDGET_BYTES = 256 << 10 };
+
 /* Decode and validate the body that belongs to header h. All memory comes from the arena (which the
- * caller resets after use): at most min(8 * n + 64 KiB, 32 MiB) of it. Errors: ST_INVALID with the
+ * caller resets after use): at most min(8 * n + 256 KiB, 32 MiB) of it. Errors: ST_INVALID with the
  * field named (malformed, out of range, not UTF-8, not finite, too many of something, n differs
  * from h->body_bytes); ST_TOO_LARGE when the budget runs out; ST_UNIMPLEMENTED for an unknown type.
  * *out is written only on ST_OK. */

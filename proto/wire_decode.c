@@ -606,10 +606,10 @@ static const ProtobufCMessageDescriptor *descriptor_of(uint16_t type) {
     }
 }
 
-/* The part of a that a body of n bytes may use: min(8 n + 64 KiB, 32 MiB) above its mark. */
+/* The part of a that a body of n bytes may use: min(8 n + 256 KiB, 32 MiB) above its mark. */
 static struct arena budget(const struct arena *a, size_t n) {
     size_t most = (size_t)32 << 20, end;
-    if (n < (most - 65536) / 8) most = 8 * n + 65536;
+    if (n < (most - WIRE_BUDGET_BYTES) / 8) most = 8 * n + WIRE_BUDGET_BYTES;
     struct arena part = *a;
     if (size_add(a->used_bytes, most, &end) && end < part.cap_bytes) part.cap_bytes = end;
     return part;

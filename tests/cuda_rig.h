@@ -36,10 +36,11 @@ struct bufs {
 #define pair_ops(p, i) backend_ops_of((p)->b[i])
 
 /* Run one call on both backends, as in BOTH(p, i, pair_ops(p, i)->embed((p)->b[i], …)). */
-#define BOTH(p, i, call) \
+#define BOTH(p, i, call)                                                                           \
     for (int i = 0; i < N_BACKENDS; i++) assert_int_equal((call), ST_OK)
 
-static inline struct pair pair_open(const struct model_shape *shape, const struct moe_limits *limits) {
+static inline struct pair pair_open(const struct model_shape *shape,
+                                    const struct moe_limits *limits) {
     struct pair p = {.shape = *shape, .limits = *limits, .rng = 1};
     struct backend_config c = {.shape = *shape,
                                .limits = *limits,
@@ -73,7 +74,8 @@ static inline void put_f16(uint8_t *p, float f) {
 }
 
 /* One block of random weights, all of its bits in use; values up to a few times 0.1 * size. */
-static inline void random_block(uint64_t *rng, enum tensor_type type, float size, uint8_t *p, int n_bytes) {
+static inline void random_block(uint64_t *rng, enum tensor_type type, float size, uint8_t *p,
+                                int n_bytes) {
     float d = size * test_uniform(rng, 0.5f, 1.5f);
     for (int i = 0; i < n_bytes; i++) p[i] = (uint8_t)(test_random(rng) >> 32);
     switch (type) {
@@ -116,7 +118,8 @@ static inline struct weights pair_weights(struct pair *p, enum tensor_type type,
     struct memory_source m;
     int32_t per_block, block_bytes;
     size_t n = (size_t)n_experts * (size_t)n_rows * (size_t)n_cols;
-    assert_true(tensor_type_bytes(type, n, &m.n) && tensor_type_block(type, &per_block, &block_bytes));
+    assert_true(tensor_type_bytes(type, n, &m.n) &&
+                tensor_type_block(type, &per_block, &block_bytes));
     m.p = malloc(m.n);
     for (size_t at = 0; at < m.n; at += (size_t)block_bytes)
         random_block(&p->rng, type, size, m.p + at, block_bytes);
@@ -158,7 +161,8 @@ static inline struct weights pair_norm(struct pair *p, int32_t n) {
 
 /* ---- buffers --------------------------------------------------------------------------------------- */
 
-static inline struct bufs pair_bufs(struct pair *p, enum buf_rows rows, enum buf_kind kind, int32_t n_cols) {
+static inline struct bufs pair_bufs(struct pair *p, enum buf_rows rows, enum buf_kind kind,
+                                    int32_t n_cols) {
     struct bufs f = {.n_cols = n_cols};
     f.n_rows = rows == BUF_HEAD     ? p->limits.max_rows
                : rows == BUF_TOKENS ? p->limits.max_batch_tokens

@@ -44,7 +44,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         CHECK(e.code == st && strlen(e.text) > 0 && arena.used_bytes == 0);
         return 0;
     }
-    CHECK(arena.used_bytes <= 8 * n + 65536);
+    CHECK(arena.used_bytes <= 8 * n + WIRE_BUDGET_BYTES);
     CHECK(wire_broken_promise(&m) == NULL);
     if (wire_encode(&m, &scratch, encoded, sizeof encoded, &len) != ST_OK) {
         CHECK(len > sizeof encoded);

@@ -117,18 +117,31 @@ static void test_tensors(void **state) {
                               .read = never};
     assert_int_equal(backend_ops_of(b)->weight_load(b, &s, &e, &w), ST_UNSUPPORTED);
     assert_non_null(strstr(e.text, "blk.0.odd"));
-    s = (struct weight_source){"blk.0.type", (enum tensor_type)99, 1, 16, 256, 16 * 256, never, NULL};
+    s = (struct weight_source){.name = "blk.0.type",
+                               .type = (enum tensor_type)99,
+                               .n_experts = 1,
+                               .n_rows = 16,
+                               .n_cols = 256,
+                               .n_bytes = 16 * 256,
+                               .read = never};
     assert_int_equal(backend_ops_of(b)->weight_load(b, &s, &e, &w), ST_UNSUPPORTED);
     assert_non_null(strstr(e.text, "blk.0.type"));
-    s = (struct weight_source){"blk.0.gone", TENSOR_Q4_K, 1, 16, 256, 16 * 144, never, NULL};
+    s = (struct weight_source){.name = "blk.0.gone",
+                               .type = TENSOR_Q4_K,
+                               .n_experts = 1,
+                               .n_rows = 16,
+                               .n_cols = 256,
+                               .n_bytes = 16 * 144,
+                               .read = never};
     assert_int_equal(backend_ops_of(b)->weight_load(b, &s, &e, &w), ST_IO);
     backend_ops_of(b)->close(b);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_devices), cmocka_unit_test(test_shapes), cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_pool),    cmocka_unit_test(test_tensors),
+        cmocka_unit_test(test_devices), cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_memory),  cmocka_unit_test(test_pool),
+        cmocka_unit_test(test_tensors),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -42,11 +42,12 @@ static void check(const char *what, enum tensor_type type, int32_t cols, int32_t
                  error);
 }
 
-/* h += W x for every type and 1, 2, 3, 4, 5 and 8 panels of columns; tokens around each tile's border. Rows are not a
+/* h += W x for every type and 1, 2, 3, 4, 5, 8 and 16 panels of columns (two parts); tokens around each tile's border. Rows are not a
  * multiple of any tile. */
 static void test_linear_add(void **state) {
     (void)state;
-    static const int32_t columns[] = {256, 512, 768, 1024, 1280, 2048};
+    enum { N_COLUMNS = 7 };
+    static const int32_t columns[N_COLUMNS] = {256, 512, 768, 1024, 1280, 2048, 4096};
     static const int32_t tokens[] = {1, 7, 8, 9, 16, 17, 33, 48, 65, 130};
     double worst = 0;
     struct moe_limits l = limits_of(130);
@@ -54,15 +55,15 @@ static void test_linear_add(void **state) {
     shape.n_embd = 768;
     struct pair p = pair_open(&shape, &l);
     struct bufs h = pair_bufs(&p, BUF_TOKENS, BUF_EXACT, 768);
-    struct bufs x[6];
-    struct weights w[N_TYPES][6];
-    for (int c = 0; c < 6; c++) {
+    struct bufs x[N_COLUMNS];
+    struct weights w[N_TYPES][N_COLUMNS];
+    for (int c = 0; c < N_COLUMNS; c++) {
         x[c] = pair_bufs(&p, BUF_TOKENS, BUF_INNER, columns[c]);
         for (int t = 0; t < N_TYPES; t++)
             w[t][c] = pair_weights(&p, all_types[t], 1, 768, columns[c], 1.0f);
     }
     pair_ready(&p);
-    for (int c = 0; c < 6; c++)
+    for (int c = 0; c < N_COLUMNS; c++)
         for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k++)
             for (int t = 0; t < N_TYPES; t++) {
                 if (t >= 2 && (int)(k + (size_t)t) % 3 != c % 3) continue; /* a third of the rarer types */
@@ -79,6 +80,53 @@ static void test_linear_add(void **state) {
                 pair_end(&p);
             }
     print_message("linear_add: worst error %.2e\n", worst);
+    pair_close(&p);
+}
+
+/* A token's result, bit for bit, whatever kernel the size of its step chooses: mma.sync and wgmma, tiles of every
+ * width, one part and two. */
+static void test_any_step(void **state) {
+    (void)state;
+    enum { MOST = 400, N_ROWS = 768 };
+    static const int32_t columns[] = {256, 2048, 4096}, tokens[] = {1, 8, 9, 16, 24, 32, 48, 100, 300};
+    struct moe_limits l = limits_of(MOST);
+    struct model_shape shape = small;
+    shape.n_embd = N_ROWS;
+    struct pair p = pair_open(&shape, &l);
+    struct bufs h = pair_bufs(&p, BUF_TOKENS, BUF_EXACT, N_ROWS), x[3];
+    struct weights w[N_TYPES][3];
+    for (int c = 0; c < 3; c++) {
+        x[c] = pair_bufs(&p, BUF_TOKENS, BUF_INNER, columns[c]);
+        for (int t = 0; t < N_TYPES; t++)
+            w[t][c] = pair_weights(&p, all_types[t], 1, N_ROWS, columns[c], 1.0f);
+    }
+    pair_ready(&p);
+    const struct backend_ops *gpu = pair_ops(&p, GPU);
+    float *zeros = calloc((size_t)MOST * N_ROWS, sizeof *zeros), *whole = NULL;
+    for (int c = 0; c < 3; c++)
+        for (int t = 0; t < N_TYPES; t++) {
+            pair_fill(&p, &x[c], MOST, 2.0f);
+            for (int k = -1; k < (int)(sizeof tokens / sizeof *tokens); k++) {
+                int32_t n = k < 0 ? MOST : tokens[k];
+                assert_int_equal(gpu->buf_write(p.b[GPU], h.b[GPU], 0, n, zeros), ST_OK);
+                pair_begin(&p, 0, n, MOE_ROWS_NONE);
+                const struct op_linear_add op = {.x = x[c].b[GPU], .w = w[t][c].w[GPU], .h = h.b[GPU]};
+                assert_int_equal(gpu->linear_add(p.b[GPU], &op), ST_OK);
+                float *got = pair_read(&p, GPU, &h, n);
+                pair_end(&p);
+                if (k < 0) {
+                    whole = got;
+                    continue;
+                }
+                for (int32_t i = 0; i < n * N_ROWS; i++)
+                    if (memcmp(&got[i], &whole[i], sizeof *got) != 0)
+                        fail_msg("type %d, %d columns: token %d differs in a step of %d", (int)all_types[t],
+                                 (int)columns[c], (int)(i / N_ROWS), (int)n);
+                free(got);
+            }
+            free(whole);
+        }
+    free(zeros);
     pair_close(&p);
 }
 
@@ -379,7 +427,8 @@ static void test_embed_and_head(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_linear_add),  cmocka_unit_test(test_weight_sizes),
+        cmocka_unit_test(test_linear_add),  cmocka_unit_test(test_any_step),
+        cmocka_unit_test(test_weight_sizes),
         cmocka_unit_test(test_norm_linear), cmocka_unit_test(test_experts),
         cmocka_unit_test(test_group_sizes), cmocka_unit_test(test_route),
         cmocka_unit_test(test_embed_and_head),

@@ -40,6 +40,11 @@ static void test_defaults(void **state) {
     assert_true(c.gpu_memory_utilization == 0.90);
     assert_null(c.cpu_isa);
     assert_null(c.chat_template);
+    assert_int_equal(c.max_itl_ms, 0);
+    assert_int_equal(parse(&c, &e, "--device=cuda:0", "--model", "m.gguf"), ST_OK);
+    assert_int_equal(c.max_batch_tokens, 2048);
+    assert_int_equal(parse(&c, &e, "--max-batch-tokens=77", "--device=cuda:0", "--model=m"), ST_OK);
+    assert_int_equal(c.max_batch_tokens, 77);
 }
 
 static void test_endpoint_rule(void **state) {
@@ -70,15 +75,11 @@ static void test_ranges(void **state) {
     static const struct {
         const char *flag, *low, *high;
     } numbers[] = {
-        {"--threads", "1", "1024"},
-        {"--max-batch-tokens", "1", "65536"},
-        {"--max-seqs", "1", "16384"},
-        {"--max-seq-tokens", "2", "16777216"},
-        {"--kv-blocks", "1", "268435456"},
-        {"--block-tokens", "1", "256"},
-        {"--prefill-chunk", "1", "65536"},
-        {"--max-queue", "1", "65536"},
-        {"--max-queued-tokens", "1", "1073741824"},
+        {"--threads", "1", "1024"},        {"--max-batch-tokens", "1", "65536"},
+        {"--max-seqs", "1", "16384"},      {"--max-seq-tokens", "2", "16777216"},
+        {"--kv-blocks", "1", "268435456"}, {"--block-tokens", "1", "256"},
+        {"--prefill-chunk", "1", "65536"}, {"--max-itl-ms", "0", "60000"},
+        {"--max-queue", "1", "65536"},     {"--max-queued-tokens", "1", "1073741824"},
         {"--drain-seconds", "0", "86400"},
     };
     struct config c;
@@ -157,6 +158,7 @@ static void test_actions(void **state) {
                                         "--max-seq-tokens",
                                         "--max-batch-tokens",
                                         "--prefill-chunk",
+                                        "--max-itl-ms",
                                         "--kv-blocks",
                                         "--block-tokens",
                                         "--gpu-memory-utilization",

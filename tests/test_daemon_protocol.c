@@ -545,6 +545,11 @@ static void test_questions(void **state) {
     peer_expect(&p, WIRE_DETOKENIZE_RESULT, 5, &m);
     assert_int_equal(m.text.text.n, strlen(text));
     assert_memory_equal(m.text.text.p, text, strlen(text));
+    int32_t unknown[] = {5, RIG_VOCAB};
+    m = (struct wire_msg){.type = WIRE_DETOKENIZE, .request_id = 7, .ids = {unknown, 2}};
+    peer_send(&p, &m);
+    peer_expect(&p, WIRE_FAILED, 7, &m);
+    assert_int_equal(m.failed.code, ST_INVALID);
 
     struct wire_chat chat[] = {{{(const uint8_t *)"user", 4}, {(const uint8_t *)"hello", 5}}};
     struct error e;

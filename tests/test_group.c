@@ -195,6 +195,34 @@ static void test_tokens(void **state) {
     }
 }
 
+/* Ranks with all experts may compute them alone, and then together again. */
+static void test_apart(void **state) {
+    static struct world alone, w;
+    memset(&alone, 0, sizeof alone);
+    world_open(&alone, *state, NULL);
+    world_run(&alone);
+    world_close(&alone);
+    memset(&w, 0, sizeof w);
+    world_open(&w, *state,
+               &(struct moe_group_options){
+                   .n_ranks = 2, .experts_per_rank = 1000, .timeout_ns = UINT64_C(120000000000)});
+    uint64_t n_rows = 0;
+    for (int round = 0; round < 3; round++) {
+        assert_int_equal(moe_group_use(w.group, round != 1), ST_OK);
+        world_run(&w);
+        check_answers(&w, &alone);
+        uint64_t n = w.ranks[0].counters.expert_rows;
+        assert_int_equal(n > n_rows, round != 1);
+        n_rows = n;
+        for (int r = 0; r < 2; r++) memset(w.ranks[r].n_sampled, 0, sizeof w.ranks[r].n_sampled);
+    }
+    world_close(&w);
+    memset(&w, 0, sizeof w);
+    world_open(&w, *state, &(struct moe_group_options){.n_ranks = 2});
+    assert_int_equal(moe_group_use(w.group, false), ST_UNSUPPORTED);
+    world_close(&w);
+}
+
 /* A rank that stops coming: the others wait no longer than they were told to. */
 static void test_missing_rank(void **state) {
     static struct world w;
@@ -257,6 +285,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate(test_tokens, "reference"),
         cmocka_unit_test_prestate(test_tokens, "cpu"),
+        cmocka_unit_test_prestate(test_apart, "reference"),
+        cmocka_unit_test_prestate(test_apart, "cpu"),
         cmocka_unit_test_prestate(test_missing_rank, "reference"),
         cmocka_unit_test_prestate(test_missing_rank, "cpu"),
         cmocka_unit_test_prestate(test_rank_leaves, "reference"),

@@ -348,7 +348,7 @@ const char *__asan_default_options(void) { return "allocator_may_return_null=1";
 static void test_no_memory(void **state) {
     (void)state;
     struct paging_limits pl = {10, 256, 1, 1 << 20};
-    struct sched_limits l = {1, 1, 1 << 28, 1 << 28, 1, 0};
+    struct sched_limits l = {1, 1, 1 << 28, 1 << 28, 1, 0, 0};
     struct paging *p;
     struct sched *s;
     struct sched_plan plan;
@@ -385,7 +385,7 @@ static void test_create_refuses(void **state) {
         if (i == 9) block_tokens = 8;
         if (i == 10) l.max_batch_tokens = INT32_MAX;
         if (i == 11) l.max_seq_tokens = 65;
-        if (i == 12) l = (struct sched_limits){1, 1, 1, 2, 1, 0};
+        if (i == 12) l = (struct sched_limits){1, 1, 1, 2, 1, 0, 0};
         enum status st = sched_create(&l, p, block_tokens, &s);
         assert_int_equal(st, i == 0 || i >= 11 ? ST_OK : ST_INVALID);
         assert_int_equal(s != NULL, st == ST_OK);

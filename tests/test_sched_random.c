@@ -401,7 +401,7 @@ static void test_no_starvation(void **state) {
 static void test_many(void **state) {
     (void)state;
     struct world w = {.rng = 5, .block_tokens = 4, .n_blocks = 1000, .depth = 2, .n_priorities = 2};
-    w.limits = (struct sched_limits){600, 400, 3000, 40, 1 << 20, 16};
+    w.limits = (struct sched_limits){600, 400, 3000, 40, 1 << 20, 16, 0};
     w.cancel_percent = 1;
     open_world(&w);
     w.n_todo = 2500;
@@ -425,7 +425,7 @@ static void test_schedules_differ(void **state) {
     (void)state;
     struct world tight = {
         .rng = 9, .block_tokens = 2, .n_blocks = 40, .depth = 2, .n_priorities = 1};
-    tight.limits = (struct sched_limits){24, 8, 50, 60, 100000, 0};
+    tight.limits = (struct sched_limits){24, 8, 50, 60, 100000, 0, 0};
     struct world roomy = tight;
     roomy.n_blocks = 4000;
     roomy.depth = 1;

@@ -145,6 +145,7 @@ static const struct rule {
     {WIRE_SUBMIT, "2200 22030a01ff", "", 0, "Submit.messages[1].role is not UTF-8"},
     {WIRE_SUBMIT, "2203120180", "", 0, "Submit.messages[0].content is not UTF-8"},
     {WIRE_SUBMIT, "", "22120a0475736572120a31323334353637383930", 1024, NULL},
+    {WIRE_SUBMIT, "", "22090a0475736572120161", 1024, NULL}, /* however short they are */
     {WIRE_SUBMIT, "", "22120a0475736572120a31323334353637383930", 1025,
      "Submit.messages has 1025 items"},
 
@@ -247,6 +248,7 @@ static const struct rule {
     {WIRE_TOKENIZE, "0a00 1200", "", 0, "Tokenize has 2 of text and messages"},
     {WIRE_TOKENIZE, "0a01ff", "", 0, "Tokenize.text is not UTF-8"},
     {WIRE_TOKENIZE, "12030a01ff", "", 0, "Tokenize.messages[0].role is not UTF-8"},
+    {WIRE_TOKENIZE, "", "12090a0475736572120161", 1024, NULL},
     {WIRE_TOKENIZE, "", "12120a0475736572120a31323334353637383930", 1025,
      "Tokenize.messages has 1025 items"},
     {WIRE_TOKENIZE_RESULT, "0a0a" MINUS_1, "", 0, "TokenizeResult.ids[0] is -1"},
@@ -407,7 +409,7 @@ static void test_amplification(void **state) {
         assert_int_equal(wire_decode(&h, p, n, &own, &e, &m), ST_TOO_LARGE);
         assert_non_null(strstr(e.text, wire_type_name(bad[i].type)));
         assert_int_equal(own.used_bytes, 0);
-        assert_true(untouched(&own, 8 * n + 65536));
+        assert_true(untouched(&own, 8 * n + WIRE_BUDGET_BYTES));
         arena_destroy(&own);
         free(p);
     }

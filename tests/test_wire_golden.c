@@ -209,7 +209,7 @@ static enum status decode(enum wire_type type, const uint8_t *p, size_t n, struc
     arena_reset(&arena);
     enum status st = wire_decode(&h, copy, n, &arena, e, out);
     free(copy);
-    assert_true(arena.used_bytes <= 8 * n + 65536);
+    assert_true(arena.used_bytes <= 8 * n + WIRE_BUDGET_BYTES);
     if (st != ST_OK) assert_int_equal(arena.used_bytes, 0);
     return st;
 }
