@@ -147,12 +147,12 @@ struct cpu_kernels {
 /* How many of n > 0 tokens the next tile takes. */
 static inline int cpu_tile_width(const struct cpu_kernels *k, int32_t n) {
     if (n >= k->max_tile) return k->max_tile;
-    if (n <= 8 || n == 12) return (int)n;
-    return (int)(n + 1) / 2;
+    return k->dot[CPU_Q4_K][0][n] ? (int)n : (int)(n + 1) / 2;
 }
 
-/* NULL if this build or this processor lacks them. */
+/* NULL if this build, this processor or, for the tiles of AMX, this kernel lacks them. */
 const struct cpu_kernels *cpu_kernels_avx2(void);
 const struct cpu_kernels *cpu_kernels_avx512(void);
+const struct cpu_kernels *cpu_kernels_amx(void);
 
 #endif
