@@ -183,16 +183,18 @@ static void gather_group(const struct attention *a, const int32_t *blocks, int32
     }
 }
 
-/* The keys of a sequence's positions from `at`, to be prefetched. */
+/* Keys and values of a sequence's positions from `at`, to be prefetched. */
 static void find_next(const struct attention *a, const int32_t *blocks, int32_t g, int32_t at,
                       int32_t n_pos, struct cpu_attend *x) {
     const struct cpu *c = a->c;
     int32_t b = c->limits.block_tokens;
     size_t stride;
     for (int32_t i = 0; i < CPU_SPLIT / CPU_POS; i++, at += CPU_POS) {
-        x->next_k[i] = NULL;
-        if (b >= CPU_POS && at < n_pos)
-            x->next_k[i] = key_at(c, kv_head(c, a->op->layer, blocks[at / b], g), at % b, &stride);
+        x->next_k[i] = x->next_v[i] = NULL;
+        if (b < CPU_POS || at >= n_pos) continue;
+        uint8_t *head = kv_head(c, a->op->layer, blocks[at / b], g);
+        x->next_k[i] = key_at(c, head, at % b, &stride);
+        x->next_v[i] = value_at(c, head, at % b);
     }
 }
 
@@ -267,7 +269,7 @@ static void attend_rows(const struct attention *a, struct rows *r, struct cpu_sc
         else if (r->next_t >= 0)
             find_next(a, c->batch.blocks[r->next_t], r->next_g, 0, c->batch.pos[r->next_t] + 1, &x);
         else
-            x.next_k[0] = x.next_k[1] = x.next_k[2] = x.next_k[3] = NULL;
+            find_next(a, NULL, 0, 0, 0, &x);
         attend_split(a, r, at, s, &x);
     }
     for (int32_t i = 0; i < n_rows; i++) {

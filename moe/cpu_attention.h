@@ -11,20 +11,18 @@
 #include "moe/cpu_kernels.h"
 #include "moe/cpu_simd.h"
 
-/* scores[r][p] of rows first … first + n - 1, `wide` groups of positions in one pass. Meanwhile the same groups'
- * values and the next split's keys are prefetched: a group is a page or less, too short for the hardware to
- * run ahead in. */
+/* scores[r][p] of rows first … first + n - 1, `wide` groups of positions in one pass. Meanwhile the next
+ * split's keys are prefetched: a group is a page or less, too short for the hardware to run ahead in. */
 CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int wide,
                               float scores[][CPU_SPLIT]) {
     const int n_groups = (a->n_pos + CPU_POS - 1) / CPU_POS;
     for (int g = 0; g < n_groups; g += wide) {
-        const uint16_t *k[4], *v[4], *next[4];
+        const uint16_t *k[4], *next[4];
         vf acc[16];
         CPU_UNROLL
         for (int j = 0; j < wide; j++) {
             int group = g + j < n_groups ? g + j : n_groups - 1;
             k[j] = a->k[group];
-            v[j] = a->v[group];
             next[j] = a->next_k[group] ? a->next_k[group] : k[j];
         }
         CPU_UNROLL
@@ -34,7 +32,6 @@ CPU_INLINE void attend_scores(const struct cpu_attend *a, int first, int n, int 
             for (int j = 0; j < wide; j++) {
                 const uint16_t *key = k[j] + (size_t)d * CPU_POS;
                 vf key0 = vf_from_f16(key), key1 = vf_from_f16(key + CPU_POS);
-                _mm_prefetch((const char *)(v[j] + (size_t)d * CPU_POS), _MM_HINT_T1);
                 _mm_prefetch((const char *)(next[j] + (size_t)d * CPU_POS), _MM_HINT_T1);
                 CPU_UNROLL
                 for (int r = 0; r < n; r++) {
@@ -81,7 +78,8 @@ struct attend_work {
     float p[CPU_QROWS][CPU_SPLIT], scale[CPU_QROWS];
 };
 
-/* out[r] = out[r] * scale[r] + sum over positions of p * v, `wide` vectors of columns in one pass. */
+/* out[r] = out[r] * scale[r] + sum over positions of p * v, `wide` vectors of columns in one pass, and the next
+ * split's values prefetched. */
 CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int wide,
                               int32_t column, const struct attend_work *s) {
     vf acc[16];
@@ -95,9 +93,13 @@ CPU_INLINE void attend_values(const struct cpu_attend *a, int first, int n, int 
     const int32_t width = (a->head_dim + 15) / 16 * 16;
     for (int32_t at = 0; at < a->n_pos; at += CPU_POS) {
         const uint16_t *value = a->v[at / CPU_POS] + column;
+        const uint16_t *next = a->next_v[at / CPU_POS] ? a->next_v[at / CPU_POS] + column : value;
         int32_t end = a->n_pos - at < CPU_POS ? a->n_pos : at + CPU_POS;
-        for (int32_t p = at; p < end; p++, value += width) {
+        for (int32_t p = at; p < end; p++, value += width, next += width) {
             vf v[8];
+            CPU_UNROLL
+            for (int c = 0; c < wide; c += 2) /* two vectors are a cache line */
+                _mm_prefetch((const char *)(next + 16 * c), _MM_HINT_T1);
             CPU_UNROLL
             for (int c = 0; c < wide; c++) v[c] = vf_from_f16(value + 16 * c);
             CPU_UNROLL

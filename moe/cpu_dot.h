@@ -14,24 +14,105 @@ CPU_INLINE vi broadcast4(const uint8_t *p) {
     return vi_set1(x);
 }
 
-/* start + sum over vectors g in [first, first + count) of w[g] times token t's columns 4g … 4g + 3, both
- * planes. start is in units of the low plane. */
-CPU_INLINE vi dot_groups(vi start, const vi *w, const struct tile_block *x, int t, int first,
-                         int count) {
-    const uint8_t *q = x->q + t * CPU_BLOCK;
-    vi s = start;
-    if (x->planes == 2) {
-        const uint8_t *low = q + x->n * CPU_BLOCK;
-        vi h = vi_zero();
-        CPU_UNROLL
-        for (int g = first; g < first + count; g++) h = vi_dot(h, w[g], broadcast4(q + 4 * g));
-        CPU_UNROLL
-        for (int g = first; g < first + count; g++) s = vi_dot(s, w[g], broadcast4(low + 4 * g));
-        return vi_add(s, vi_shl(h, 8));
-    }
+/* How many of a tile's tokens have their sums under way together. One sum is a chain of dependent
+ * products, each of which waits for the last: a scheduler of a hundred entries must find several chains in it
+ * to keep two multipliers busy, so they are written one product of each after the other. Limited by
+ * registers. */
+#if defined(__AVX512F__)
+enum { CHAINS = 4 };
+#else
+enum { CHAINS = 1 };
+#endif
+
+/* For tokens t … t + n - 1: s[i] += sum over vectors g in [first, first + count) of w[g] times the token's
+ * columns 4g … 4g + 3, both planes. s is in units of the low plane. */
+CPU_INLINE void dot_groups(vi *s, const vi *w, const struct tile_block *x, int t, int n, int first,
+                           int count) {
+    const uint8_t *q = x->q + t * CPU_BLOCK, *low = q + x->n * CPU_BLOCK;
+    vi h[CHAINS];
     CPU_UNROLL
-    for (int g = first; g < first + count; g++) s = vi_dot(s, w[g], broadcast4(q + 4 * g));
-    return s;
+    for (int i = 0; i < n; i++) h[i] = vi_zero();
+    CPU_UNROLL
+    for (int g = first; g < first + count; g++) {
+        CPU_UNROLL
+        for (int i = 0; i < n; i++) {
+            const uint8_t *at = q + i * CPU_BLOCK + 4 * g;
+            if (x->planes == 1) {
+                s[i] = vi_dot(s[i], w[g], broadcast4(at));
+                continue;
+            }
+            h[i] = vi_dot(h[i], w[g], broadcast4(at));
+            s[i] = vi_dot(s[i], w[g], broadcast4(low + i * CPU_BLOCK + 4 * g));
+        }
+    }
+    if (x->planes == 1) return;
+    CPU_UNROLL
+    for (int i = 0; i < n; i++) s[i] = vi_add(s[i], vi_shl(h[i], 8));
+}
+
+enum { CHAINS_1 = CHAINS, CHAINS_2 = CHAINS / 2 > 0 ? CHAINS / 2 : 1 };
+
+/* call(t, m) for the tokens of a tile of n in groups of m, all of them constants. */
+#define FOR_TOKENS(planes, n, call)                                                                \
+    do {                                                                                           \
+        const int most_ = (planes) == 2 ? CHAINS_2 : CHAINS_1;                                     \
+        CPU_UNROLL                                                                                 \
+        for (int t_ = 0; t_ + most_ <= (n); t_ += most_) call(t_, most_);                          \
+        if ((n) % most_ != 0) call((n) - (n) % most_, (n) % most_);                                \
+    } while (0)
+
+/* One block's share of tokens t … t + m - 1. */
+CPU_INLINE void add_scale_min(vf *acc, const vi *q, const struct tile_block *x, int t, int m,
+                              vf scale, vf min) {
+    vi s[CHAINS];
+    CPU_UNROLL
+    for (int i = 0; i < m; i++) s[i] = vi_zero();
+    dot_groups(s, q, x, t, m, 0, 8);
+    CPU_UNROLL
+    for (int i = t; i < t + m; i++) {
+        acc[i] = vf_fma(vf_mul(vf_from_int(s[i - t]), vf_set1(x->scale[i])), scale, acc[i]);
+        acc[i] = vf_fnma(min, vf_set1(x->sum[i]), acc[i]);
+    }
+}
+
+CPU_INLINE void add_q6_k(vf *acc, const vi *q, const struct tile_block *x, int t, int m, vf scale0,
+                         vf scale1) {
+    vi s0[CHAINS], s1[CHAINS];
+    CPU_UNROLL
+    for (int i = 0; i < m; i++) {
+        s0[i] = vi_set1(x->offset[t + i]);
+        s1[i] = vi_set1(x->offset[x->n + t + i]);
+    }
+    dot_groups(s0, q, x, t, m, 0, 4);
+    dot_groups(s1, q, x, t, m, 4, 4);
+    CPU_UNROLL
+    for (int i = t; i < t + m; i++) {
+        vf y = vf_mul(vf_from_int(s0[i - t]), scale0);
+        y = vf_fma(vf_from_int(s1[i - t]), scale1, y);
+        acc[i] = vf_fma(y, vf_set1(x->scale[i]), acc[i]);
+    }
+}
+
+CPU_INLINE void add_q8_0(vf *acc, const vi *q, const struct tile_block *x, int t, int m, vf d) {
+    vi s[CHAINS];
+    CPU_UNROLL
+    for (int i = 0; i < m; i++)
+        s[i] = vi_shl(vi_set1(x->offset[t + i] + x->offset[x->n + t + i]), 2);
+#if defined(__AVX512F__)
+    dot_groups(s, q, x, t, m, 0, 8);
+#else
+    vi half[8], s_high = vi_zero();
+    CPU_UNROLL
+    for (int g = 0; g < 8; g++) half[g] = vi_and(q[g], vi_set1(0x0f0f0f0f));
+    dot_groups(s, half, x, t, m, 0, 8);
+    CPU_UNROLL
+    for (int g = 0; g < 8; g++) half[g] = vi_and(vi_shr(q[g], 4), vi_set1(0x0f0f0f0f));
+    dot_groups(&s_high, half, x, t, m, 0, 8);
+    s[0] = vi_add(s[0], vi_shl(s_high, 4));
+#endif
+    CPU_UNROLL
+    for (int i = t; i < t + m; i++)
+        acc[i] = vf_fma(vf_mul(vf_from_int(s[i - t]), vf_set1(x->scale[i])), d, acc[i]);
 }
 
 /* One row tile each; they return where the next one begins.
@@ -54,12 +135,9 @@ CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t
             vf scale = vf_mul(d, vf_from_int(vi_from_u8(w + sc_at + 16 * b)));
             vf min = vf_mul(dmin, vf_from_int(vi_from_u8(w + m_at + 16 * b)));
             struct tile_block xb = tile_block_at(x, planes, n);
-            CPU_UNROLL
-            for (int t = 0; t < n; t++) {
-                vf s = vf_from_int(dot_groups(vi_zero(), q, &xb, t, 0, 8));
-                acc[t] = vf_fma(vf_mul(s, vf_set1(xb.scale[t])), scale, acc[t]);
-                acc[t] = vf_fnma(min, vf_set1(xb.sum[t]), acc[t]);
-            }
+#define ADD_TOKENS(t, m) add_scale_min(acc, q, &xb, t, m, scale, min)
+            FOR_TOKENS(planes, n, ADD_TOKENS);
+#undef ADD_TOKENS
             x += cpu_tile_block_bytes(planes, n);
         }
     }
@@ -84,14 +162,9 @@ CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, 
             vf scale0 = vf_mul(d, vf_from_int(vi_from_i8(sc)));
             vf scale1 = vf_mul(d, vf_from_int(vi_from_i8(sc + 16)));
             struct tile_block xb = tile_block_at(x, planes, n);
-            CPU_UNROLL
-            for (int t = 0; t < n; t++) {
-                vi o0 = vi_set1(xb.offset[t]), o1 = vi_set1(xb.offset[n + t]);
-                vf s0 = vf_from_int(dot_groups(o0, q, &xb, t, 0, 4));
-                vf s1 = vf_from_int(dot_groups(o1, q, &xb, t, 4, 4));
-                vf s = vf_fma(s1, scale1, vf_mul(s0, scale0));
-                acc[t] = vf_fma(s, vf_set1(xb.scale[t]), acc[t]);
-            }
+#define ADD_TOKENS(t, m) add_q6_k(acc, q, &xb, t, m, scale0, scale1)
+            FOR_TOKENS(planes, n, ADD_TOKENS);
+#undef ADD_TOKENS
             x += cpu_tile_block_bytes(planes, n);
         }
     }
@@ -114,23 +187,9 @@ CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, 
         CPU_UNROLL
         for (int g = 0; g < 8; g++) q[g] = vi_load(w + 64 * g);
         struct tile_block xb = tile_block_at(x, planes, n);
-        CPU_UNROLL
-        for (int t = 0; t < n; t++) {
-            vi offset = vi_shl(vi_set1(xb.offset[t] + xb.offset[n + t]), 2);
-#if defined(__AVX512F__)
-            vi s = dot_groups(offset, q, &xb, t, 0, 8);
-#else
-            vi low[8], high[8], mask = vi_set1(0x0f0f0f0f);
-            CPU_UNROLL
-            for (int g = 0; g < 8; g++) {
-                low[g] = vi_and(q[g], mask);
-                high[g] = vi_and(vi_shr(q[g], 4), mask);
-            }
-            vi s = dot_groups(offset, low, &xb, t, 0, 8);
-            s = vi_add(s, vi_shl(dot_groups(vi_zero(), high, &xb, t, 0, 8), 4));
-#endif
-            acc[t] = vf_fma(vf_mul(vf_from_int(s), vf_set1(xb.scale[t])), d, acc[t]);
-        }
+#define ADD_TOKENS(t, m) add_q8_0(acc, q, &xb, t, m, d)
+        FOR_TOKENS(planes, n, ADD_TOKENS);
+#undef ADD_TOKENS
         x += cpu_tile_block_bytes(planes, n);
     }
     store_tile(acc, out, job->stride, n);

@@ -111,6 +111,7 @@ struct cpu_attend {
     /* Per group of CPU_POS positions: f16 keys [Hd][CPU_POS], f16 values [CPU_POS][Hd rounded up to 16]. */
     const uint16_t *k[CPU_SPLIT / CPU_POS], *v[CPU_SPLIT / CPU_POS];
     const uint16_t *next_k[CPU_SPLIT / CPU_POS]; /* what comes next, to be prefetched; or NULL */
+    const uint16_t *next_v[CPU_SPLIT / CPU_POS];
     int32_t n_rows, n_pos, head_dim;
     float scale; /* of the scores */
 };

@@ -2,7 +2,8 @@
  * one atomic counter, so that a thread the kernel has descheduled delays its own item and nothing else.
  *
  * Whoever waits spins for CPU_POOL_SPIN_NS and then sleeps on a futex: jobs of one step follow each other
- * within microseconds, and an idle pool leaves its cores alone. The caller of cpu_pool_run works too, as
+ * within microseconds, and an idle pool leaves its cores alone. A thread that lost its core to another process
+ * while it held an item is moved to the core of one that waits for it (cpu_pool.c). The caller of cpu_pool_run works too, as
  * thread 0. One caller thread; no allocation after creation. Private to the CPU backend. */
 #ifndef MOED_MOE_CPU_POOL_H
 #define MOED_MOE_CPU_POOL_H

@@ -49,7 +49,7 @@ void route_top_k(const float *logits, int32_t n, int32_t k, bool renormalize, in
     }
     float max = logits[ids[0]];
     double sum = 0.0, kept = 0.0;
-    for (int32_t e = 0; e < n; e++) sum += exp((double)logits[e] - (double)max);
+    for (int32_t e = 0; e < n && !renormalize; e++) sum += exp((double)logits[e] - (double)max);
     for (int32_t i = 0; i < k; i++) kept += exp((double)logits[ids[i]] - (double)max);
     for (int32_t i = 0; i < k; i++) {
         double p = exp((double)logits[ids[i]] - (double)max);

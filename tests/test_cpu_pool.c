@@ -2,6 +2,9 @@
  * lose no job. Meant to be run under the thread sanitizer as well. */
 #include "tests/support.h"
 
+#include <dirent.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -120,12 +123,70 @@ static void test_caller_waits(void **state) {
     cpu_pool_destroy(p);
 }
 
+/* Another process's load: keeps the core it is told to use busy. */
+static void *hog_main(void *stop) {
+    while (!atomic_load((atomic_int *)stop)) {
+    }
+    return NULL;
+}
+
+static cpu_set_t cores; /* that the process began with */
+
+/* Threads of this process, the hogs aside, that may not run on all of them. */
+static int n_confined(int n_hogs) {
+    int n = -n_hogs;
+    DIR *d = opendir("/proc/self/task");
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d));) {
+        cpu_set_t s;
+        if (e->d_name[0] == '.') continue;
+        n += sched_getaffinity((pid_t)atoi(e->d_name), sizeof s, &s) == 0 && !CPU_EQUAL(&s, &cores);
+    }
+    closedir(d);
+    return n;
+}
+
+static void spin_item(void *ctx, int32_t item, int thread) {
+    (void)item;
+    (void)thread;
+    for (int i = 0; i < 20000; i++) atomic_fetch_add((atomic_int *)ctx, 1);
+}
+
+/* Threads pushed off their core by somebody else are helped out, and may go wherever they could before once
+ * their jobs are over. */
+static void test_crowded_core(void **state) {
+    (void)state;
+    enum { N_HOGS = 2, N_ITEMS = 8 };
+    cpu_set_t one;
+    if (CPU_COUNT(&cores) < 2) skip();
+    struct cpu_pool *p;
+    assert_int_equal(cpu_pool_create(2, &p), ST_OK);
+    atomic_int stop = 0, n = 0;
+    pthread_t hogs[N_HOGS];
+    CPU_ZERO(&one);
+    CPU_SET((unsigned)sched_getcpu(), &one);
+    for (int i = 0; i < N_HOGS; i++) {
+        assert_int_equal(pthread_create(&hogs[i], NULL, hog_main, &stop), 0);
+        assert_int_equal(pthread_setaffinity_np(hogs[i], sizeof one, &one), 0);
+    }
+    for (int i = 0; i < 300; i++) {
+        atomic_store(&n, 0);
+        cpu_pool_run(p, N_ITEMS, spin_item, &n);
+        assert_int_equal(atomic_load(&n), 20000 * N_ITEMS);
+    }
+    for (int i = 0; n_confined(N_HOGS) > 0 && i < 5000; i++) nap(1000000);
+    assert_int_equal(n_confined(N_HOGS), 0);
+    atomic_store(&stop, 1);
+    for (int i = 0; i < N_HOGS; i++) pthread_join(hogs[i], NULL);
+    cpu_pool_destroy(p);
+}
+
 int main(void) {
+    if (sched_getaffinity(0, sizeof cores, &cores) != 0) return 1;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_item_once),
-        cmocka_unit_test(test_sleep_and_wake),
-        cmocka_unit_test(test_held_up_thread),
-        cmocka_unit_test(test_caller_waits),
+        cmocka_unit_test(test_every_item_once), cmocka_unit_test(test_sleep_and_wake),
+        cmocka_unit_test(test_held_up_thread),  cmocka_unit_test(test_caller_waits),
+        cmocka_unit_test(test_crowded_core),
     };
     return cmocka_run_group_tests_name("cpu_pool", tests, NULL, NULL);
 }
