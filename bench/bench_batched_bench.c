@@ -34,7 +34,7 @@ static const char usage[] =
     "of\n"
     "                          the experts, which it computes for all\n"
     "  --threads N             CPU threads, for all devices together (default: all cores)\n"
-    "  --cpu-isa NAME          CPU kernels: auto, avx2, avx512, … (default auto)\n"
+    "  --cpu-isa NAME          CPU kernels: auto, avx2, avx512, amx (default auto)\n"
     "  --pp N                  prompt tokens per sequence (default 128)\n"
     "  --tg N                  tokens to decode per sequence (default 32)\n"
     "  --npl LIST              batch sizes (default 1,2,4,8,16,32)\n"

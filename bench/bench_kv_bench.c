@@ -21,7 +21,7 @@ static const char usage[] =
     "  --model FILE      GGUF model\n"
     "  --device NAME     cpu, reference or cuda:N (default cpu)\n"
     "  --threads N       CPU threads (default: all cores)\n"
-    "  --cpu-isa NAME    CPU kernels: auto, avx2, avx512, … (default auto)\n"
+    "  --cpu-isa NAME    CPU kernels: auto, avx2, avx512, amx (default auto)\n"
     "  --ids LIST        the prompt's token ids (default: nine tokens of the bundled model's "
     "vocabulary)\n"
     "  --tokens N        tokens to generate (default 32)\n"

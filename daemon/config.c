@@ -32,7 +32,7 @@ const char config_help[] =
     "and\n"
     "                            write what was measured to it at the end (CSV)\n"
     "  --threads N               CPU threads, for all devices together; default: all cores\n"
-    "  --cpu-isa NAME            avx2 or avx512 instead of the best that there is\n"
+    "  --cpu-isa NAME            avx2, avx512 or amx instead of the best that there is\n"
     "  --chat-template NAME      chatml, qwen2.5, qwen3 or qwq, whatever the file says; default: "
     "the "
     "file's\n"

@@ -6,30 +6,7 @@
 #ifndef MOED_MOE_CPU_DOT_H
 #define MOED_MOE_CPU_DOT_H
 
-#include "moe/cpu_kernels.h"
-#include "moe/cpu_simd.h"
-
-/* Cache lines of `ahead`, which runs parallel to w. */
-CPU_INLINE void prefetch(const struct cpu_dot *d, const uint8_t *w, int lines) {
-    uintptr_t p = (uintptr_t)d->ahead + ((uintptr_t)w - (uintptr_t)d->w);
-    CPU_UNROLL
-    for (int i = 0; i < lines; i++)
-        _mm_prefetch((const char *)(p + 64 * (uintptr_t)i), _MM_HINT_T1);
-}
-
-/* One block of a quantised tile of n tokens. */
-struct tile_block {
-    const uint8_t *q; /* high plane; the low one follows */
-    const float *scale, *sum;
-    const int32_t *offset; /* [2][n] */
-    int planes, n;
-};
-
-CPU_INLINE struct tile_block tile_block_at(const uint8_t *x, int planes, int n) {
-    const uint8_t *tail = x + (size_t)planes * CPU_BLOCK * (size_t)n;
-    const float *f = (const float *)(const void *)tail;
-    return (struct tile_block){x, f, f + n, (const int32_t *)(const void *)(f + 2 * n), planes, n};
-}
+#include "moe/cpu_block.h"
 
 CPU_INLINE vi broadcast4(const uint8_t *p) {
     int32_t x;
@@ -83,21 +60,6 @@ enum { CHAINS_1 = CHAINS, CHAINS_2 = CHAINS / 2 > 0 ? CHAINS / 2 : 1 };
         for (int t_ = 0; t_ + most_ <= (n); t_ += most_) call(t_, most_);                          \
         if ((n) % most_ != 0) call((n) - (n) % most_, (n) % most_);                                \
     } while (0)
-
-CPU_INLINE void split_nibbles(const uint8_t *p, vi *w) {
-    vi low = vi_set1(0x0f0f0f0f);
-    CPU_UNROLL
-    for (int j = 0; j < 4; j++) {
-        vi packed = vi_load(p + 64 * j);
-        w[j] = vi_and(packed, low);
-        w[j + 4] = vi_and(vi_shr(packed, 4), low);
-    }
-}
-
-CPU_INLINE void store_tile(const vf *acc, float *out, size_t stride, int n) {
-    CPU_UNROLL
-    for (int t = 0; t < n; t++) vf_store(out + (size_t)t * stride, acc[t]);
-}
 
 /* One block's share of tokens t … t + m - 1. */
 CPU_INLINE void add_scale_min(vf *acc, const vi *q, const struct tile_block *x, int t, int m,
@@ -169,20 +131,7 @@ CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
             prefetch(job, w + b * unit / 8, five ? 6 : 5);
             vi q[8];
-            split_nibbles(w + 256 * b, q);
-            if (five) {
-                vi high = vi_load(w + CPU_Q5_K_H + 64 * b), one = vi_set1(0x10101010);
-#define FIFTH_BIT(g, shifted) q[g] = vi_or(q[g], vi_and(shifted, one))
-                FIFTH_BIT(0, vi_shl(high, 4));
-                FIFTH_BIT(1, vi_shl(high, 3));
-                FIFTH_BIT(2, vi_shl(high, 2));
-                FIFTH_BIT(3, vi_shl(high, 1));
-                FIFTH_BIT(4, high);
-                FIFTH_BIT(5, vi_shr(high, 1));
-                FIFTH_BIT(6, vi_shr(high, 2));
-                FIFTH_BIT(7, vi_shr(high, 3));
-#undef FIFTH_BIT
-            }
+            unpack_scale_min(w, five, b, q);
             vf scale = vf_mul(d, vf_from_int(vi_from_u8(w + sc_at + 16 * b)));
             vf min = vf_mul(dmin, vf_from_int(vi_from_u8(w + m_at + 16 * b)));
             struct tile_block xb = tile_block_at(x, planes, n);
@@ -207,16 +156,8 @@ CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, 
         vf d = vf_load(w + CPU_Q6_K_D);
         for (int b = 0; b < QK_K / CPU_BLOCK; b++) {
             prefetch(job, w + b * CPU_Q6_K_UNIT / 8, 7);
-            vi q[8], two = vi_set1(0x30303030);
-            split_nibbles(w + 256 * b, q);
-            CPU_UNROLL
-            for (int v = 0; v < 2; v++) {
-                vi high = vi_load(w + CPU_Q6_K_H + 128 * b + 64 * v);
-                q[4 * v] = vi_or(q[4 * v], vi_and(vi_shl(high, 4), two));
-                q[4 * v + 1] = vi_or(q[4 * v + 1], vi_and(vi_shl(high, 2), two));
-                q[4 * v + 2] = vi_or(q[4 * v + 2], vi_and(high, two));
-                q[4 * v + 3] = vi_or(q[4 * v + 3], vi_and(vi_shr(high, 2), two));
-            }
+            vi q[8];
+            unpack_q6_k(w, b, q);
             const uint8_t *sc = w + CPU_Q6_K_SC + 32 * b;
             vf scale0 = vf_mul(d, vf_from_int(vi_from_i8(sc)));
             vf scale1 = vf_mul(d, vf_from_int(vi_from_i8(sc + 16)));
@@ -300,7 +241,10 @@ CPU_INLINE void dot_float(const struct cpu_dot_float *job, int format, int n) {
 #define CPU_DOT_WIDTHS(M, name, planes)                                                            \
     CPU_DOT_WIDTHS_4(M, name, planes)                                                              \
     M(name, planes, 5)                                                                             \
-    M(name, planes, 6) M(name, planes, 7) M(name, planes, 8) M(name, planes, 12) M(name, planes, 16)
+    M(name, planes, 6)                                                                             \
+    M(name, planes, 7) M(name, planes, 8) M(name, planes, 9) M(name, planes, 10)                   \
+        M(name, planes, 11) M(name, planes, 12) M(name, planes, 13) M(name, planes, 14)            \
+            M(name, planes, 15) M(name, planes, 16)
 #else /* 16 registers hold no more */
 #define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
 #endif

@@ -118,7 +118,7 @@ struct cpu_attend {
 
 struct cpu_kernels {
     const char *name; /* "avx512-vnni" */
-    int max_tile; /* tokens: 16, for which kernels exist at 1 … 8, 12 and 16, or 4 */
+    int max_tile; /* tokens: 16 or 4; there are kernels for all widths up to it */
     cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE + 1]; /* [format][planes - 1][tokens] */
     cpu_dot_float_fn
         *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */
@@ -147,13 +147,12 @@ struct cpu_kernels {
 
 /* How many of n > 0 tokens the next tile takes. */
 static inline int cpu_tile_width(const struct cpu_kernels *k, int32_t n) {
-    if (n >= k->max_tile) return k->max_tile;
-    if (n <= 8 || n == 12) return (int)n;
-    return (int)(n + 1) / 2;
+    return n < k->max_tile ? (int)n : k->max_tile;
 }
 
-/* NULL if this build or this processor lacks them. */
+/* NULL if this build, this processor or, for the tiles of AMX, this kernel lacks them. */
 const struct cpu_kernels *cpu_kernels_avx2(void);
 const struct cpu_kernels *cpu_kernels_avx512(void);
+const struct cpu_kernels *cpu_kernels_amx(void);
 
 #endif

@@ -7,8 +7,9 @@
 
 #include <string.h>
 
-/* Row tiles that are multiplied with one token tile after the other while they stay in the first-level cache. */
-enum { MOST_TILES = 8, TILES_BYTES = 8 * 1024 };
+/* Row tiles that are multiplied with one token tile after the other: as many as leave the second-level cache to
+ * the tokens, since a call's beginning and end cost as much as several blocks. */
+enum { MOST_TILES = 8, TILES_BYTES = 64 * 1024 };
 
 /* ---- cutting work ------------------------------------------------------------------------------- */
 

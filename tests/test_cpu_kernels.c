@@ -17,7 +17,8 @@ static const enum tensor_type types[] = {TENSOR_Q4_K, TENSOR_Q5_K, TENSOR_Q6_K, 
                                          TENSOR_F32,  TENSOR_F16,  TENSOR_BF16};
 enum { N_TYPES = sizeof types / sizeof *types, N_QUANT_TYPES = 4 };
 
-static const struct cpu_kernels *isas[2];
+enum { MAX_ISAS = 3 };
+static const struct cpu_kernels *isas[MAX_ISAS];
 static int n_isas;
 
 /* ---- inputs ------------------------------------------------------------------------------------- */
@@ -275,14 +276,15 @@ static void test_products(void **state) {
     uint64_t seed = 5;
     for (int i = 0; i < N_QUANT_TYPES; i++) {
         struct matrix x = make_matrix(types[i], 1, 40, 768, &seed);
-        for (int isa = 0; isa < n_isas; isa++)
-            for (int planes = 1; planes <= 2; planes++)
-                for (int kind = 0; kind < N_KINDS; kind++) {
-                    static float in[CPU_TILE * 768];
-                    fill_input(kind, &seed, CPU_TILE * 768, in);
+        for (int planes = 1; planes <= 2; planes++)
+            for (int kind = 0; kind < N_KINDS; kind++) {
+                static float in[CPU_TILE * 768];
+                fill_input(kind, &seed, CPU_TILE * 768, in);
+                for (int isa = 0; isa < n_isas; isa++) {
                     check_rounding(isas[isa], &x, planes, in);
                     check_accuracy(isas[isa], &x, planes, in);
                 }
+            }
         free_matrix(&x);
     }
 }
@@ -329,7 +331,7 @@ static void test_width_does_not_matter(void **state) {
     (void)state;
     enum { MOST = 65, COLS = 512 };
     uint64_t seed = 7;
-    static float in[MOST][COLS], alone[2][MOST][CPU_ROWS], out[CPU_TILE][CPU_ROWS];
+    static float in[MOST][COLS], alone[MAX_ISAS][MOST][CPU_ROWS], out[CPU_TILE][CPU_ROWS];
     static uint8_t tile[CPU_TILE * COLS * 3];
     fill_input(1, &seed, MOST * COLS, in[0]);
     for (int i = 0; i < N_QUANT_TYPES; i++) {
@@ -354,7 +356,42 @@ static void test_width_does_not_matter(void **state) {
                     }
                 }
             }
-            if (n_isas == 2) assert_memory_equal(alone[0], alone[1], sizeof alone[0]);
+            for (int isa = 1; isa < n_isas; isa++)
+                assert_memory_equal(alone[0], alone[isa], sizeof alone[0]);
+        }
+        free_matrix(&x);
+    }
+}
+
+/* Several row tiles in one call, of every width there is, into rows that lie apart: the bits of the first
+ * instruction set's kernel for one token and one row tile, and nothing beside them. */
+static void test_row_tiles(void **state) {
+    (void)state;
+    enum { COLS = 768, MOST_TILES = 5, STRIDE = MOST_TILES * CPU_ROWS + 3 };
+    uint64_t seed = 11;
+    static float in[CPU_TILE][COLS], out[CPU_TILE][STRIDE], want[CPU_TILE][STRIDE];
+    static uint8_t tile[CPU_TILE * COLS * 3];
+    for (int i = 0; i < N_QUANT_TYPES; i++) {
+        struct matrix x = make_matrix(types[i], 1, MOST_TILES * CPU_ROWS, COLS, &seed);
+        for (int width = 1; width <= 2 * MOST_TILES * CPU_TILE * n_isas; width++) {
+            /* Every combination of planes, row tiles, width and instruction set. */
+            int n = (width - 1) % CPU_TILE + 1, rest = (width - 1) / CPU_TILE;
+            int isa = rest % n_isas, planes = rest / n_isas % 2 + 1,
+                n_tiles = rest / n_isas / 2 + 1;
+            cpu_dot_fn *dot = isas[isa]->dot[x.m.format][planes - 1][n];
+            if (!dot) continue;
+            fill_input(width % N_KINDS, &seed, n * COLS, in[0]);
+            memset(want, 0x7b, sizeof want);
+            memset(out, 0x7b, sizeof out);
+            for (int t = 0; t < n; t++) {
+                isas[0]->quantize(in[t], COLS, planes, tile, 0, 1);
+                for (int k = 0; k < n_tiles; k++)
+                    run_dot(isas[0]->dot[x.m.format][planes - 1][1], &x.m, k, tile,
+                            want[t] + k * CPU_ROWS);
+            }
+            for (int t = 0; t < n; t++) isas[isa]->quantize(in[t], COLS, planes, tile, t, n);
+            dot(&(struct cpu_dot){x.m.p, x.m.p, n_tiles, x.m.n_units, tile, out[0], STRIDE});
+            assert_memory_equal(out, want, sizeof out);
         }
         free_matrix(&x);
     }
@@ -563,7 +600,7 @@ static void test_attention(void **state) {
     static struct attention_case c;
     static const int widths[] = {128, 64, 40, 2};
     uint64_t seed = 10;
-    static float out[2][CPU_QROWS][MAX_HD], alone[1][MAX_HD];
+    static float out[MAX_ISAS][CPU_QROWS][MAX_HD], alone[1][MAX_HD];
     for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
         for (int n_pos = 1; n_pos <= MAX_POS; n_pos += n_pos < 70 ? 3 : 37) {
             fill_case(&c, widths[w], n_pos, &seed);
@@ -580,17 +617,23 @@ static void test_attention(void **state) {
                 attend(isas[isa], &c, 2, 1, alone);
                 assert_memory_equal(alone[0], out[isa][2], (size_t)c.hd * sizeof(float));
             }
-            if (n_isas == 2) assert_memory_equal(out[0], out[1], sizeof out[0]);
+            for (int isa = 1; isa < n_isas; isa++)
+                assert_memory_equal(out[0], out[isa], sizeof out[0]);
         }
     }
 }
 
 int main(void) {
-    const struct cpu_kernels *all[] = {cpu_kernels_avx2(), cpu_kernels_avx512()};
-    for (int i = 0; i < 2; i++) {
-        if (!all[i]) continue;
-        printf("[ testing  ] %s\n", all[i]->name);
-        isas[n_isas++] = all[i];
+    const struct {
+        const char *name;
+        const struct cpu_kernels *kernels;
+    } all[MAX_ISAS] = {{"AVX2", cpu_kernels_avx2()},
+                       {"AVX-512 with VNNI", cpu_kernels_avx512()},
+                       {"AMX", cpu_kernels_amx()}};
+    for (int i = 0; i < MAX_ISAS; i++) {
+        if (all[i].kernels) isas[n_isas++] = all[i].kernels;
+        printf("[ %s ] %s\n", all[i].kernels ? "testing  " : "NOT TESTED",
+               all[i].kernels ? all[i].kernels->name : all[i].name);
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),
@@ -600,6 +643,7 @@ int main(void) {
         cmocka_unit_test(test_products),
         cmocka_unit_test(test_float_products),
         cmocka_unit_test(test_width_does_not_matter),
+        cmocka_unit_test(test_row_tiles),
         cmocka_unit_test(test_rows),
         cmocka_unit_test(test_silu_range),
         cmocka_unit_test(test_rope_and_f16),

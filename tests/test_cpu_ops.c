@@ -396,8 +396,8 @@ static void check_case(const struct model_case *c, const char *isa) {
 
 static void test_against_reference(void **state) {
     (void)state;
-    static const char *const isas[] = {"avx2", "avx512"};
-    for (int i = 0; i < 2; i++) {
+    static const char *const isas[] = {"avx2", "avx512", "amx"};
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         struct backend *b;
         struct error e;
         struct backend_config config = {
