@@ -4,6 +4,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 static void start(struct rig *r, struct peer *p, const struct rig_options *o) {
     rig_start(r, o);
@@ -25,6 +26,29 @@ static double stat_of_rank(struct peer *p, int rank, const char *name) {
     return peer_stat(p, full);
 }
 
+static double sequences_of(struct peer *p, int rank) {
+    return stat_of_rank(p, rank, "sequences_running") + stat_of_rank(p, rank, "sequences_waiting");
+}
+
+/* Accepted comes before a sequence is given to a rank: until all n have been. */
+static void wait_given(struct peer *p, int n_ranks, double n) {
+    for (int tries = 0; tries < 10000; tries++) {
+        double sum = 0;
+        for (int i = 0; i < n_ranks; i++) sum += sequences_of(p, i);
+        if (sum == n) return;
+        usleep(1000);
+    }
+    fail_msg("%.0f sequences were not all given to ranks", n);
+}
+
+/* A rank's blocks are taken when it is next planned for. */
+static void wait_planned(struct peer *p, int rank, double most_free) {
+    for (int tries = 0; stat_of_rank(p, rank, "kv_blocks_free") > most_free; tries++) {
+        if (tries == 10000) fail_msg("device %d has no step", rank);
+        usleep(1000);
+    }
+}
+
 /* Equal requests go round; a long prompt that waits counts as the blocks it will take. */
 static void test_spread(void **state) {
     (void)state;
@@ -33,11 +57,10 @@ static void test_spread(void **state) {
     start(&r, &p, &(struct rig_options){.n_ranks = 3, .max_seqs = 2});
     fake_gate(&r);
     for (uint64_t id = 1; id <= 6; id++) submit(&p, id, 8, 4);
+    wait_given(&p, 3, 6);
     for (int i = 0; i < 3; i++) {
-        assert_true(stat_of_rank(&p, i, "sequences_running") +
-                        stat_of_rank(&p, i, "sequences_waiting") ==
-                    2);
-        assert_true(stat_of_rank(&p, i, "kv_blocks_free") <= 63);
+        assert_true(sequences_of(&p, i) == 2);
+        wait_planned(&p, i, 63);
     }
     assert_true(peer_stat(&p, "kv_blocks_total") == 3 * 64);
     /* Ten blocks on rank 0, so the next two short ones go to 1 and 2, and the third not to 0. */
@@ -45,8 +68,8 @@ static void test_spread(void **state) {
     submit(&p, 8, 8, 4);
     submit(&p, 9, 8, 4);
     submit(&p, 10, 8, 4);
-    assert_true(
-        stat_of_rank(&p, 0, "sequences_running") + stat_of_rank(&p, 0, "sequences_waiting") == 3);
+    wait_given(&p, 3, 10);
+    assert_true(sequences_of(&p, 0) == 3);
     fake_ungate(&r);
     struct wire_msg m;
     for (int n = 0; n < 10; n += m.type == WIRE_FINISHED) peer_next(&p, &m);
