@@ -56,15 +56,17 @@ static void test_spread(void **state) {
     struct peer p;
     start(&r, &p, &(struct rig_options){.n_ranks = 3, .max_seqs = 2});
     fake_gate(&r);
-    for (uint64_t id = 1; id <= 6; id++) submit(&p, id, 8, 4);
-    wait_given(&p, 3, 6);
-    for (int i = 0; i < 3; i++) {
-        assert_true(sequences_of(&p, i) == 2);
-        wait_planned(&p, i, 63);
+    for (uint64_t id = 1; id <= 6; id++) {
+        submit(&p, id, 8, 4);
+        wait_given(&p, 3, (double)id);
+        if (id <= 3)
+            wait_planned(&p, (int)id - 1, 63); /* the next one waits behind it, on every rank */
     }
+    for (int i = 0; i < 3; i++) assert_true(sequences_of(&p, i) == 2);
     assert_true(peer_stat(&p, "kv_blocks_total") == 3 * 64);
     /* Ten blocks on rank 0, so the next two short ones go to 1 and 2, and the third not to 0. */
     submit(&p, 7, 60, 4);
+    wait_given(&p, 3, 7);
     submit(&p, 8, 8, 4);
     submit(&p, 9, 8, 4);
     submit(&p, 10, 8, 4);
