@@ -10,8 +10,8 @@
  * each stage a group behind the one before, and over the ends of matrix rows. Q6_K, with a scale per 16
  * columns, would need twice the products and stores; it stays with the vectors, which are faster there.
  *
- * A thread keeps its tiles configured, since that takes as long as ten blocks do: a context switch saves 8 KiB
- * more, and Linux releases tiles before a core sleeps. */
+ * A thread keeps its tiles configured, since configuring and releasing them takes as long as four blocks do: a
+ * context switch saves 8 KiB more, and Linux releases tiles before a core sleeps. */
 #include "moe/cpu_kernels.h"
 
 #if defined(__x86_64__)
