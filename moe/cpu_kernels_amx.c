@@ -5,13 +5,13 @@
  * block's exact integer sums [token][row], which are scaled and added exactly as cpu_dot.h does it, in the
  * same order: the bits are those of the other kernels, at every width.
  *
- * A tile's load, product and store take about 15, 16 and 25 clocks for sixteen rows, and loads wait for the tile
- * stores before them. Blocks therefore go through three stages (unpack, multiply, add) a group at a time,
+ * A tile's load, product and store take about 15, 16 and 25 clocks for sixteen rows, and loads seem to wait for the
+ * tile stores before them. Blocks therefore go through three stages (unpack, multiply, add) a group at a time,
  * each stage a group behind the one before, and over the ends of matrix rows. Q6_K, with a scale per 16
  * columns, would need twice the products and stores; it stays with the vectors, which are faster there.
  *
- * A thread keeps its tiles configured, since that takes as long as ten blocks do: a context switch saves 8 KiB
- * more, and Linux releases tiles before a core sleeps. */
+ * A thread keeps its tiles configured, since configuring and releasing them takes as long as four blocks do: a
+ * context switch saves 8 KiB more, and Linux releases tiles before a core sleeps. */
 #include "moe/cpu_kernels.h"
 
 #if defined(__x86_64__)
@@ -210,9 +210,11 @@ CPU_INLINE void dot(const struct cpu_dot *job, const struct tile_config *config,
     M(name, format, 2, 6) M(name, format, 2, 7) M(name, format, 2, 8)
 #define AMX_WIDTHS(M, name, format, planes)                                                        \
     M(name, format, planes, 9)                                                                     \
-    M(name, format, planes, 10) M(name, format, planes, 11) M(name, format, planes, 12)            \
-        M(name, format, planes, 13) M(name, format, planes, 14) M(name, format, planes, 15)        \
-            M(name, format, planes, 16)
+    M(name, format, planes, 10)                                                                    \
+    M(name, format, planes, 11)                                                                    \
+    M(name, format, planes, 12)                                                                    \
+    M(name, format, planes, 13)                                                                    \
+    M(name, format, planes, 14) M(name, format, planes, 15) M(name, format, planes, 16)
 #define AMX_FORMAT(M, name, format)                                                                \
     AMX_WIDTHS(M, name, format, 1) AMX_WIDTHS_2(M, name, format) AMX_WIDTHS(M, name, format, 2)
 #define AMX_FORMATS(M)                                                                             \
