@@ -435,7 +435,7 @@ static enum status choose_kernels(const char *isa, struct error *e,
         const struct cpu_kernels *(*kernels)(void);
         const char *lacks;
     } sets[] = {
-        /* The best first. AMX, whose bits are AVX-512's, was not faster where it was measured: only on demand. */
+        /* The best first. AMX, whose bits are AVX-512's, has not been shown to be faster in service: only on demand. */
         {"avx512", cpu_kernels_avx512, "no AVX-512 with VNNI"},
         {"amx", cpu_kernels_amx, "no AMX with INT8, or this kernel does not give its tiles out"},
         {"avx2", cpu_kernels_avx2, "no AVX2 with FMA and F16C"},
