@@ -17,8 +17,8 @@
  *   - A running sequence takes blocks from younger ones only. The youngest itself, when short of a
  *     block, keeps what it has and sits the step out: an older one finishes, or takes its blocks.
  *   - A chunk shrinks to the blocks that are free before anyone is preempted for it.
- *   - The queue is served strictly in order: what waits at its head is not overtaken, so it cannot
- *     starve.
+ *   - The queue is served strictly in order: what waits at its head is overtaken by higher priorities
+ *     only. Within a priority nothing starves; a steady stream of a higher one can starve a lower.
  *   - A sequence is admitted only if all the tokens it has fit, beside what running prompts still
  *     need, and leave a reserve of 1 + running / 8 blocks (none when nothing runs); and not in a
  *     plan that preempted. Without the reserve, a full pool would admit and preempt in turns.
