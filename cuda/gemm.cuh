@@ -4,12 +4,13 @@
  *
  * One order of summation for every kernel and every batch: the columns are cut into gemm_parts(k) parts; a part is summed
  * 16 columns at a time, first to last, in one f32 accumulator of the matrix units; parts are added in order. wgmma and
- * mma.sync give the same bits for that (test_cuda_ops holds them against each other). Which kernel runs, and how wide
- * its tiles are, is therefore free to follow the batch.
+ * mma.sync have given the same bits for that wherever they were compared, and test_cuda_ops and test_invariance on a GPU
+ * hold them to it. Which kernel runs, and how wide its tiles are, is therefore free to follow the batch.
  *
  * Every warp has one block of 16 rows and one part. Of the warps of a part the first half has rows of gate, the second the
- * same rows of up, if it is a product for SiLU. A block shares the activations of up to 128 tokens in shared memory, rows of 64 columns (128 bytes) with
- * their 16-byte chunks permuted by the row (chunk c of row r lies at c ^ (r & 7)), as wgmma's 128-byte swizzle has it.
+ * same rows of up, if it is a product for SiLU. A block shares the activations of up to 128 tokens in shared memory, rows
+ * of 64 columns (128 bytes) with their 16-byte chunks permuted by the row (chunk c of row r lies at c ^ (r & 7)), as
+ * wgmma's 128-byte swizzle has it.
  *
  * Work: dense products take blocks of rows x tiles of tokens from the grid; expert products take blocks of
  * rows x items from the routing's work list, and leave when their item does not exist. */

@@ -64,8 +64,8 @@ template <int TYPE> static DEVICE void advance(struct many_next &next) {
     next.w += format<TYPE>::bytes;
 }
 
-/* A place in the ring is written again AHEAD units after it was read and not at once: a unit's products may still run
- * while the next one's begin, but not when those of the one after that do. */
+/* A place in the ring is written again two units after it was read, hence AHEAD: when the block meets for unit i, products
+ * of unit i - 1 may still run, but none of unit i - 2. */
 template <int TYPE, int WIDTH, int NG>
 static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &w, uint8_t *shared) {
     using f = format<TYPE>;
