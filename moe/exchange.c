@@ -105,6 +105,8 @@ enum status moe_group_use(struct moe_group *g, bool together) {
     return ST_OK;
 }
 
+bool moe_group_together(const struct moe_group *g) { return !g->apart; }
+
 struct exchange *exchange_in_use(struct exchange *x) {
     return x && !x->group->apart ? x : NULL;
 }
