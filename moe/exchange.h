@@ -1,6 +1,6 @@
 /* exchange: where the ranks of a group meet in every layer, so that each computes the experts it holds for
- * all ranks' tokens. This is the implementation for ranks that are threads of one process: a rank shows where
- * its rows lie, and the others copy what they need while it waits for them.
+ * all ranks' tokens. Ranks that are threads of one process show where their rows lie, and the others copy what they
+ * need; ranks of several processes send their rows (moe/streams.h), and what came is shown in their place.
  *
  * A layer, on every rank at the same time:
  *   exchange_route     show this rank's routing and its experts' inputs; wait for all; deal the rows out
@@ -11,8 +11,8 @@
  * and then the rank sums them as it would have its own. So every row is computed by the one kernel that would
  * have computed it alone, and summed in rank order at home: the bits are those of one rank.
  *
- * Two waits a layer are enough: nobody overwrites inputs before the second, nor products before the first of the
- * next layer. A rank without tokens takes part with none. A wait ends with ST_ENGINE_LOST when a rank does not
+ * Two waits a layer are enough: among threads, nobody overwrites inputs before the second, nor products before the
+ * first of the next layer. A rank without tokens takes part with none. A wait ends with ST_ENGINE_LOST when a rank does not
  * come in time, or has left or failed; from then on every call of the group says so.
  *
  * Between steps, when the load has been uneven, weights move (moe/shares.h has the policy): each rank copies
@@ -40,6 +40,10 @@ struct exchange {
     int32_t *counts, *seen; /* [E] rows of the group, and how many of them were placed */
     int32_t *rows,
         *first; /* [E][R] how many of them each rank computes, and where they begin there */
+    /* By streams: [R * T * K] rows of this rank that belong to others, by owner, in the order of their pairs; rank r's
+     * begin at given_first[r]. Else NULL. */
+    int32_t *given, given_first[MOE_MAX_RANKS + 1];
+    int32_t n_back[MOE_MAX_RANKS]; /* by streams: pairs of this rank that each other computes */
 };
 
 /* Join. All ranks of a group have the same shape and max_tokens, and the group's load, if it was given one, is of that
@@ -51,6 +55,9 @@ enum status exchange_open(struct moe_group *g, int rank, const struct model_shap
 void exchange_close(struct exchange *x);
 /* Something else failed here: the others' waits end, with ST_ENGINE_LOST. */
 void exchange_fail(struct moe_group *g);
+
+int exchange_n_ranks(const struct moe_group *g);
+const struct moe_unique_id *exchange_unique_id(const struct moe_group *g); /* zeros: none */
 
 /* x, or NULL if x is NULL or its ranks compute alone. Asked at the beginning of a step, and true for all of it. */
 struct exchange *exchange_in_use(struct exchange *x);

@@ -285,7 +285,9 @@ static enum status start_backend(struct moe *m, const struct moe_options *o, int
                                .device = device,
                                .gpu_memory_utilization = o->gpu_memory_utilization,
                                .group = o->group,
-                               .rank = o->rank};
+                               .rank = o->rank,
+                               .n_ranks = o->group ? exchange_n_ranks(o->group) : 1,
+                               .unique_id = o->group ? exchange_unique_id(o->group) : NULL};
     enum status st = open_backend(o->device, &c, e, &m->forward.backend);
     if (st == ST_OK) m->ops = backend_ops_of(m->forward.backend);
     return st;
