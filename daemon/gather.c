@@ -14,7 +14,7 @@ enum { MAX_COMING = 2 * MOE_MAX_RANKS, HELLO_BYTES = 4096, WAIT_MS = 100 };
 
 /* One connection: first a stranger, then a rank. */
 struct coming {
-    struct link link; /* room NULL: none */
+    struct rank_link link; /* room NULL: none */
     uint64_t since_ns;
     bool said_hello;
     struct rank_hello hello;
@@ -39,12 +39,12 @@ enum status gather_identify(const char *model_path, const char *device, struct e
 
 /* ---- hello ---------------------------------------------------------------------------------- */
 
-static void refuse(struct link *l, const struct error *why) {
+static void refuse(struct rank_link *l, const struct error *why) {
     uint8_t body[sizeof *why + 8];
     struct error copy = *why, ignored;
     struct pass p = pass_writer(body, sizeof body);
     pass_error(&p, &copy);
-    link_send(l, LINK_REFUSED, body, p.at, &ignored);
+    rank_link_send(l, RANK_LINK_REFUSED, body, p.at, &ignored);
 }
 
 static enum status compare(const struct rank_hello *self, const struct rank_hello *h,
@@ -85,8 +85,8 @@ static enum status seat(const struct gathering *g, const struct rank_hello *h, c
     return ST_OK;
 }
 
-static enum status take_hello(struct gathering *g, struct coming *c, const struct link_frame *f,
-                              struct error *e) {
+static enum status take_hello(struct gathering *g, struct coming *c,
+                              const struct rank_link_frame *f, struct error *e) {
     struct pass p = pass_reader(f->body, f->n);
     pass_hello(&p, &c->hello);
     enum status st = pass_done(&p)
@@ -109,11 +109,11 @@ static enum status take_hello(struct gathering *g, struct coming *c, const struc
 /* ---- until all are there -------------------------------------------------------------------- */
 
 static void accept_all(struct gathering *g) {
-    for (int fd; (fd = link_accept(g->listener)) >= 0;) {
+    for (int fd; (fd = rank_link_accept(g->listener)) >= 0;) {
         struct coming *c = NULL;
         for (int i = 0; i < MAX_COMING && !c; i++)
             if (!g->coming[i].link.room) c = &g->coming[i];
-        if (!c || link_create(fd, HELLO_BYTES, &c->link) != ST_OK) {
+        if (!c || rank_link_create(fd, HELLO_BYTES, &c->link) != ST_OK) {
             if (!c) close(fd);
             continue;
         }
@@ -124,20 +124,20 @@ static void accept_all(struct gathering *g) {
 
 /* Not ST_OK: the start is off. */
 static enum status hear(struct gathering *g, struct coming *c, struct error *e) {
-    struct link_frame f;
-    enum status st = link_next(&c->link, 0, e, &f);
-    if (st == ST_OK && f.type == LINK_NONE && !c->said_hello &&
-        clock_now_ns() - c->since_ns > LINK_SILENCE_NS)
+    struct rank_link_frame f;
+    enum status st = rank_link_next(&c->link, 0, e, &f);
+    if (st == ST_OK && f.type == RANK_LINK_NONE && !c->said_hello &&
+        clock_now_ns() - c->since_ns > RANK_LINK_SILENCE_NS)
         st = error_set(e, ST_TIMEOUT, "%s says nothing", c->link.peer);
-    if (st == ST_OK && f.type == LINK_NONE) return ST_OK;
-    if (st == ST_OK && f.type == LINK_HELLO && !c->said_hello) return take_hello(g, c, &f, e);
+    if (st == ST_OK && f.type == RANK_LINK_NONE) return ST_OK;
+    if (st == ST_OK && f.type == RANK_LINK_HELLO && !c->said_hello) return take_hello(g, c, &f, e);
     if (st == ST_OK) st = error_set(e, ST_INVALID, "%s sent what was not due", c->link.peer);
     if (c->said_hello || st == ST_UNSUPPORTED) { /* a rank, of whatever version */
         refuse(&c->link, e);
         return st;
     }
     log_event(LOG_WARN, "daemon", "stranger", "at=\"the ranks' address\" error=\"%s\"", e->text);
-    link_close(&c->link);
+    rank_link_close(&c->link);
     return ST_OK;
 }
 
@@ -179,21 +179,21 @@ static enum status welcome(const struct gather_options *o, struct gathered *out,
         struct pass p = pass_writer(body, n);
         pass_welcome(&p, &w);
         CHECK(!p.bad);
-        st = link_send(&out->links[i], LINK_WELCOME, body, p.at, e);
+        st = rank_link_send(&out->links[i], RANK_LINK_WELCOME, body, p.at, e);
     }
     free(body);
     return st;
 }
 
-static enum status await_port(struct link *l, struct error *e, uint16_t *port) {
+static enum status await_port(struct rank_link *l, struct error *e, uint16_t *port) {
     for (;;) {
-        struct link_frame f;
-        enum status st = link_next(l, 1000, e, &f);
+        struct rank_link_frame f;
+        enum status st = rank_link_next(l, 1000, e, &f);
         if (st != ST_OK) return st;
-        if (f.type == LINK_NONE) continue;
+        if (f.type == RANK_LINK_NONE) continue;
         struct pass p = pass_reader(f.body, f.n);
         pass_port(&p, port);
-        if (f.type == LINK_PORT && pass_done(&p)) return ST_OK;
+        if (f.type == RANK_LINK_PORT && pass_done(&p)) return ST_OK;
         return error_set(e, ST_INVALID, "%s did not say where it listens", l->peer);
     }
 }
@@ -213,7 +213,7 @@ static enum status make_group(const struct gathering *g, struct gathered *out, c
     pass_peers(&p, &peers);
     CHECK(!p.bad);
     for (int i = 0; i < o->n && st == ST_OK; i++)
-        st = link_send(&out->links[i], LINK_PEERS, body, p.at, e);
+        st = rank_link_send(&out->links[i], RANK_LINK_PEERS, body, p.at, e);
     if (st != ST_OK) return st;
     struct mesh m = {.n = o->n_here,
                      .n_ranks = peers.n,
@@ -233,7 +233,7 @@ enum status gather(const struct gather_options *o, struct error *e, struct gathe
     g->o = o;
     uint8_t token[RANK_TOKEN_BYTES];
     random_bytes(token, sizeof token);
-    enum status st = link_listen(o->address, e, &g->listener);
+    enum status st = rank_link_listen(o->address, e, &g->listener);
     if (st != ST_OK) {
         free(g);
         return st;
@@ -244,11 +244,11 @@ enum status gather(const struct gather_options *o, struct error *e, struct gathe
         if (st == ST_OK && c->said_hello)
             out->links[c->seat] = c->link;
         else
-            link_close(&c->link);
+            rank_link_close(&c->link);
     }
     if (st == ST_OK) st = welcome(o, out, token, e);
     if (st == ST_OK && o->welcome.group) st = make_group(g, out, token, e);
-    for (int i = 0; i < o->n && st != ST_OK; i++) link_close(&out->links[i]);
+    for (int i = 0; i < o->n && st != ST_OK; i++) rank_link_close(&out->links[i]);
     close(g->listener);
     free(g);
     return st;

@@ -7,7 +7,7 @@
 #ifndef MOED_DAEMON_GATHER_H
 #define MOED_DAEMON_GATHER_H
 
-#include "daemon/link.h"
+#include "daemon/rank_link.h"
 #include "daemon/rank_frames.h"
 
 struct gather_options {
@@ -20,7 +20,7 @@ struct gather_options {
 };
 
 struct gathered {
-    struct link links[MOE_MAX_RANKS]; /* [n] of ranks n_here, n_here + 1 … */
+    struct rank_link links[MOE_MAX_RANKS]; /* [n] of ranks n_here, n_here + 1 … */
     int streams[MOE_MAX_RANKS][MOE_MAX_RANKS]; /* in a group: [n_here][n_here + n] */
 };
 

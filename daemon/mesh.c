@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "daemon/link.h"
+#include "daemon/rank_link.h"
 
 /* What the connecting side says first. */
 struct greeting {
@@ -23,11 +23,11 @@ static enum status connect_to(struct mesh *m, int from, int to, uint64_t until, 
                  m->peers->at[to].port);
     uint64_t now = clock_now_ns();
     enum status st =
-        link_connect(host[0] ? address : m->server, until > now ? until - now : 0, e, fd);
+        rank_link_connect(host[0] ? address : m->server, until > now ? until - now : 0, e, fd);
     if (st != ST_OK) return st;
     struct greeting g = {.from = from, .to = to};
     memcpy(g.token, m->token, sizeof g.token);
-    st = link_write_all(*fd, &g, sizeof g, until);
+    st = rank_link_write_all(*fd, &g, sizeof g, until);
     return st == ST_OK ? ST_OK : error_set(e, st, "rank %d cannot greet rank %d", from, to);
 }
 
@@ -37,10 +37,10 @@ static enum status accept_one(struct mesh *m, uint64_t until, int *n_missing) {
     struct pollfd p = {.fd = m->listener, .events = POLLIN};
     if (now >= until) return ST_TIMEOUT;
     poll(&p, 1, (int)((until - now) / 1000000u) + 1);
-    int fd = link_accept(m->listener);
+    int fd = rank_link_accept(m->listener);
     if (fd < 0) return ST_OK;
     struct greeting g;
-    bool ok = link_read_all(fd, &g, sizeof g, until) == ST_OK &&
+    bool ok = rank_link_read_all(fd, &g, sizeof g, until) == ST_OK &&
               memcmp(g.token, m->token, sizeof g.token) == 0 && g.to >= m->first &&
               g.to < m->first + m->n && g.from > g.to && g.from < m->n_ranks &&
               m->fds[g.to - m->first][g.from] < 0;

@@ -8,7 +8,7 @@
 
 #include "daemon/rank_frames.h"
 
-#define MESH_NS UINT64_C(5000000000) /* shorter than LINK_SILENCE_NS: no beats are sent meanwhile */
+#define MESH_NS UINT64_C(5000000000) /* shorter than RANK_LINK_SILENCE_NS: no beats are sent meanwhile */
 
 struct mesh {
     int first, n; /* the ranks of this side: first … first + n - 1 */

@@ -1,5 +1,5 @@
 /* rank_frames: the bodies of the frames between the process that serves and the ranks of other processes
- * (link.h). Each body has one function, which writes or reads it, so that the two cannot differ; what was read
+ * (rank_link.h). Each body has one function, which writes or reads it, so that the two cannot differ; what was read
  * is held to its types and bounds here, to the model and its limits by whoever uses it.
  *
  * Numbers are little-endian, as they lie; bools are 32 bits, 0 or 1. Pure functions; any thread. */
@@ -72,7 +72,7 @@ struct rank_result {
 
 void pass_hello(struct pass *p, struct rank_hello *v);
 void pass_welcome(struct pass *p, struct rank_welcome *v);
-void pass_error(struct pass *p, struct error *v); /* LINK_REFUSED, LINK_LOST */
+void pass_error(struct pass *p, struct error *v); /* RANK_LINK_REFUSED, RANK_LINK_LOST */
 void pass_port(struct pass *p, uint16_t *v);
 void pass_peers(struct pass *p, struct rank_peers *v);
 void pass_opened(struct pass *p, struct rank_opened *v);

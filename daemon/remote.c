@@ -13,7 +13,7 @@ static enum status lose(const struct engine_remote *r, enum status st, const str
 }
 
 /* What the rank said before it went. */
-static enum status take_lost(const struct link_frame *f, struct error *e) {
+static enum status take_lost(const struct rank_link_frame *f, struct error *e) {
     struct pass p = pass_reader(f->body, f->n);
     pass_error(&p, e);
     if (!pass_done(&p) || e->code == ST_OK)
@@ -22,14 +22,14 @@ static enum status take_lost(const struct link_frame *f, struct error *e) {
 }
 
 /* Wait for a frame of this type, which is the only one due. */
-static enum status await(struct engine_remote *r, enum link_type type, struct error *e,
-                         struct link_frame *out) {
+static enum status await(struct engine_remote *r, enum rank_link_type type, struct error *e,
+                         struct rank_link_frame *out) {
     for (;;) {
-        enum status st = link_next(&r->link, 1000, e, out);
+        enum status st = rank_link_next(&r->link, 1000, e, out);
         if (st != ST_OK) return st;
         if (out->type == type) return ST_OK;
-        if (out->type == LINK_LOST || out->type == LINK_REFUSED) return take_lost(out, e);
-        if (out->type != LINK_NONE)
+        if (out->type == RANK_LINK_LOST || out->type == RANK_LINK_REFUSED) return take_lost(out, e);
+        if (out->type != RANK_LINK_NONE)
             return error_set(e, ST_INVALID, "%s sent what was not due", r->link.peer);
     }
 }
@@ -43,7 +43,7 @@ static bool limits_fit(const struct moe_limits *asked, const struct moe_limits *
            (int64_t)l->n_blocks * l->block_tokens <= INT32_MAX;
 }
 
-static enum status take_opened(struct engine_remote *r, const struct link_frame *f,
+static enum status take_opened(struct engine_remote *r, const struct rank_link_frame *f,
                                struct error *e) {
     struct rank_opened o = {0};
     struct pass p = pass_reader(f->body, f->n);
@@ -63,7 +63,7 @@ static enum status allocate(struct engine_remote *r) {
     const struct moe_limits *l = &r->info.limits;
     r->n_frame = rank_step_bytes(l);
     r->frame = malloc(r->n_frame);
-    bool ok = r->frame && link_room(&r->link, rank_result_bytes(l)) == ST_OK;
+    bool ok = r->frame && rank_link_room(&r->link, rank_result_bytes(l)) == ST_OK;
     for (int i = 0; i < MOE_MAX_IN_FLIGHT; i++) {
         r->steps[i].slots = calloc((size_t)l->max_rows, sizeof(int32_t));
         ok = ok && r->steps[i].slots;
@@ -79,8 +79,8 @@ static void begin_frame(struct engine_remote *r) {
 
 static enum status remote_open(void *ctx, struct error *e) {
     struct engine_remote *r = ctx;
-    struct link_frame f;
-    enum status st = await(r, LINK_OPENED, e, &f);
+    struct rank_link_frame f;
+    enum status st = await(r, RANK_LINK_OPENED, e, &f);
     if (st == ST_OK) st = take_opened(r, &f, e);
     if (st == ST_OK && (st = allocate(r)) != ST_OK)
         error_set(e, st, "no memory for the frames of rank %d", r->rank);
@@ -91,8 +91,9 @@ static enum status remote_open(void *ctx, struct error *e) {
 static void remote_close(void *ctx) {
     struct engine_remote *r = ctx;
     struct error e;
-    if (r->link.room) link_send(&r->link, LINK_BYE, NULL, 0, &e); /* gone already: as well */
-    link_close(&r->link);
+    if (r->link.room)
+        rank_link_send(&r->link, RANK_LINK_BYE, NULL, 0, &e); /* gone already: as well */
+    rank_link_close(&r->link);
     free(r->frame);
     for (int i = 0; i < MOE_MAX_IN_FLIGHT; i++) free(r->steps[i].slots);
 }
@@ -126,7 +127,7 @@ static enum status remote_submit(void *ctx, const struct moe_step *step) {
     pass_step(&body, &copy, NULL, r->limits.max_seqs);
     CHECK(!front.bad && !body.bad); /* rank_step_bytes */
     note_step(r, step);
-    enum status st = link_send(&r->link, LINK_STEP, r->frame, body.at, &e);
+    enum status st = rank_link_send(&r->link, RANK_LINK_STEP, r->frame, body.at, &e);
     begin_frame(r);
     return st == ST_OK ? ST_OK : lose(r, st, &e);
 }
@@ -143,9 +144,9 @@ static bool row_fits(const struct engine_remote *r, const struct moe_row *row, i
 static enum status remote_collect(void *ctx, struct moe_result *out) {
     struct engine_remote *r = ctx;
     struct error e;
-    struct link_frame f;
+    struct rank_link_frame f;
     CHECK(r->n_sent > r->n_got);
-    enum status st = await(r, LINK_RESULT, &e, &f);
+    enum status st = await(r, RANK_LINK_RESULT, &e, &f);
     if (st != ST_OK) return lose(r, st, &e);
     const struct remote_step *s = &r->steps[r->n_got++ % MOE_MAX_IN_FLIGHT];
     struct rank_result result = {.rows = out->rows};
@@ -172,7 +173,7 @@ static int remote_depth(void *ctx) { return ((const struct engine_remote *)ctx)-
 static void remote_rest(void *ctx) {
     struct engine_remote *r = ctx;
     struct error e;
-    link_send(&r->link, LINK_REST, NULL, 0, &e); /* lost: whoever reads next will see */
+    rank_link_send(&r->link, RANK_LINK_REST, NULL, 0, &e); /* lost: whoever reads next will see */
 }
 
 /* With a step out, what comes is collect's. */
@@ -184,11 +185,11 @@ static int remote_fd(void *ctx) {
 static enum status remote_idle(void *ctx) {
     struct engine_remote *r = ctx;
     struct error e;
-    struct link_frame f = {0};
+    struct rank_link_frame f = {0};
     bool out = r->n_sent > r->n_got;
-    enum status st = out ? link_beat(&r->link, &e) : link_next(&r->link, 0, &e, &f);
-    if (st == ST_OK && f.type == LINK_LOST) st = take_lost(&f, &e);
-    if (st == ST_OK && f.type != LINK_NONE)
+    enum status st = out ? rank_link_beat(&r->link, &e) : rank_link_next(&r->link, 0, &e, &f);
+    if (st == ST_OK && f.type == RANK_LINK_LOST) st = take_lost(&f, &e);
+    if (st == ST_OK && f.type != RANK_LINK_NONE)
         st = error_set(&e, ST_INVALID, "%s sent what was not due", r->link.peer);
     return st == ST_OK ? ST_OK : lose(r, st, &e);
 }

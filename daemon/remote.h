@@ -7,12 +7,12 @@
 #define MOED_DAEMON_REMOTE_H
 
 #include "daemon/engine.h"
-#include "daemon/link.h"
+#include "daemon/rank_link.h"
 #include "daemon/rank_frames.h"
 
 /* The ctx. The caller fills the first part; the link said Welcome, and is closed by engine_stop. */
 struct engine_remote {
-    struct link link;
+    struct rank_link link;
     int rank;
     struct moe_limits limits; /* as asked for */
     struct model_shape shape;

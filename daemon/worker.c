@@ -29,7 +29,7 @@ struct worker {
     const struct config *config;
     int index; /* of the device */
     pthread_t thread;
-    struct link link;
+    struct rank_link link;
     struct rank_hello hello;
     struct rank_welcome welcome;
     uint64_t *load; /* the welcome's */
@@ -52,16 +52,16 @@ struct worker {
 /* ---- joining -------------------------------------------------------------------------------- */
 
 /* Wait for a frame of this type, which is the only one due. */
-static enum status await(struct worker *w, enum link_type type, struct error *e,
-                         struct link_frame *out) {
+static enum status await(struct worker *w, enum rank_link_type type, struct error *e,
+                         struct rank_link_frame *out) {
     for (;;) {
-        enum status st = link_next(&w->link, 1000, e, out);
+        enum status st = rank_link_next(&w->link, 1000, e, out);
         if (st != ST_OK) return st;
         if (out->type == type) return ST_OK;
-        if (out->type == LINK_NONE) continue;
+        if (out->type == RANK_LINK_NONE) continue;
         struct pass p = pass_reader(out->body, out->n);
-        if (out->type == LINK_REFUSED) pass_error(&p, e);
-        if (out->type == LINK_REFUSED && pass_done(&p) && e->code != ST_OK) return e->code;
+        if (out->type == RANK_LINK_REFUSED) pass_error(&p, e);
+        if (out->type == RANK_LINK_REFUSED && pass_done(&p) && e->code != ST_OK) return e->code;
         return error_set(e, ST_INVALID, "%s sent what was not due", w->link.peer);
     }
 }
@@ -73,12 +73,12 @@ static enum status say_hello(struct worker *w, struct error *e) {
     w->hello.index = w->index;
     pass_hello(&p, &w->hello);
     CHECK(!p.bad);
-    return link_send(&w->link, LINK_HELLO, body, p.at, e);
+    return rank_link_send(&w->link, RANK_LINK_HELLO, body, p.at, e);
 }
 
 static enum status take_welcome(struct worker *w, struct error *e) {
-    struct link_frame f;
-    enum status st = await(w, LINK_WELCOME, e, &f);
+    struct rank_link_frame f;
+    enum status st = await(w, RANK_LINK_WELCOME, e, &f);
     if (st != ST_OK) return st;
     struct pass p = pass_reader(f.body, f.n);
     pass_welcome(&p, &w->welcome);
@@ -93,15 +93,15 @@ static enum status take_welcome(struct worker *w, struct error *e) {
 /* Streams to all other ranks of the group. */
 static enum status join_peers(struct worker *w, struct error *e, struct mesh *m) {
     struct rank_peers peers;
-    struct link_frame f;
+    struct rank_link_frame f;
     uint8_t body[8];
     uint16_t port = 0;
     struct pass p = pass_writer(body, sizeof body);
-    enum status st = link_listen_beside(w->link.fd, e, &m->listener, &port);
+    enum status st = rank_link_listen_beside(w->link.fd, e, &m->listener, &port);
     if (st != ST_OK) return st;
     pass_port(&p, &port);
-    st = link_send(&w->link, LINK_PORT, body, p.at, e);
-    if (st == ST_OK) st = await(w, LINK_PEERS, e, &f);
+    st = rank_link_send(&w->link, RANK_LINK_PORT, body, p.at, e);
+    if (st == ST_OK) st = await(w, RANK_LINK_PEERS, e, &f);
     if (st == ST_OK) {
         p = pass_reader(f.body, f.n);
         pass_peers(&p, &peers);
@@ -174,9 +174,9 @@ static enum status open_model(struct worker *w, struct error *e) {
     if (pthread_create(&thread, NULL, open_main, w) != 0)
         return error_set(e, ST_NO_MEMORY, "cannot start a thread");
     while (!atomic_load(&w->opened)) {
-        struct link_frame f;
-        enum status st = link_next(&w->link, WAIT_MS, e, &f);
-        if (st == ST_OK && f.type != LINK_NONE)
+        struct rank_link_frame f;
+        enum status st = rank_link_next(&w->link, WAIT_MS, e, &f);
+        if (st == ST_OK && f.type != RANK_LINK_NONE)
             st = error_set(e, ST_ENGINE_LOST, "the server gave up while the model was loading");
         if (st != ST_OK) return st;
     }
@@ -190,7 +190,7 @@ static enum status allocate(struct worker *w, struct error *e) {
     size_t n_room = rank_step_bytes(l);
     w->n_result = rank_result_bytes(l);
     w->result = malloc(w->n_result);
-    bool ok = w->result && link_room(&w->link, n_room) == ST_OK;
+    bool ok = w->result && rank_link_room(&w->link, n_room) == ST_OK;
     for (int i = 0; i < MOE_MAX_IN_FLIGHT; i++) {
         struct job *j = &w->jobs[i];
         j->seqs = calloc((size_t)l->max_seqs, sizeof *j->seqs);
@@ -214,12 +214,12 @@ static enum status say_opened(struct worker *w, struct error *e) {
               "rank=%d of=%d device=%s backend=\"%s\" kv_blocks=%d block_tokens=%d",
               w->welcome.rank, w->welcome.n_ranks, w->model.options.device, o.info.backend,
               l->n_blocks, l->block_tokens);
-    return link_send(&w->link, LINK_OPENED, body, p.at, e);
+    return rank_link_send(&w->link, RANK_LINK_OPENED, body, p.at, e);
 }
 
 /* ---- steps ---------------------------------------------------------------------------------- */
 
-static enum status take_step(struct worker *w, const struct link_frame *f, struct error *e) {
+static enum status take_step(struct worker *w, const struct rank_link_frame *f, struct error *e) {
     const struct moe_limits *l = &moe_info(w->model.moe)->limits;
     struct rank_step_head head = {0};
     struct pass p = pass_reader(f->body, f->n);
@@ -238,7 +238,7 @@ static enum status take_step(struct worker *w, const struct link_frame *f, struc
     }
     if (!ok) return error_set(e, ST_INVALID, "the server sent a step that is not understood");
     struct job *j = w->idle[--w->n_idle];
-    j->room = link_swap_room(&w->link, j->room);
+    j->room = rank_link_swap_room(&w->link, j->room);
     engine_push(w->engine, &j->step);
     return ST_OK;
 }
@@ -246,14 +246,14 @@ static enum status take_step(struct worker *w, const struct link_frame *f, struc
 /* *bye: there was nothing else to come. */
 static enum status take_frames(struct worker *w, struct error *e, bool *bye) {
     for (;;) {
-        struct link_frame f;
-        enum status st = link_next(&w->link, 0, e, &f);
-        if (st != ST_OK || f.type == LINK_NONE) return st;
-        *bye = f.type == LINK_BYE;
+        struct rank_link_frame f;
+        enum status st = rank_link_next(&w->link, 0, e, &f);
+        if (st != ST_OK || f.type == RANK_LINK_NONE) return st;
+        *bye = f.type == RANK_LINK_BYE;
         if (*bye) return ST_OK;
-        if (f.type == LINK_STEP)
+        if (f.type == RANK_LINK_STEP)
             st = take_step(w, &f, e);
-        else if (f.type == LINK_REST)
+        else if (f.type == RANK_LINK_REST)
             engine_push_none(w->engine);
         else
             st = error_set(e, ST_INVALID, "the server sent what was not due");
@@ -275,7 +275,7 @@ static enum status send_results(struct worker *w, struct error *e) {
         struct pass p = pass_writer(w->result, w->n_result);
         pass_result(&p, &r, r.n_rows);
         CHECK(!p.bad); /* rank_result_bytes */
-        enum status st = link_send(&w->link, LINK_RESULT, w->result, p.at, e);
+        enum status st = rank_link_send(&w->link, RANK_LINK_RESULT, w->result, p.at, e);
         if (st != ST_OK) return st;
         w->idle[w->n_idle++] = (struct job *)(void *)step; /* its first member */
     }
@@ -288,7 +288,7 @@ static enum status serve(struct worker *w, struct error *e) {
     while (st == ST_OK && !bye) {
         struct pollfd fds[] = {{.fd = w->link.fd, .events = POLLIN},
                                {.fd = engine_fd(w->engine), .events = POLLIN}};
-        poll(fds, 2, (int)(LINK_BEAT_NS / 1000000u));
+        poll(fds, 2, (int)(RANK_LINK_BEAT_NS / 1000000u));
         st = take_frames(w, e, &bye);
         if (st == ST_OK && !bye) st = send_results(w, e);
     }
@@ -313,8 +313,8 @@ static void say_lost(struct worker *w, const struct error *why) {
     struct error copy = *why, ignored;
     struct pass p = pass_writer(body, sizeof body);
     pass_error(&p, &copy);
-    link_send(&w->link, LINK_LOST, body, p.at, &ignored);
-    link_close(&w->link);
+    rank_link_send(&w->link, RANK_LINK_LOST, body, p.at, &ignored);
+    rank_link_close(&w->link);
 }
 
 /* The process ends with its first rank that fails; what others are in the middle of is of no use then. */
@@ -329,8 +329,8 @@ static void *rank_main(void *ctx) {
     struct worker *w = ctx;
     struct error e = {0};
     int fd;
-    enum status st = link_connect(w->config->server, CONNECT_NS, &e, &fd);
-    if (st == ST_OK && (st = link_create(fd, JOIN_BYTES, &w->link)) != ST_OK)
+    enum status st = rank_link_connect(w->config->server, CONNECT_NS, &e, &fd);
+    if (st == ST_OK && (st = rank_link_create(fd, JOIN_BYTES, &w->link)) != ST_OK)
         error_set(&e, st, "no memory for the link");
     if (st == ST_OK) st = say_hello(w, &e);
     if (st == ST_OK) st = take_welcome(w, &e);
@@ -344,7 +344,7 @@ static void *rank_main(void *ctx) {
     log_event(LOG_INFO, "daemon", "stopped", "rank=%d", w->welcome.rank);
     engine_stop(w->engine);
     moe_group_destroy(w->group);
-    link_close(&w->link);
+    rank_link_close(&w->link);
     return NULL;
 }
 

@@ -1,5 +1,5 @@
 /* worker: a process whose devices compute for a moed elsewhere: each device is a rank with a link of its own
- * (link.h), a thread that keeps it, and an engine. The model is this process's own file; limits, slots, blocks and
+ * (rank_link.h), a thread that keeps it, and an engine. The model is this process's own file; limits, slots, blocks and
  * steps are the other's. */
 #ifndef MOED_DAEMON_WORKER_H
 #define MOED_DAEMON_WORKER_H

@@ -1,5 +1,5 @@
-/* See link.h. */
-#include "daemon/link.h"
+/* See rank_link.h. */
+#include "daemon/rank_link.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -61,7 +61,7 @@ static enum status listen_at(const struct sockaddr *to, socklen_t n, int *fd) {
     return ST_IO;
 }
 
-enum status link_listen(const char *address, struct error *e, int *fd) {
+enum status rank_link_listen(const char *address, struct error *e, int *fd) {
     struct addrinfo *list;
     enum status st = resolve(address, true, e, &list);
     if (st != ST_OK) return st;
@@ -71,7 +71,7 @@ enum status link_listen(const char *address, struct error *e, int *fd) {
     return st;
 }
 
-enum status link_listen_beside(int fd, struct error *e, int *out, uint16_t *port) {
+enum status rank_link_listen_beside(int fd, struct error *e, int *out, uint16_t *port) {
     union {
         struct sockaddr_storage storage;
         struct sockaddr any;
@@ -93,7 +93,7 @@ enum status link_listen_beside(int fd, struct error *e, int *out, uint16_t *port
     return ST_OK;
 }
 
-int link_accept(int listener) {
+int rank_link_accept(int listener) {
     int fd = accept(listener, NULL, NULL);
     if (fd >= 0) set_up(fd);
     return fd;
@@ -115,7 +115,7 @@ static int try_connect(const struct addrinfo *list) {
     return -1;
 }
 
-enum status link_connect(const char *address, uint64_t wait_ns, struct error *e, int *fd) {
+enum status rank_link_connect(const char *address, uint64_t wait_ns, struct error *e, int *fd) {
     struct addrinfo *list;
     uint64_t until = clock_now_ns() + wait_ns;
     enum status st = resolve(address, false, e, &list);
@@ -126,7 +126,7 @@ enum status link_connect(const char *address, uint64_t wait_ns, struct error *e,
     return st;
 }
 
-void link_peer(int fd, char *dst, size_t cap) {
+void rank_link_peer(int fd, char *dst, size_t cap) {
     struct sockaddr_storage a;
     socklen_t n = sizeof a;
     if (getpeername(fd, (struct sockaddr *)&a, &n) != 0 ||
@@ -143,7 +143,7 @@ static bool wait_ready(int fd, short events, uint64_t until_ns) {
     return true;
 }
 
-enum status link_write_all(int fd, const void *p, size_t n, uint64_t until_ns) {
+enum status rank_link_write_all(int fd, const void *p, size_t n, uint64_t until_ns) {
     const uint8_t *at = p;
     while (n > 0) {
         ssize_t w = send(fd, at, n, MSG_NOSIGNAL);
@@ -159,7 +159,7 @@ enum status link_write_all(int fd, const void *p, size_t n, uint64_t until_ns) {
     return ST_OK;
 }
 
-enum status link_read_all(int fd, void *p, size_t n, uint64_t until_ns) {
+enum status rank_link_read_all(int fd, void *p, size_t n, uint64_t until_ns) {
     uint8_t *at = p;
     while (n > 0) {
         ssize_t r = recv(fd, at, n, 0);
@@ -177,15 +177,15 @@ enum status link_read_all(int fd, void *p, size_t n, uint64_t until_ns) {
 
 /* ---- links ---------------------------------------------------------------------------------- */
 
-enum status link_create(int fd, size_t n_room, struct link *out) {
-    *out = (struct link){.fd = fd, .heard_ns = clock_now_ns(), .sent_ns = clock_now_ns()};
-    link_peer(fd, out->peer, sizeof out->peer);
-    enum status st = link_room(out, n_room);
-    if (st != ST_OK) link_close(out);
+enum status rank_link_create(int fd, size_t n_room, struct rank_link *out) {
+    *out = (struct rank_link){.fd = fd, .heard_ns = clock_now_ns(), .sent_ns = clock_now_ns()};
+    rank_link_peer(fd, out->peer, sizeof out->peer);
+    enum status st = rank_link_room(out, n_room);
+    if (st != ST_OK) rank_link_close(out);
     return st;
 }
 
-void link_close(struct link *l) {
+void rank_link_close(struct rank_link *l) {
     if (!l->room) return;
     /* Whoever closes with something unread takes back what it sent last. */
     uint8_t unread[4096];
@@ -194,10 +194,10 @@ void link_close(struct link *l) {
     }
     if (l->fd >= 0) close(l->fd);
     free(l->room);
-    *l = (struct link){.fd = -1};
+    *l = (struct rank_link){.fd = -1};
 }
 
-enum status link_room(struct link *l, size_t n) {
+enum status rank_link_room(struct rank_link *l, size_t n) {
     uint8_t *p = realloc(l->room, n > 0 ? n : 1);
     if (!p) return ST_NO_MEMORY;
     l->room = p;
@@ -205,7 +205,7 @@ enum status link_room(struct link *l, size_t n) {
     return ST_OK;
 }
 
-uint8_t *link_swap_room(struct link *l, uint8_t *room) {
+uint8_t *rank_link_swap_room(struct rank_link *l, uint8_t *room) {
     CHECK(l->n_got == 0 && !l->whole);
     uint8_t *old = l->room;
     l->room = room;
@@ -223,16 +223,16 @@ static uint16_t u16_at(const uint8_t *p) {
     return v;
 }
 
-static enum status check_header(const struct link *l, struct error *e) {
+static enum status check_header(const struct rank_link *l, struct error *e) {
     const uint8_t *h = l->header;
     if (u32_at(h) != MAGIC)
         return error_set(e, ST_INVALID, "%s does not speak the language of ranks", l->peer);
-    if (u16_at(h + 4) != LINK_VERSION)
+    if (u16_at(h + 4) != RANK_LINK_VERSION)
         return error_set(e, ST_UNSUPPORTED,
                          "%s speaks version %d of the language of ranks, this moed version %d",
-                         l->peer, u16_at(h + 4), LINK_VERSION);
+                         l->peer, u16_at(h + 4), RANK_LINK_VERSION);
     uint16_t type = u16_at(h + 6);
-    if (type < LINK_BEAT || type > LINK_BYE || u32_at(h + 12) != 0)
+    if (type < RANK_LINK_BEAT || type > RANK_LINK_BYE || u32_at(h + 12) != 0)
         return error_set(e, ST_INVALID, "%s sent a frame of unknown type %d", l->peer, type);
     if (u32_at(h + 8) > l->n_room)
         return error_set(e, ST_INVALID, "%s sent a frame of %u bytes, %zu are allowed", l->peer,
@@ -241,35 +241,37 @@ static enum status check_header(const struct link *l, struct error *e) {
 }
 
 /* Bytes of the frame that is coming, header included, as far as known. */
-static size_t frame_bytes(const struct link *l) {
-    return LINK_HEADER_BYTES + (l->n_got < LINK_HEADER_BYTES ? 0 : (size_t)u32_at(l->header + 8));
+static size_t frame_bytes(const struct rank_link *l) {
+    return RANK_LINK_HEADER_BYTES +
+           (l->n_got < RANK_LINK_HEADER_BYTES ? 0 : (size_t)u32_at(l->header + 8));
 }
 
 /* Take what has come, up to the end of one frame that is not a beat. */
-static enum status receive(struct link *l, struct error *e) {
+static enum status receive(struct rank_link *l, struct error *e) {
     while (!l->whole) {
-        bool in_body = l->n_got >= LINK_HEADER_BYTES;
-        uint8_t *at = in_body ? l->room + (l->n_got - LINK_HEADER_BYTES) : l->header + l->n_got;
+        bool in_body = l->n_got >= RANK_LINK_HEADER_BYTES;
+        uint8_t *at =
+            in_body ? l->room + (l->n_got - RANK_LINK_HEADER_BYTES) : l->header + l->n_got;
         ssize_t r = recv(l->fd, at, frame_bytes(l) - l->n_got, 0);
         if (r < 0 && (errno == EAGAIN || errno == EINTR)) return ST_OK;
         if (r <= 0) return error_set(e, ST_ENGINE_LOST, "the connection to %s ended", l->peer);
         l->heard_ns = clock_now_ns();
         l->n_got += (size_t)r;
-        if (l->n_got == LINK_HEADER_BYTES) {
+        if (l->n_got == RANK_LINK_HEADER_BYTES) {
             enum status st = check_header(l, e);
             if (st != ST_OK) return st;
         }
-        if (l->n_got < frame_bytes(l) || l->n_got < LINK_HEADER_BYTES) continue;
+        if (l->n_got < frame_bytes(l) || l->n_got < RANK_LINK_HEADER_BYTES) continue;
         l->n_got = 0;
-        l->whole = u16_at(l->header + 6) != LINK_BEAT;
+        l->whole = u16_at(l->header + 6) != RANK_LINK_BEAT;
     }
     return ST_OK;
 }
 
 /* Frames that come meanwhile are taken as far as there is room, so that two sides that send to each other do
  * not wait for each other. */
-static enum status send_bytes(struct link *l, const uint8_t *p, size_t n, struct error *e) {
-    uint64_t until = clock_now_ns() + LINK_SILENCE_NS;
+static enum status send_bytes(struct rank_link *l, const uint8_t *p, size_t n, struct error *e) {
+    uint64_t until = clock_now_ns() + RANK_LINK_SILENCE_NS;
     while (n > 0) {
         ssize_t w = send(l->fd, p, n, MSG_NOSIGNAL);
         if (w > 0) {
@@ -288,12 +290,12 @@ static enum status send_bytes(struct link *l, const uint8_t *p, size_t n, struct
     return ST_OK;
 }
 
-enum status link_send(struct link *l, enum link_type type, const void *body, size_t n,
-                      struct error *e) {
-    CHECK(n <= LINK_MAX_BODY_BYTES);
-    uint8_t h[LINK_HEADER_BYTES] = {0};
+enum status rank_link_send(struct rank_link *l, enum rank_link_type type, const void *body,
+                           size_t n, struct error *e) {
+    CHECK(n <= RANK_LINK_MAX_BODY_BYTES);
+    uint8_t h[RANK_LINK_HEADER_BYTES] = {0};
     uint32_t magic = MAGIC, n_bytes = (uint32_t)n;
-    uint16_t version = LINK_VERSION, t = (uint16_t)type;
+    uint16_t version = RANK_LINK_VERSION, t = (uint16_t)type;
     memcpy(h, &magic, 4);
     memcpy(h + 4, &version, 2);
     memcpy(h + 6, &t, 2);
@@ -302,29 +304,30 @@ enum status link_send(struct link *l, enum link_type type, const void *body, siz
     return st == ST_OK ? send_bytes(l, body, n, e) : st;
 }
 
-enum status link_beat(struct link *l, struct error *e) {
-    if (clock_now_ns() - l->sent_ns < LINK_BEAT_NS) return ST_OK;
-    return link_send(l, LINK_BEAT, NULL, 0, e);
+enum status rank_link_beat(struct rank_link *l, struct error *e) {
+    if (clock_now_ns() - l->sent_ns < RANK_LINK_BEAT_NS) return ST_OK;
+    return rank_link_send(l, RANK_LINK_BEAT, NULL, 0, e);
 }
 
-enum status link_next(struct link *l, int timeout_ms, struct error *e, struct link_frame *out) {
-    *out = (struct link_frame){.type = LINK_NONE};
+enum status rank_link_next(struct rank_link *l, int timeout_ms, struct error *e,
+                           struct rank_link_frame *out) {
+    *out = (struct rank_link_frame){.type = RANK_LINK_NONE};
     enum status st = receive(l, e);
     if (st == ST_OK && !l->whole && timeout_ms > 0) {
-        const int beat_ms = (int)(LINK_BEAT_NS / 1000000u);
+        const int beat_ms = (int)(RANK_LINK_BEAT_NS / 1000000u);
         struct pollfd p = {.fd = l->fd, .events = POLLIN};
         poll(&p, 1, timeout_ms < beat_ms ? timeout_ms : beat_ms);
         st = receive(l, e);
     }
     if (st != ST_OK) return st;
     /* The beat first: sending may receive, but not over a frame that is there. */
-    if ((st = link_beat(l, e)) != ST_OK) return st;
-    if (!l->whole && clock_now_ns() - l->heard_ns > LINK_SILENCE_NS)
+    if ((st = rank_link_beat(l, e)) != ST_OK) return st;
+    if (!l->whole && clock_now_ns() - l->heard_ns > RANK_LINK_SILENCE_NS)
         return error_set(e, ST_ENGINE_LOST, "%s has been silent for %d s", l->peer,
-                         (int)(LINK_SILENCE_NS / 1000000000u));
+                         (int)(RANK_LINK_SILENCE_NS / 1000000000u));
     if (!l->whole) return ST_OK;
     l->whole = false;
-    *out =
-        (struct link_frame){(enum link_type)u16_at(l->header + 6), l->room, u32_at(l->header + 8)};
+    *out = (struct rank_link_frame){(enum rank_link_type)u16_at(l->header + 6), l->room,
+                                    u32_at(l->header + 8)};
     return ST_OK;
 }
