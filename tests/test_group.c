@@ -215,6 +215,7 @@ static void test_tokens(void **state) {
                             {3, -1, 0}, {2, 0, 200}, {3, 2, 200}, {3, 0, 1}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const int n_ranks = cases[i][0], extra = cases[i][1];
+        if (kind->by_streams && i != 1 && i != 4 && i != 6) continue; /* one of each sort */
         int32_t least = (n_experts + n_ranks - 1) / n_ranks;
         world_init(&w, kind);
         world_open(&w, device,
