@@ -15,7 +15,7 @@
 enum : int {
     WARPS = 8,
     HELD = 16,          /* float4 of the router in a lane's registers */
-    FEW_TOKENS = 64,    /* that k_route_few takes */
+    FEW_TOKENS = 128,   /* that k_route_few takes */
     SORT_WARPS = 32,
     PLACE_WARPS = 16
 };
