@@ -31,7 +31,10 @@ struct shown {
 
 struct member {
     bool joined;
-    bool inside; /* a step: it reads what the others show */
+    int inside; /* steps in which it reads what the others show */
+    int32_t n_tokens; /* of the step at hand, of ranks that meet on their devices */
+    void *own; /* shown to the others */
+    volatile uint32_t *stop;
     struct shown shown;
     struct stack *stacks;
     int32_t n_stacks, max_stacks;
@@ -113,10 +116,17 @@ void moe_group_held(const struct moe_group *g, uint16_t *dst) {
     memcpy(dst, g->shares.held, n_cells(g) * sizeof *dst);
 }
 
+/* With the lock held. */
+static void lose(struct moe_group *g) {
+    g->lost = true;
+    for (int r = 0; r < g->o.n_ranks; r++)
+        if (g->members[r].stop) *g->members[r].stop = 1;
+    pthread_cond_broadcast(&g->all_here);
+}
+
 void exchange_fail(struct moe_group *g) {
     pthread_mutex_lock(&g->lock);
-    g->lost = true;
-    pthread_cond_broadcast(&g->all_here);
+    lose(g);
     pthread_mutex_unlock(&g->lock);
 }
 
@@ -143,18 +153,17 @@ static enum status meet(struct moe_group *g) {
         if (pthread_cond_timedwait(&g->all_here, &g->lock, &until) == ETIMEDOUT &&
             g->round == round) {
             log_event(LOG_ERROR, "moe", "rank_missing", "here=%d of=%d", g->n_here, g->o.n_ranks);
-            g->lost = true;
-            pthread_cond_broadcast(&g->all_here);
+            lose(g);
         }
     bool lost = g->lost;
     pthread_mutex_unlock(&g->lock);
     return lost ? ST_ENGINE_LOST : ST_OK;
 }
 
-static void set_inside(struct exchange *x, bool inside) {
+static void add_inside(struct exchange *x, int n) {
     struct moe_group *g = x->group;
     pthread_mutex_lock(&g->lock);
-    g->members[x->rank].inside = inside;
+    g->members[x->rank].inside += n;
     pthread_cond_broadcast(&g->all_here);
     pthread_mutex_unlock(&g->lock);
 }
@@ -164,10 +173,10 @@ static void wait_until_unread(struct exchange *x) {
     struct moe_group *g = x->group;
     struct timespec until = deadline(g);
     pthread_mutex_lock(&g->lock);
-    g->members[x->rank].inside = false;
+    g->members[x->rank].inside = 0;
     bool late = false;
     for (int r = 0; r < g->o.n_ranks && !late;) {
-        if (g->members[r].inside)
+        if (g->members[r].inside > 0)
             late = pthread_cond_timedwait(&g->all_here, &g->lock, &until) == ETIMEDOUT;
         else
             r++;
@@ -256,6 +265,10 @@ void exchange_close(struct exchange *x) {
     free(x);
 }
 
+int exchange_n_ranks(const struct exchange *x) { return x->group->o.n_ranks; }
+
+uint64_t exchange_timeout_ns(const struct exchange *x) { return x->group->o.timeout_ns; }
+
 int32_t exchange_max_tokens(const struct exchange *x) {
     return x->group->max_tokens * x->group->o.n_ranks;
 }
@@ -270,6 +283,11 @@ uint64_t exchange_bytes(const struct exchange *x) {
 
 bool exchange_holds(const struct exchange *x, int32_t layer, int32_t expert) {
     return shares_holds(&x->group->shares, layer, expert, x->rank);
+}
+
+uint16_t exchange_holders(const struct exchange *x, int32_t layer, int32_t expert) {
+    const struct shares *s = &x->group->shares;
+    return s->held[(size_t)layer * (size_t)s->n_experts + (size_t)expert];
 }
 
 enum status exchange_stack(struct exchange *x, int32_t layer, uint8_t *base, size_t expert_bytes) {
@@ -437,11 +455,11 @@ enum status exchange_route(struct exchange *x, int32_t layer, const struct route
     struct shares_scratch scratch;
     g->members[x->rank].shown.route = own;
     g->members[x->rank].shown.inputs = inputs;
-    if (layer == 0) set_inside(x, true);
+    if (layer == 0) add_inside(x, 1);
     enum status st = meet(g);
     if (st == ST_OK && layer == 0 && g->moving) st = move(x);
     if (st != ST_OK) {
-        set_inside(x, false);
+        add_inside(x, -1);
         return st;
     }
     count(x);
@@ -468,7 +486,7 @@ enum status exchange_products(struct exchange *x, int32_t layer, struct exchange
     enum status st = meet(x->group);
     /* All have dealt this layer out, and look at the tables again only after the next meeting. */
     if (st == ST_OK && x->rank == 0) record(x, layer);
-    if (st != ST_OK) set_inside(x, false);
+    if (st != ST_OK) add_inside(x, -1);
     return st;
 }
 
@@ -481,7 +499,7 @@ void exchange_return(struct exchange *x, int32_t layer, const struct route *own,
                (const uint8_t *)from->p + (size_t)x->back_row[i] * from->stride, from->n_bytes);
         if (x->back_rank[i] != x->rank) c->exchange_bytes += from->n_bytes;
     }
-    if (layer == x->group->shape.n_layers - 1) set_inside(x, false);
+    if (layer == x->group->shape.n_layers - 1) add_inside(x, -1);
 }
 
 void exchange_counters(const struct exchange *x, struct moe_counters *out) {
@@ -490,4 +508,47 @@ void exchange_counters(const struct exchange *x, struct moe_counters *out) {
     out->exchange_bytes = c->exchange_bytes;
     out->n_replans = c->n_replans;
     out->n_moved = c->n_moved;
+}
+
+/* ---- ranks that meet on their devices ------------------------------------------------------- */
+
+void exchange_show(struct exchange *x, void *own) {
+    pthread_mutex_lock(&x->group->lock);
+    x->group->members[x->rank].own = own;
+    pthread_mutex_unlock(&x->group->lock);
+}
+
+void *exchange_peer(const struct exchange *x, int rank) {
+    pthread_mutex_lock(&x->group->lock);
+    void *own = x->group->members[rank].own;
+    pthread_mutex_unlock(&x->group->lock);
+    return own;
+}
+
+void exchange_stop_word(struct exchange *x, volatile uint32_t *stop) {
+    struct moe_group *g = x->group;
+    pthread_mutex_lock(&g->lock);
+    g->members[x->rank].stop = stop;
+    if (stop && g->lost) *stop = 1;
+    pthread_mutex_unlock(&g->lock);
+}
+
+enum status exchange_step_begin(struct exchange *x, int32_t n_tokens, int32_t *total) {
+    struct moe_group *g = x->group;
+    add_inside(x, 1);
+    g->members[x->rank].n_tokens = n_tokens;
+    enum status st = meet(g);
+    *total = 0;
+    for (int r = 0; r < g->o.n_ranks; r++) *total += g->members[r].n_tokens;
+    if (st != ST_OK) add_inside(x, -1);
+    return st;
+}
+
+enum status exchange_meet(struct exchange *x) { return meet(x->group); }
+
+void exchange_step_done(struct exchange *x) { add_inside(x, -1); }
+
+void exchange_set_load(struct exchange *x, const uint64_t *load) {
+    for (size_t i = 0; i < n_cells(x->group); i++)
+        atomic_store_explicit(&x->group->load[i], load[i], memory_order_relaxed);
 }
