@@ -155,6 +155,8 @@ static void counters(const struct backend *b, struct moe_counters *out) {
     out->expert_reads += together->expert_reads;
     out->expert_rows = together->expert_rows;
     out->exchange_bytes = together->exchange_bytes;
+    out->n_replans = together->n_replans;
+    out->n_moved = together->n_moved;
 }
 
 /* ---- life ------------------------------------------------------------------------------------------------- */

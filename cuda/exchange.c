@@ -75,38 +75,17 @@ enum status exchange_join(struct cuda *c, const struct backend_config *config, s
     return check_sharing(c, e);
 }
 
-/* Who computes each expert, the same on every rank: its holder; of several holders the one with the fewest so far; and
- * what all hold is dealt out in each step. */
-static void find_homes(struct cuda *c, struct expert_home *homes) {
-    struct cuda_exchange *g = c->exchange;
-    int n_ranks = exchange_n_ranks(g->x);
-    for (int32_t l = 0; l < c->shape.n_layers; l++) {
-        int32_t n_homes[MOE_MAX_RANKS] = {0}, n_any = 0;
-        for (int32_t x = 0; x < c->shape.n_experts; x++, homes++) {
-            unsigned holders = exchange_holders(g->x, l, x);
-            homes->place = (int16_t)g->place_of[l * c->shape.n_experts + x];
-            homes->rank = -1;
-            if (holders == (1u << n_ranks) - 1u && n_ranks > 1) {
-                n_any++;
-                continue;
-            }
-            for (int r = 0; r < n_ranks; r++)
-                if (holders >> r & 1 && (homes->rank < 0 || n_homes[r] < n_homes[homes->rank]))
-                    homes->rank = (int16_t)r;
-            n_homes[homes->rank]++;
-        }
-        int32_t n = n_homes[g->args.rank] + (n_any + n_ranks - 1) / n_ranks;
-        if (n > g->most_homes) g->most_homes = n;
-    }
-}
-
-static enum status upload_homes(struct cuda *c, struct error *e) {
-    size_t n = (size_t)c->shape.n_layers * (size_t)c->shape.n_experts;
+enum status exchange_upload_homes(struct cuda *c) {
+    const struct cuda_exchange *g = c->exchange;
+    size_t n_experts = (size_t)c->shape.n_experts, n = (size_t)c->shape.n_layers * n_experts;
     struct expert_home *homes = calloc(n, sizeof *homes);
-    if (!homes) return error_set(e, ST_NO_MEMORY, "no memory for the exchange");
-    find_homes(c, homes);
-    enum status st = device_check(c, cudaMemcpyAsync(c->exchange->homes, homes, n * sizeof *homes,
-                                                     cudaMemcpyHostToDevice, c->queue.stream));
+    if (!homes) return ST_NO_MEMORY;
+    for (size_t i = 0; i < n; i++) {
+        homes[i].holders = exchange_holders(g->x, (int32_t)(i / n_experts), (int32_t)(i % n_experts));
+        homes[i].place = (int16_t)g->place_of[i];
+    }
+    enum status st = device_check(c, cudaMemcpyAsync(g->homes, homes, n * sizeof *homes, cudaMemcpyHostToDevice,
+                                                     c->queue.stream));
     if (st == ST_OK) st = device_check(c, cudaStreamSynchronize(c->queue.stream));
     free(homes);
     return st;
@@ -123,7 +102,8 @@ static enum status pinned(struct cuda *c, size_t n, struct error *e, void **out)
 }
 
 static size_t count_bytes(const struct cuda *c) {
-    return (N_COUNTS + (size_t)c->shape.n_layers * (size_t)c->shape.n_experts) * sizeof(uint64_t);
+    size_t per_layer = (size_t)c->shape.n_experts + (size_t)exchange_n_ranks(c->exchange->x);
+    return (N_COUNTS + (size_t)c->shape.n_layers * per_layer) * sizeof(uint64_t);
 }
 
 static enum status create_buffers(struct cuda *c, struct error *e) {
@@ -179,7 +159,13 @@ enum status exchange_ready(struct cuda *c, struct error *e) {
     a->lists.row_of = c->lists.row_of;
     a->counts = g->counts;
     a->load = g->counts + N_COUNTS;
-    TRY(upload_homes(c, e));
+    a->rows = a->load + (size_t)c->shape.n_layers * (size_t)c->shape.n_experts;
+    /* What every rank holds is dealt out evenly, near enough. */
+    bool all = g->n_places == c->shape.n_experts;
+    g->most_homes = all ? (g->n_places + a->n_ranks - 1) / a->n_ranks : g->n_places;
+    TRY(move_ready(c, e));
+    enum status st = exchange_upload_homes(c);
+    if (st != ST_OK) return error_set(e, st, "GPU %d: the exchange: %s", c->device, status_name(st));
     exchange_stop_word(g->x, g->stop);
     return ST_OK;
 }
@@ -198,6 +184,7 @@ void exchange_leave(struct cuda *c) {
     if (g->host_counts) (void)cudaFreeHost(g->host_counts);
     if (g->stop) (void)cudaFreeHost(g->stop);
     free(g->place_of);
+    free(g->stacks);
     free(g);
     c->exchange = NULL;
 }
@@ -208,11 +195,29 @@ int32_t exchange_place(const struct cuda *c, int32_t layer, int32_t expert) {
     return place >= 0 ? place : g->n_places;
 }
 
+enum status exchange_add_stack(struct cuda *c, int32_t layer, uint8_t *panels, size_t expert_bytes) {
+    struct cuda_exchange *g = c->exchange;
+    if (g->n_stacks == g->max_stacks) {
+        int32_t max = g->max_stacks > 0 ? g->max_stacks * 2 : 64;
+        struct stack *p = realloc(g->stacks, (size_t)max * sizeof *p);
+        if (!p) return ST_NO_MEMORY;
+        g->stacks = p;
+        g->max_stacks = max;
+    }
+    g->stacks[g->n_stacks++] = (struct stack){layer, panels, expert_bytes};
+    return ST_OK;
+}
+
 /* ---- a step --------------------------------------------------------------------------------- */
 
 enum status exchange_begin_step(struct cuda *c, int32_t n_tokens, int32_t *total) {
     struct cuda_exchange *g = c->exchange;
     TRY(exchange_step_begin(g->x, n_tokens, total));
+    if (exchange_moving(g->x)) {
+        enum status st = move_experts(c);
+        if (st != ST_OK) exchange_step_done(g->x);
+        return st;
+    }
     if (g->peers_known) return ST_OK;
     for (int r = 0; r < g->args.n_ranks; r++) { /* all are ready, or they would not begin a step */
         const struct cuda_exchange *peer = exchange_peer(g->x, r);
@@ -241,8 +246,9 @@ enum status exchange_collect(struct cuda *c, uint64_t parity) {
     const uint64_t *n = g->host_counts + parity * (count_bytes(c) / sizeof *n);
     g->counters.expert_reads = n[COUNT_READS];
     g->counters.expert_rows = n[COUNT_ROWS];
-    g->counters.exchange_bytes = n[COUNT_FAR] * (uint64_t)c->shape.n_embd * 2;
-    if (g->args.rank == 0) exchange_set_load(g->x, n + N_COUNTS);
+    g->counters.exchange_bytes = n[COUNT_FAR] * (uint64_t)c->shape.n_embd * 2 + g->moved_bytes;
+    size_t n_load = (size_t)c->shape.n_layers * (size_t)c->shape.n_experts;
+    if (g->args.rank == 0) exchange_record(g->x, n + N_COUNTS, n + N_COUNTS + n_load);
     return ST_OK;
 }
 
@@ -255,6 +261,7 @@ static struct exchange_args layer_args(const struct cuda *c, int layer) {
     a.header = c->view.header;
     a.homes += at;
     a.load += at;
+    a.rows += (size_t)layer * (size_t)a.n_ranks;
     return a;
 }
 

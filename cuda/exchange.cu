@@ -157,7 +157,10 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
 struct place_shared {
     int counts[MAX_EXPERTS], before[MAX_EXPERTS]; /* rows of an expert: all, those of the chunks before */
     int first[MAX_EXPERTS];                       /* where its rows begin */
-    int owner[MAX_EXPERTS], place[MAX_EXPERTS];
+    int owner[MAX_EXPERTS];
+    struct expert_home home[MAX_EXPERTS];
+    int order[MAX_EXPERTS], n_shared; /* experts with several holders, by falling counts */
+    int cost[32];                     /* of each rank */
     int tiles_before[N_WIDTHS][MAX_EXPERTS];
     int n_rows, n_tiles[N_WIDTHS];
 };
@@ -183,14 +186,38 @@ static DEVICE void add_chunks(const struct exchange_args &a, struct place_shared
     atomicAdd(&s.before[e], before);
 }
 
-/* Who computes expert e. Those that all ranks hold are dealt out by falling counts, to and fro: 0 1 1 0 0 1 … */
-static DEVICE int owner_of(const struct exchange_args &a, const struct place_shared &s, int e) {
-    int home = s.owner[e], at = 0;
-    if (home >= 0) return home;
-    for (int x = 0; x < a.n_experts; x++)
-        at += s.owner[x] < 0 && (s.counts[x] > s.counts[e] || (s.counts[x] == s.counts[e] && x < e));
-    at %= 2 * a.n_ranks;
-    return at < a.n_ranks ? at : 2 * a.n_ranks - 1 - at;
+static DEVICE int cost_of(int n_rows) { return n_rows > 0 ? n_rows + EXPERT_COST : 0; }
+static DEVICE bool is_shared(struct expert_home home) { return (home.holders & (home.holders - 1)) != 0; }
+
+/* Who computes each expert: its holder; then those with several, by falling counts, each by the one of least cost so far. */
+static DEVICE void find_owners(const struct exchange_args &a, struct place_shared &s) {
+    int e = (int)threadIdx.x, lane = e & 31;
+    if (e < a.n_experts && !is_shared(s.home[e])) {
+        s.owner[e] = __ffs(s.home[e].holders) - 1;
+        atomicAdd(&s.cost[s.owner[e]], cost_of(s.counts[e]));
+    } else if (e < a.n_experts) {
+        int at = 0;
+        for (int x = 0; x < a.n_experts; x++)
+            at += is_shared(s.home[x]) && (s.counts[x] > s.counts[e] || (s.counts[x] == s.counts[e] && x < e));
+        s.order[at] = e;
+        atomicAdd(&s.n_shared, 1);
+    }
+    __syncthreads();
+    if (e >= 32) return;
+    uint32_t cost = (uint32_t)s.cost[lane]; /* of rank `lane` */
+    for (int base = 0; base < s.n_shared; base += 32) {
+        int n = min(s.n_shared - base, 32), x = s.order[base + min(lane, n - 1)], owner = 0;
+        uint32_t holders = s.home[x].holders, own = (uint32_t)cost_of(s.counts[x]);
+#pragma unroll 4
+        for (int i = 0; i < n; i++) {
+            bool may = __shfl_sync(ALL_LANES, holders, i) >> lane & 1;
+            uint32_t more = __shfl_sync(ALL_LANES, own, i);
+            int least = (int)(__reduce_min_sync(ALL_LANES, may ? cost << 4 | (uint32_t)lane : ~0u) & 15u);
+            if (lane == least) cost += more;
+            if (lane == i) owner = least;
+        }
+        if (lane < n) s.owner[x] = owner;
+    }
 }
 
 /* One block's: the lists, and what is counted. */
@@ -200,10 +227,13 @@ static DEVICE void write_lists(const struct exchange_args &a, const struct place
         if (n == 0 || s.owner[e] != a.rank) continue;
         int w = tile_tokens(n, 8 << list);
         struct gemm_item *to = a.lists.items[list] + s.tiles_before[list][e];
-        for (int at = 0; at < n; at += w) *to++ = {s.place[e], s.first[e] + at, min(w, n - at), 0};
+        for (int at = 0; at < n; at += w) *to++ = {s.home[e].place, s.first[e] + at, min(w, n - at), 0};
     }
     if (threadIdx.x < N_WIDTHS) a.lists.n_items[threadIdx.x] = s.n_tiles[threadIdx.x];
-    for (int e = (int)threadIdx.x; e < a.n_experts; e += PLACE_THREADS) a.load[e] += (uint64_t)s.counts[e];
+    for (int e = (int)threadIdx.x; e < a.n_experts; e += PLACE_THREADS) {
+        a.load[e] += (uint64_t)s.counts[e];
+        if (s.counts[e] > 0) atomicAdd((unsigned long long *)a.rows + s.owner[e], (unsigned long long)s.counts[e]);
+    }
 }
 
 static DEVICE void count_owned(const struct exchange_args &a, const struct place_shared &s, int lane) {
@@ -252,18 +282,17 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
     int tid = (int)threadIdx.x, lane = tid & 31, warp = tid >> 5, n_experts = a.n_experts;
     depend_release();
     if (tid < n_experts) {
-        struct expert_home home = a.homes[tid];
-        s.owner[tid] = home.rank, s.place[tid] = home.place;
+        s.home[tid] = a.homes[tid]; /* the host writes them, between steps */
         s.counts[tid] = s.before[tid] = 0;
     }
+    if (tid < 32) s.cost[tid] = 0;
+    if (tid == 0) s.n_shared = 0;
     __syncthreads();
     depend_wait();
     struct group_tokens t = *a.tokens;
     add_chunks(a, s);
     __syncthreads();
-    int owner = tid < n_experts ? owner_of(a, s, tid) : 0;
-    __syncthreads();
-    if (tid < n_experts) s.owner[tid] = owner;
+    find_owners(a, s);
     __syncthreads();
     const int *counts = s.counts, *owners = s.owner;
     int rank = a.rank;

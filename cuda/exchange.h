@@ -6,21 +6,31 @@
  * peer access between all GPUs here.
  *
  * A stack holds the rank's experts in places, not by number: place_of says where an expert lies, and work items
- * name the place. Which experts a rank holds does not change. One thread. Private to cuda/. */
+ * name the place. When the group has a new plan, weights move between steps (cuda/move.c). One thread. Private to cuda/. */
 #ifndef MOED_CUDA_EXCHANGE_H
 #define MOED_CUDA_EXCHANGE_H
 
 #include "cuda/device.h"
 #include "moe/exchange.h"
 
+struct stack { /* one expert matrix of a layer, by places */
+    int32_t layer;
+    uint8_t *panels;
+    size_t expert_bytes;
+};
+
 struct cuda_exchange {
     struct exchange *x;
     int32_t n_places;  /* in each stack; one more is scratch for what is read and not held */
-    int32_t *place_of; /* [L][E], -1: not held */
+    int32_t *place_of; /* [L][E], -1: not held; the others read it when weights move */
+    struct stack *stacks; /* [n_stacks], in the order of loading; likewise */
+    int32_t n_stacks, max_stacks;
+    uint8_t *bounce; /* room for what may be gained in a layer; NULL: every rank holds every expert */
     int32_t most_homes; /* experts of a layer that may be this rank's to compute */
     struct expert_home *homes; /* device [L][E] */
     uint64_t *counts, *host_counts; /* device [N_COUNTS + L * E]; pinned: two of them, by a step's parity */
-    struct moe_counters counters;   /* of what the device counts */
+    struct moe_counters counters;   /* of what the device counts, and what moved */
+    uint64_t moved_bytes;
     uint32_t *stop;                 /* pinned */
     /* Read, and in the case of flags written, by the others: */
     int device;
@@ -43,6 +53,14 @@ void exchange_leave(struct cuda *c);
 
 /* The place of an expert in its stack; the scratch place if it is not held. */
 int32_t exchange_place(const struct cuda *c, int32_t layer, int32_t expert);
+
+/* An expert stack is loaded: it may move. ST_NO_MEMORY. */
+enum status exchange_add_stack(struct cuda *c, int32_t layer, uint8_t *panels, size_t expert_bytes);
+/* Tell the device who holds what, and where. */
+enum status exchange_upload_homes(struct cuda *c);
+/* move.c: room for it, while opening; and to do it, no step being out on any rank once all have met. */
+enum status move_ready(struct cuda *c, struct error *e);
+enum status move_experts(struct cuda *c);
 
 /* A step that is computed together: its size, before it is issued; its counts, behind it in the stream; and, once they
  * are there, whether all went well. */

@@ -252,18 +252,20 @@ cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue 
 
 /* ---- experts shared with other GPUs --------------------------------------------------------------------------- */
 
-/* Where an expert of a layer is computed, and where its weights lie in this rank's stacks. */
+/* Which ranks hold an expert of a layer, and where its weights lie in this rank's stacks. */
 struct expert_home {
-    int16_t rank;  /* -1: every rank holds it, and counts decide */
-    int16_t place; /* -1: not here */
+    uint16_t holders; /* a bit for each rank; of several, a step's counts decide which computes it */
+    int16_t place;    /* -1: not here */
 };
+/* Dealing experts out: what one costs a rank, in rows. Below it the weights are what takes time. */
+enum { EXPERT_COST = 32 };
 
 /* A layer's tokens: those of all ranks, in the order of the ranks. */
 struct group_tokens {
     int32_t n, first_own, n_own;
 };
 
-/* What a rank counts, followed by [L][E] rows that the group had. */
+/* What a rank counts; behind it rows of the group by expert, [L][E], and by who computed them, [L][R]. */
 enum { COUNT_READS /* groups of rows computed here */, COUNT_ROWS /* rows computed here */,
        COUNT_FAR /* inputs and products that came from other ranks */, N_COUNTS };
 
@@ -288,6 +290,7 @@ struct exchange_args {
     struct route_lists lists; /* row_of: of this rank's tokens; items: of the rows computed here; no ids, weights, expert_first */
     uint64_t *counts;      /* [N_COUNTS] */
     uint64_t *load;        /* [E] of this layer */
+    uint64_t *rows;        /* [R] of this layer */
 };
 /* Show ids and x, wait for all ranks, bring in theirs, and sort the pairs of all: lists for what is computed here. */
 cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q);

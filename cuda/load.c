@@ -112,6 +112,10 @@ static enum status load_matrix(struct cuda *c, const struct weight_source *s, in
         if ((st = device_alloc(c, MEMORY_WEIGHTS, s->name, s->n_bytes, e, &p)) != ST_OK) return st;
         w->f32 = p;
     }
+    if (is_shared(c, s)) {
+        st = exchange_add_stack(c, s->layer, w->panels, bytes / (size_t)n_places);
+        if (st != ST_OK) return error_set(e, st, "tensor %s: no memory", s->name);
+    }
     if ((st = load_rows(c, s, source, w)) != ST_OK) return st;
     uint32_t bits = 0;
     st = device_check(c, cudaMemcpyAsync(&bits, c->d_max, sizeof bits, cudaMemcpyDeviceToHost,

@@ -13,7 +13,9 @@
 #include "moe/shares.h"
 
 #define DEFAULT_TIMEOUT_NS UINT64_C(10000000000)
-#define DEFAULT_REPLAN_TOKENS (UINT64_C(1) << 20)
+/* Some seconds of work: moving takes some steps' time. */
+#define HOST_REPLAN_TOKENS (UINT64_C(1) << 20)
+#define DEVICE_REPLAN_TOKENS (UINT64_C(1) << 26)
 #define DEFAULT_MAX_IMBALANCE 1.1
 
 /* An expert stack as one rank has it. */
@@ -54,6 +56,7 @@ struct moe_group {
     int32_t max_tokens;
     struct shares shares; /* rank 0 writes, between two meetings at which nobody reads */
     _Atomic uint64_t *load; /* [L][E] since the beginning */
+    uint64_t *rows; /* [L][n_ranks] likewise, of ranks that meet on their devices */
     bool apart; /* ranks compute alone, until told otherwise */
     bool moving; /* shares.next is to be taken before the next layer 0 */
     struct member members[MOE_MAX_RANKS];
@@ -71,7 +74,6 @@ enum status moe_group_create(const struct moe_group_options *o, struct error *e,
     if (!g) return error_set(e, ST_NO_MEMORY, "no memory for a group of devices");
     g->o = *o;
     if (g->o.timeout_ns == 0) g->o.timeout_ns = DEFAULT_TIMEOUT_NS;
-    if (g->o.replan_tokens == 0) g->o.replan_tokens = DEFAULT_REPLAN_TOKENS;
     if (g->o.max_imbalance == 0) g->o.max_imbalance = DEFAULT_MAX_IMBALANCE;
     pthread_condattr_t clock;
     pthread_condattr_init(&clock);
@@ -87,6 +89,7 @@ void moe_group_destroy(struct moe_group *g) {
     if (!g) return;
     shares_destroy(&g->shares);
     free((void *)g->load);
+    free(g->rows);
     for (int r = 0; r < g->o.n_ranks; r++) free(g->members[r].stacks);
     pthread_cond_destroy(&g->all_here);
     pthread_mutex_destroy(&g->lock);
@@ -199,8 +202,11 @@ static enum status agree(struct moe_group *g, const struct model_shape *shape, i
     if (st != ST_OK) return st;
     g->shape = *shape;
     g->max_tokens = max_tokens;
-    g->load = calloc(n, sizeof *g->load);
+    g->rows = calloc((size_t)shape->n_layers * (size_t)g->o.n_ranks, sizeof *g->rows);
+    g->load = g->rows ? calloc(n, sizeof *g->load) : NULL;
     if (g->load) return ST_OK;
+    free(g->rows);
+    g->rows = NULL;
     shares_destroy(&g->shares);
     return ST_NO_MEMORY;
 }
@@ -364,7 +370,13 @@ static enum status move(struct exchange *x) {
     if (st != ST_OK) return st;
     drop_lost(x);
     g->members[x->rank].counters.n_replans++;
-    if ((st = meet(g)) != ST_OK) return st;
+    return exchange_moved(x);
+}
+
+enum status exchange_moved(struct exchange *x) {
+    struct moe_group *g = x->group;
+    enum status st = meet(g);
+    if (st != ST_OK) return st;
     if (x->rank == 0) {
         memcpy(g->shares.held, g->shares.next, n_cells(g) * sizeof *g->shares.held);
         g->moving = false;
@@ -439,14 +451,22 @@ static void deal(struct exchange *x) {
     }
 }
 
+/* By rank 0: a new plan, if the window is full and was uneven. */
+static void replan(struct moe_group *g, uint64_t default_tokens) {
+    uint64_t window = g->o.replan_tokens > 0 ? g->o.replan_tokens : default_tokens;
+    if (g->moving || g->shares.window_rows < window) return;
+    double was = shares_imbalance(&g->shares);
+    g->moving = shares_replan(&g->shares, window, g->o.max_imbalance);
+    log_event(g->moving ? LOG_INFO : LOG_DEBUG, "moe", "expert_balance", "imbalance=%.3f replan=%d", was, g->moving);
+}
+
 static void record(struct exchange *x, int32_t layer) {
     struct moe_group *g = x->group;
     shares_record(&g->shares, layer, x->counts, x->rows);
     _Atomic uint64_t *load = g->load + (size_t)layer * (size_t)g->shape.n_experts;
     for (int32_t e = 0; e < g->shape.n_experts; e++)
         atomic_fetch_add_explicit(&load[e], (uint64_t)x->counts[e], memory_order_relaxed);
-    if (layer == g->shape.n_layers - 1)
-        g->moving = shares_replan(&g->shares, g->o.replan_tokens, g->o.max_imbalance);
+    if (layer == g->shape.n_layers - 1) replan(g, HOST_REPLAN_TOKENS);
 }
 
 enum status exchange_route(struct exchange *x, int32_t layer, const struct route *own,
@@ -548,7 +568,28 @@ enum status exchange_meet(struct exchange *x) { return meet(x->group); }
 
 void exchange_step_done(struct exchange *x) { add_inside(x, -1); }
 
-void exchange_set_load(struct exchange *x, const uint64_t *load) {
-    for (size_t i = 0; i < n_cells(x->group); i++)
-        atomic_store_explicit(&x->group->load[i], load[i], memory_order_relaxed);
+void exchange_record(struct exchange *x, const uint64_t *load, const uint64_t *rows) {
+    struct moe_group *g = x->group;
+    int32_t n_experts = g->shape.n_experts, n_ranks = g->o.n_ranks;
+    for (int32_t l = 0; l < g->shape.n_layers; l++, load += n_experts, rows += n_ranks) {
+        uint64_t new_load[512], new_rows[MOE_MAX_RANKS], *known_rows = g->rows + (size_t)l * (size_t)n_ranks;
+        _Atomic uint64_t *known = g->load + (size_t)l * (size_t)n_experts;
+        for (int32_t e = 0; e < n_experts; e++) {
+            new_load[e] = load[e] - atomic_load_explicit(&known[e], memory_order_relaxed);
+            atomic_store_explicit(&known[e], load[e], memory_order_relaxed);
+        }
+        for (int32_t r = 0; r < n_ranks; r++) {
+            new_rows[r] = rows[r] - known_rows[r];
+            known_rows[r] = rows[r];
+        }
+        shares_record_sums(&g->shares, l, new_load, new_rows);
+    }
+    replan(g, DEVICE_REPLAN_TOKENS);
+}
+
+bool exchange_moving(const struct exchange *x) { return x->group->moving; }
+
+uint16_t exchange_next_holders(const struct exchange *x, int32_t layer, int32_t expert) {
+    const struct shares *s = &x->group->shares;
+    return s->next[(size_t)layer * (size_t)s->n_experts + (size_t)expert];
 }

@@ -92,7 +92,7 @@ void exchange_counters(const struct exchange *x,
 /* ---- ranks that meet on their devices -------------------------------------------------------
  * A step is launched as a whole, and a device waits in it for what the others write into its memory. Here the ranks say
  * how large their steps are, and that all are ready to launch: what may take long, or would wait for a device, is done
- * before that. Such a group's weights do not move. */
+ * before that, and so are weights moved: by the ranks, to exchange_moved. */
 
 /* While opening: what this rank wants the others to know of, and read with exchange_peer; NULL before they show it. What
  * it points to is theirs, and stays until they leave. */
@@ -107,7 +107,15 @@ enum status exchange_step_begin(struct exchange *x, int32_t n_tokens, int32_t *t
 /* Wait for all: once before each launch, and once in the first step of all, if a rank has more to show. */
 enum status exchange_meet(struct exchange *x);
 void exchange_step_done(struct exchange *x);
-/* Rank 0: the group's rows so far, [L][E], as its device counted them. */
-void exchange_set_load(struct exchange *x, const uint64_t *load);
+/* Rank 0, between exchange_meet of one step and exchange_step_begin of the next: the group's rows so far as its device
+ * counted them, by expert, [L][E], and by who computed them, [L][n_ranks]. May lead to a new plan. */
+void exchange_record(struct exchange *x, const uint64_t *load, const uint64_t *rows);
+
+/* After exchange_step_begin: there is a plan; the holders that it gives an expert. Every rank gets what it gains from one
+ * that has it, which may be at any time before exchange_moved; what it loses it may drop once all have met. */
+bool exchange_moving(const struct exchange *x);
+uint16_t exchange_next_holders(const struct exchange *x, int32_t layer, int32_t expert);
+/* This rank has moved: wait for all; the plan is in force. */
+enum status exchange_moved(struct exchange *x);
 
 #endif

@@ -1,6 +1,6 @@
 /* cuda_exchange: the kernels by which GPUs share experts, against a sort written plainly here. One GPU stands for all
  * ranks: their flags say beforehand what they would say. Ranks with and without tokens, experts held by one rank and by
- * all, tokens of every chunk size. And that a wait for a rank that does not come ends, by time and by word. */
+ * several, tokens of every chunk size. And that a wait for a rank that does not come ends, by time and by word. */
 #include "tests/support.h"
 
 #include <stdlib.h>
@@ -70,17 +70,17 @@ static void fill_token(struct world *w, int32_t *ids) {
     }
 }
 
-static void fill_homes(struct world *w, bool any) {
+static void fill_homes(struct world *w, bool several) {
     w->homes = calloc((size_t)w->n_experts, sizeof *w->homes);
     int16_t place = 0;
     for (int e = 0; e < w->n_experts; e++) {
-        int r = (int)(test_random(&w->rng) % (uint64_t)w->n_ranks);
-        if (any && test_random(&w->rng) % 2) r = -1;
-        w->homes[e] = (struct expert_home){(int16_t)r, place++};
+        unsigned holders = 1u << test_random(&w->rng) % (uint64_t)w->n_ranks;
+        if (several && test_random(&w->rng) % 2) holders |= (unsigned)(test_random(&w->rng) % (1u << w->n_ranks));
+        w->homes[e] = (struct expert_home){(uint16_t)holders, place++};
     }
 }
 
-static void world_open(struct world *w, bool any) {
+static void world_open(struct world *w, bool several) {
     size_t used = (size_t)w->n_used, cols = (size_t)w->n_cols, experts = (size_t)w->n_experts;
     for (int r = 0; r < w->n_ranks; r++) w->first[r + 1] = w->first[r] + w->n[r];
     w->max_group = w->max_tokens * w->n_ranks;
@@ -90,7 +90,7 @@ static void world_open(struct world *w, bool any) {
     w->inputs = calloc(n * cols + 1, sizeof *w->inputs);
     for (size_t t = 0; t < n; t++) fill_token(w, w->group_ids + t * used);
     for (size_t i = 0; i < n * cols; i++) w->inputs[i] = (uint16_t)test_random(&w->rng);
-    fill_homes(w, any);
+    fill_homes(w, several);
     struct exchange_args *a = &w->a;
     *a = (struct exchange_args){.n_ranks = w->n_ranks,
                                 .max_tokens = w->max_tokens,
@@ -125,6 +125,7 @@ static void world_open(struct world *w, bool any) {
         a->lists.items[i] = device((experts + most * used / (8u << i)) * sizeof(struct gemm_item));
     a->counts = device(N_COUNTS * sizeof(uint64_t));
     a->load = device(experts * sizeof(uint64_t));
+    a->rows = device(MOE_MAX_RANKS * sizeof(uint64_t));
 }
 
 static void world_close(struct world *w) {
@@ -137,7 +138,7 @@ static void world_close(struct world *w) {
     }
     void *const all[] = {w->header,    a->epoch,          a->tokens,       a->group_ids,      a->inputs,
                          a->chunk_counts, (void *)(uintptr_t)a->homes, a->lists.token_of, a->lists.row_of,
-                         a->lists.n_items, a->counts,      a->load};
+                         a->lists.n_items, a->counts,      a->load,           a->rows};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ok(cudaFree(all[i]));
     for (int i = 0; i < N_WIDTHS; i++) ok(cudaFree(a->lists.items[i]));
     ok(cudaFreeHost(a->stop));
@@ -155,6 +156,7 @@ static void as_rank(struct world *w, int rank, int absent) {
     to_device(w->header, &(struct step_header){.n_tokens = w->n[rank]}, sizeof *w->header);
     to_device(w->a.epoch, &epoch, sizeof epoch);
     ok(cudaMemset(w->a.counts, 0, N_COUNTS * sizeof(uint64_t)));
+    ok(cudaMemset(w->a.rows, 0, MOE_MAX_RANKS * sizeof(uint64_t)));
     ok(cudaMemset(w->a.load, 0, (size_t)w->n_experts * sizeof(uint64_t)));
     for (int r = 0; r < w->n_ranks; r++) {
         uint64_t flags[2 * MOE_MAX_RANKS] = {0};
@@ -175,8 +177,8 @@ struct expected {
 };
 
 static void expect(const struct world *w, struct expected *x) {
-    int n_pairs = w->first[w->n_ranks] * w->n_used, n_any = 0;
-    int order[MAX_EXPERTS];
+    int n_pairs = w->first[w->n_ranks] * w->n_used, n_shared = 0;
+    int order[MAX_EXPERTS], cost[MOE_MAX_RANKS] = {0};
     memset(x, 0, sizeof *x);
     x->row_of = calloc((size_t)n_pairs + 1, sizeof *x->row_of);
     x->token_of = calloc((size_t)n_pairs + 1, sizeof *x->token_of);
@@ -186,16 +188,22 @@ static void expect(const struct world *w, struct expected *x) {
         for (int p = 0; p < n_pairs; p++)
             if (w->group_ids[p] == e) x->row_of[p] = row, x->token_of[row++] = p / w->n_used;
     for (int e = 0; e < w->n_experts; e++) {
-        x->owner[e] = w->homes[e].rank;
-        if (x->owner[e] >= 0) continue;
-        int at = n_any++;
+        unsigned holders = w->homes[e].holders;
+        x->owner[e] = __builtin_ctz(holders);
+        if ((holders & (holders - 1)) == 0) {
+            if (x->counts[e] > 0) cost[x->owner[e]] += x->counts[e] + EXPERT_COST;
+            continue;
+        }
+        int at = n_shared++;
         for (; at > 0 && x->counts[order[at - 1]] < x->counts[e]; at--) order[at] = order[at - 1];
         order[at] = e;
     }
-    for (int i = 0, r = 0, way = 1; i < n_any; i++) { /* to and fro */
-        x->owner[order[i]] = r;
-        if (r + way < 0 || r + way == w->n_ranks) way = -way;
-        else r += way;
+    for (int i = 0; i < n_shared; i++) {
+        int e = order[i], best = -1;
+        for (int r = 0; r < w->n_ranks; r++)
+            if (w->homes[e].holders >> r & 1 && (best < 0 || cost[r] < cost[best])) best = r;
+        x->owner[e] = best;
+        if (x->counts[e] > 0) cost[best] += x->counts[e] + EXPERT_COST;
     }
 }
 
@@ -218,17 +226,21 @@ static void check_items(const struct world *w, const struct expected *x, int lis
 
 static void check_counts(const struct world *w, const struct expected *x, uint64_t n_far) {
     uint64_t *counts = to_host(w->a.counts, N_COUNTS * sizeof *counts), n_reads = 0, n_rows = 0;
+    uint64_t *rows = to_host(w->a.rows, MOE_MAX_RANKS * sizeof *rows), owned[MOE_MAX_RANKS] = {0};
     uint64_t *load = to_host(w->a.load, (size_t)w->n_experts * sizeof *load);
     for (int e = 0; e < w->n_experts; e++) {
         assert_int_equal(load[e], x->counts[e]);
+        owned[x->owner[e]] += (uint64_t)x->counts[e];
         if (x->owner[e] != w->a.rank) continue;
         n_reads += x->counts[e] > 0;
         n_rows += (uint64_t)x->counts[e];
     }
+    assert_memory_equal(rows, owned, sizeof owned);
     assert_int_equal(counts[COUNT_READS], n_reads);
     assert_int_equal(counts[COUNT_ROWS], n_rows);
     assert_int_equal(counts[COUNT_FAR], n_far);
     free(counts);
+    free(rows);
     free(load);
 }
 
@@ -281,7 +293,7 @@ static void test_all_tokens(void **state) {
     (void)state;
     static const struct {
         int n_ranks, n_experts, n_used, n_cols, n[3];
-        bool any;
+        bool several;
     } cases[] = {
         {1, 20, 4, 256, {24}, false},           {2, 20, 4, 512, {5, 3}, false},
         {2, 128, 8, 2048, {1, 0}, false},       {2, 128, 8, 2048, {32, 32}, true},
@@ -297,7 +309,7 @@ static void test_all_tokens(void **state) {
                           .n_cols = cases[i].n_cols,
                           .max_tokens = 2048};
         memcpy(w.n, cases[i].n, sizeof cases[i].n);
-        world_open(&w, cases[i].any);
+        world_open(&w, cases[i].several);
         struct expected x;
         expect(&w, &x);
         for (int r = 0; r < w.n_ranks; r++) check_rank(&w, &x, r);
