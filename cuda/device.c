@@ -1,5 +1,6 @@
 /* device: opening, memory, errors, and the op table. See device.h. */
 #include "cuda/exchange.h"
+#include "cuda/nccl.h"
 #include "cuda/panel.h"
 
 #include <math.h>
@@ -164,6 +165,8 @@ static void counters(const struct backend *b, struct moe_counters *out) {
 static void close_backend(struct backend *b) {
     struct cuda *c = of(b);
     exchange_abandon(c);
+    cuda_graphs_destroy(c);
+    exchange_disconnect(c);
     if (c->queue.stream) (void)cudaStreamSynchronize(c->queue.stream);
     exchange_leave(c); /* before any memory goes that others may read */
     cuda_step_destroy(c);
@@ -305,6 +308,8 @@ static enum status start_device(struct cuda *c, double share, struct error *e) {
     c->d_max = p;
     return st;
 }
+
+enum status backend_cuda_unique_id(struct error *e, struct moe_unique_id *out) { return nccl_unique_id(e, out); }
 
 enum status backend_cuda_open(const struct backend_config *config, struct error *e,
                               struct backend **out) {

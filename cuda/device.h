@@ -44,6 +44,7 @@ struct buf {
 struct bucket {
     int32_t n_tokens, n_seqs, n_rows; /* at most so many */
     int32_t n_group;                  /* tokens of all ranks that compute this step together; 0: alone */
+    int32_t n_most;                   /* of each of them, where collectives must know it; else 0 */
     bool tiles;                       /* attention takes prefill tiles too */
 };
 
@@ -159,6 +160,7 @@ enum status load_weight(struct backend *b, const struct weight_source *source, s
 
 /* step.c */
 enum status cuda_step_create(struct cuda *c, struct error *e);
+void cuda_graphs_destroy(struct cuda *c); /* they may be running */
 void cuda_step_destroy(struct cuda *c);
 enum status step_slot_start(struct backend *b, const struct moe_slot_start *start);
 enum status step_begin(struct backend *b, const struct moe_step *step, bool *issue);

@@ -281,6 +281,9 @@ struct exchange_args {
     uint32_t *epoch;     /* layers exchanged so far */
     uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
     uint64_t timeout_ns;
+    /* Or ids and x of all ranks were brought here: [R] how many tokens each has; there are no flags then. NULL: flags say. */
+    const int32_t *arrived;
+    int32_t *all_rows; /* then: [tokens][K], row_of of all ranks' tokens; row_of of a product from elsewhere is its pair */
     /* Written. R * T tokens at most: */
     struct group_tokens *tokens;
     int32_t *group_ids;    /* [tokens][K] */
@@ -294,6 +297,9 @@ struct exchange_args {
 };
 /* Show ids and x, wait for all ranks, bring in theirs, and sort the pairs of all: lists for what is computed here. */
 cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q);
+/* After products with `arrived`: those of other ranks' tokens, each at its pair in send + r * rank_rows rows. */
+cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, void *send, size_t rank_rows,
+                               const struct cuda_queue *q);
 /* Products are there; wait until all ranks' are. */
 cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q);
 
