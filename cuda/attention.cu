@@ -180,9 +180,8 @@ static DEVICE void span_from_ring(const struct attn_args &a, const struct cursor
     struct scores s;
     h2 prob[TILES][2];
     bool live = now.live();
-    int octets = attn_octets(a.n_heads, a.n_kv_heads);
     if (a.fused) read_query(rows, lane, q);
-    else if (live) load_query(a, now.item.token, now.unit / octets, now.unit % octets, lane, q);
+    else if (live) load_query(a, now.item.token, now.unit, lane, q);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         copy_wait<RING - 1>();

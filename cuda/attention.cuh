@@ -66,6 +66,9 @@ static DEVICE float column_sum(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 16);
 }
 
+/* Of a score, relative to the maximum of the scores, which is scaled already. */
+static DEVICE float probability(float score, float max) { return exp2_fast(fmaf(score, SCORE_SCALE, -max)); }
+
 /* Scores to probabilities relative to the span's maximum, as B operands of the values' product; n_keys of the span's
  * keys count. */
 static DEVICE void soften(struct scores &s, int n_keys, int lane, struct measure &m, h2 (&p)[TILES][2]) {
@@ -75,19 +78,17 @@ static DEVICE void soften(struct scores &s, int n_keys, int lane, struct measure
     for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            bool counts = 16 * i + 8 * (j >> 1) + g < n_keys;
-            s.s[i][j] = counts ? s.s[i][j] * SCORE_SCALE : -INFINITY;
+            if (16 * i + 8 * (j >> 1) + g >= n_keys) s.s[i][j] = -INFINITY;
             m.max[j & 1] = fmaxf(m.max[j & 1], s.s[i][j]);
         }
-    m.max[0] = column_max(m.max[0]);
-    m.max[1] = column_max(m.max[1]);
+    m.max[0] = column_max(m.max[0]) * SCORE_SCALE;
+    m.max[1] = column_max(m.max[1]) * SCORE_SCALE;
     m.sum[0] = m.sum[1] = 0.0f;
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            h2 pair = h2_pack(exp2_fast(s.s[i][2 * j] - m.max[0]),
-                              exp2_fast(s.s[i][2 * j + 1] - m.max[1]));
+            h2 pair = h2_pack_small(probability(s.s[i][2 * j], m.max[0]), probability(s.s[i][2 * j + 1], m.max[1]));
             m.sum[0] += h2_low_f32(pair);
             m.sum[1] += h2_high_f32(pair);
             p[i][j] = transpose_8x8(pair);
@@ -143,9 +144,9 @@ static DEVICE void merge_four(float (&total)[4], const float4 &part, const struc
 
 /* ---- memory ------------------------------------------------------------------------------------------------ */
 
-/* Column g of an octet is head `first` + g, if there is one; the others are zeros. */
-static DEVICE void load_query(const struct attn_args &a, int token, int kv_head, int octet, int lane,
-                              struct query &q) {
+/* Column g of an octet of a KV head's heads, if there is one; the others are zeros. unit: KV heads, then octets. */
+static DEVICE void load_query(const struct attn_args &a, int token, int unit, int lane, struct query &q) {
+    int octets = attn_octets(a.n_heads, a.n_kv_heads), kv_head = unit / octets, octet = unit % octets;
     int per_kv = a.n_heads / a.n_kv_heads, g = lane >> 2, t = lane & 3;
     bool real = octet * 8 + g < per_kv;
     size_t head = (size_t)kv_head * (size_t)per_kv + (size_t)(octet * 8) + (size_t)g;

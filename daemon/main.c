@@ -261,10 +261,8 @@ static enum status create_groups(const struct config *c, const struct gathered *
 /* Whether a group is worth trying: only auto may decide that it is not. */
 static bool may_share(const struct config *c, const struct devices *d) {
     if (c->parallel != PARALLEL_AUTO) return c->parallel == PARALLEL_EXPERT;
-    bool cuda = strncmp(c->devices.names[0], "cuda", 4) == 0;
-    if (d->n > 1 && !cuda) return true;
-    log_event(LOG_INFO, "daemon", "parallel", "mode=replica why=\"%s\"",
-              cuda ? "the CUDA backend has no expert parallelism" : "one device");
+    if (d->n > 1) return true;
+    log_event(LOG_INFO, "daemon", "parallel", "mode=replica why=\"one device\"");
     return false;
 }
 
@@ -277,7 +275,8 @@ static enum status open_models(const struct config *c, struct error *e, struct d
     d->n = d->n_here + (any_others ? c->n_workers : 0);
     bool group = may_share(c, d);
     enum status st = group ? read_load(c, e, d) : ST_OK;
-    if (st == ST_OK && group) st = moe_unique_id_create(c->devices.names[0], e, &id);
+    if (st == ST_OK && group && any_others)
+        st = moe_unique_id_create(c->devices.names[0], e, &id);
     if (st == ST_OK && any_others) st = gather_workers(c, group, e, d, &id, &others);
     if (st == ST_OK && group) st = create_groups(c, any_others ? &others : NULL, &id, e, d);
     if (st != ST_OK) return st;

@@ -171,7 +171,11 @@ static enum status open_backend(const char *device, const struct backend_config 
 
 enum status moe_unique_id_create(const char *device, struct error *e, struct moe_unique_id *out) {
     *out = (struct moe_unique_id){{0}};
-    return check_device(device, e);
+    enum status st = check_device(device, e);
+#ifdef MOED_CUDA
+    if (st == ST_OK && strncmp(device, "cuda", 4) == 0) st = backend_cuda_unique_id(e, out);
+#endif
+    return st;
 }
 
 /* ---- loading -------------------------------------------------------------------------------- */

@@ -13,7 +13,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are written 
 
 enum { MAX_PARTS = 64 };
 
-enum kind { KIND_ROUTES = 1, KIND_PRODUCTS, KIND_WEIGHTS };
+enum kind { KIND_ROUTES = 1, KIND_PRODUCTS, KIND_WEIGHTS, KIND_COUNTS };
 
 struct header {
     uint32_t kind, number, n, row_bytes;
@@ -241,6 +241,19 @@ enum status streams_routes(struct streams *s, const int32_t *ids, const struct s
         if (!ids_fit(s, &s->in[r].ids)) return lose(s, r, "it names experts that there are not");
         out[r] = (struct streams_route){s->in[r].rows.n, s->ids[r], s->in[r].rows};
     }
+    return st;
+}
+
+enum status streams_counts(struct streams *s, int32_t *all) {
+    size_t n = sizeof *all;
+    for (int r = 0; r < s->n_ranks; r++) {
+        s->out[r].ids = s->in[r].ids = (struct streams_rows){0};
+        s->out[r].rows = (struct streams_rows){(const uint8_t *)&all[s->rank], n, n, NULL, 1};
+        s->in[r].rows = (struct streams_rows){(const uint8_t *)&all[r], n, n, NULL, 1};
+    }
+    enum status st = meet(s, KIND_COUNTS, n);
+    for (int r = 0; r < s->n_ranks && st == ST_OK; r++)
+        if (all[r] < 0 || all[r] > s->max_tokens) return lose(s, r, "it has more tokens than there can be");
     return st;
 }
 

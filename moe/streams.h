@@ -6,6 +6,7 @@
  *   routes     token counts, experts' ids and inputs of all tokens, to everybody: with more than a few experts to
  *              a token nearly every rank needs nearly every token, and one meeting is saved
  *   products   to each rank, the products of its pairs, in its pair order
+ *   counts     tokens of the step that begins, to everybody: where the rows themselves go from device to device
  *   weights    of one expert stack: to each rank, the experts that it gains from this one
  *
  * Message, little-endian: 0 kind u32  4 number u32 (of the meeting)  8 n u32 (rows)  12 row_bytes u32, then for
@@ -47,6 +48,8 @@ struct streams_route {
 /* All of these: ST_ENGINE_LOST when a peer is. Arrays are by rank; this rank's own entries are not used. */
 enum status streams_routes(struct streams *s, const int32_t *ids, const struct streams_rows *inputs,
                            struct streams_route *out);
+/* all[r]: what rank r says, 0 … max_tokens; all[rank] is what this one says. */
+enum status streams_counts(struct streams *s, int32_t *all);
 /* n_from[r] rows come from rank r, and lie in out[r] until the next meeting. All together T * K at most. */
 enum status streams_products(struct streams *s, const struct streams_rows *to,
                              const int32_t *n_from, struct streams_rows *out);

@@ -389,6 +389,58 @@ static void test_route(void **state) {
     run_route(128, 2048, 8, true);
     run_route(20, 512, 4, false);
     run_route(500, 256, 12, true);
+    run_route(128, 2304, 8, true); /* longer rows than one pass of the kernels takes */
+}
+
+/* A token's experts, weights and x, bit for bit, alone and among as many as each kernel takes. */
+static void test_route_alone(void **state) {
+    (void)state;
+    enum { E = 128, D = 2304, K = 8, MAX = 1100 };
+    static const int32_t tokens[] = {MAX, 1, 7, 8, 9, 64, 65, 300, 1023, 1024};
+    static int32_t ids[2][MAX * K];
+    static float weights[2][MAX * K];
+    struct model_shape shape = small;
+    shape.n_experts = E;
+    shape.n_embd = D;
+    shape.n_experts_used = K;
+    struct moe_limits l = limits_of(MAX);
+    shape.n_ctx_train = l.max_seq_tokens = MAX;
+    struct pair p = pair_open(&shape, &l);
+    const struct backend_ops *gpu = pair_ops(&p, GPU);
+    struct weights norm = pair_norm(&p, D);
+    struct weights router = pair_weights(&p, TENSOR_F32, 1, E, D, 1.0f);
+    struct bufs h = pair_bufs(&p, BUF_TOKENS, BUF_EXACT, D);
+    struct bufs x = pair_bufs(&p, BUF_TOKENS, BUF_INNER, D);
+    pair_ready(&p);
+    pair_fill(&p, &h, MAX, 3.0f);
+    float *rows = pair_read(&p, GPU, &h, MAX), *all = NULL;
+    for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k++) {
+        int32_t n = tokens[k], from = MAX - n;
+        assert_int_equal(gpu->buf_write(p.b[GPU], h.b[GPU], 0, n, rows + (size_t)from * D), ST_OK);
+        pair_begin(&p, 0, n, MOE_ROWS_NONE);
+        const struct op_route op = {.h = h.b[GPU],
+                                    .norm = norm.w[GPU],
+                                    .eps = 1e-6f,
+                                    .router = router.w[GPU],
+                                    .renormalize = true,
+                                    .x = x.b[GPU]};
+        assert_int_equal(gpu->route(p.b[GPU], &op), ST_OK);
+        assert_int_equal(gpu->route_read(p.b[GPU], ids[k > 0], weights[k > 0], NULL), ST_OK);
+        float *own = pair_read(&p, GPU, &x, n);
+        pair_end(&p);
+        if (k == 0) {
+            all = own;
+            continue;
+        }
+        size_t pairs = (size_t)n * K;
+        assert_memory_equal(ids[1], ids[0] + (size_t)from * K, pairs * sizeof *ids[0]);
+        assert_memory_equal(weights[1], weights[0] + (size_t)from * K, pairs * sizeof *weights[0]);
+        assert_memory_equal(own, all + (size_t)from * D, (size_t)n * D * sizeof *own);
+        free(own);
+    }
+    free(all);
+    free(rows);
+    pair_close(&p);
 }
 
 /* ---- embedding and head ------------------------------------------------------------------------------------- */
@@ -431,7 +483,7 @@ int main(void) {
         cmocka_unit_test(test_weight_sizes),
         cmocka_unit_test(test_norm_linear), cmocka_unit_test(test_experts),
         cmocka_unit_test(test_group_sizes), cmocka_unit_test(test_route),
-        cmocka_unit_test(test_embed_and_head),
+        cmocka_unit_test(test_route_alone), cmocka_unit_test(test_embed_and_head),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,7 +1,8 @@
 /* Ranks that share experts, as threads with a model each: tokens are those of one rank alone, bit for bit,
  * however experts are spread, copied or moved; and a rank that dies, hangs or leaves ends the others' steps.
  *
- *     test_group            every device that needs no GPU */
+ *     test_group                  every device that needs no GPU
+ *     test_group cuda:0,cuda:1    ranks on these in turn; one GPU will do. With several, also as if they were processes */
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -28,6 +29,7 @@ struct rank {
     int idx;
     pthread_t thread;
     struct moe *m;
+    struct error e;
     enum status st; /* of the step that failed, or ST_OK */
     struct moe_counters counters;
     int32_t sampled[N_SEQS][N_NEW]; /* of the sequences that are this rank's */
@@ -35,7 +37,7 @@ struct rank {
 };
 
 struct world {
-    const char *device;
+    struct moe_devices devices; /* of the ranks, in turn */
     int n_ranks;
     struct moe_group *group; /* NULL: one rank alone; by streams: rank 0's */
     bool by_streams; /* each rank with a group of its own, as if they were processes */
@@ -125,10 +127,12 @@ static void make_streams(int fds[MAX_RANKS][MAX_RANKS], int n) {
 static void create_groups(struct world *w, const struct moe_group_options *o) {
     struct error e = {0};
     int fds[MAX_RANKS][MAX_RANKS];
+    struct moe_unique_id id;
     if (w->by_streams) make_streams(fds, w->n_ranks);
+    if (w->by_streams) assert_ok(moe_unique_id_create(w->devices.names[0], &e, &id), &e);
     for (int i = 0; i < (w->by_streams ? w->n_ranks : 1); i++) {
         struct moe_group_options own = *o;
-        if (w->by_streams) own.streams = fds[i];
+        if (w->by_streams) own.streams = fds[i], own.unique_id = &id;
         own.rank = i;
         assert_ok(moe_group_create(&own, &e, &w->groups[i]), &e);
     }
@@ -139,31 +143,40 @@ static struct moe_group *group_of(struct world *w, int rank) {
     return w->groups[w->by_streams ? rank : 0];
 }
 
-static void world_open(struct world *w, const char *device, const struct moe_group_options *o) {
-    struct error e = {0};
-    w->device = device;
-    w->n_ranks = o ? o->n_ranks : 1;
-    if (o) create_groups(w, o);
-    for (int i = 0; i < w->n_ranks; i++) {
-        struct rank *r = &w->ranks[i];
-        *r = (struct rank){.world = w, .idx = i};
-        struct moe_options options = {.model_path = TINY_MODEL,
-                                      .device = device,
-                                      .limits = limits,
-                                      .n_threads = w->n_ranks,
-                                      .n_ranks = w->n_ranks,
-                                      .group = group_of(w, i),
-                                      .rank = i};
-        assert_ok(moe_open(&options, NULL, NULL, &e, &r->m), &e);
-    }
+/* Ranks of several processes may wait for each other while they open. */
+static void *open_main(void *ctx) {
+    struct rank *r = ctx;
+    struct world *w = r->world;
+    struct moe_options options = {.model_path = TINY_MODEL,
+                                  .device = w->devices.names[r->idx % w->devices.n],
+                                  .limits = limits,
+                                  .n_threads = w->n_ranks,
+                                  .gpu_memory_utilization = 0.5,
+                                  .n_ranks = w->n_ranks,
+                                  .group = group_of(w, r->idx),
+                                  .rank = r->idx};
+    r->st = moe_open(&options, NULL, NULL, &r->e, &r->m);
+    return NULL;
 }
 
-static void world_run(struct world *w) {
+static void on_all(struct world *w, void *(*main)(void *)) {
     for (int i = 0; i < w->n_ranks; i++)
-        if (pthread_create(&w->ranks[i].thread, NULL, rank_main, &w->ranks[i]) != 0)
+        if (pthread_create(&w->ranks[i].thread, NULL, main, &w->ranks[i]) != 0)
             fail_msg("pthread_create");
     for (int i = 0; i < w->n_ranks; i++) pthread_join(w->ranks[i].thread, NULL);
 }
+
+static void world_open(struct world *w, const char *device, const struct moe_group_options *o) {
+    struct error e = {0};
+    assert_ok(moe_devices_parse(device, &e, &w->devices), &e);
+    w->n_ranks = o ? o->n_ranks : 1;
+    if (o) create_groups(w, o);
+    for (int i = 0; i < w->n_ranks; i++) w->ranks[i] = (struct rank){.world = w, .idx = i};
+    on_all(w, open_main);
+    for (int i = 0; i < w->n_ranks; i++) assert_ok(w->ranks[i].st, &w->ranks[i].e);
+}
+
+static void world_run(struct world *w) { on_all(w, rank_main); }
 
 static void world_close(struct world *w) {
     for (int i = 0; i < w->n_ranks; i++) moe_close(w->ranks[i].m);
@@ -203,6 +216,7 @@ static void check_answers(const struct world *w, const struct world *alone) {
 static void test_tokens(void **state) {
     const struct kind *kind = *state;
     const char *device = kind->device;
+    const bool collectives = kind->by_streams && strncmp(device, "cuda", 4) == 0;
     static struct world alone, w;
     memset(&alone, 0, sizeof alone);
     world_open(&alone, device, NULL);
@@ -215,7 +229,9 @@ static void test_tokens(void **state) {
                             {3, -1, 0}, {2, 0, 200}, {3, 2, 200}, {3, 0, 1}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const int n_ranks = cases[i][0], extra = cases[i][1];
-        if (kind->by_streams && i != 1 && i != 4 && i != 6) continue; /* one of each sort */
+        if (kind->by_streams && !collectives && i != 1 && i != 4 && i != 6)
+            continue; /* one of each sort */
+        if (collectives && n_ranks > alone.devices.n) continue; /* NCCL wants a GPU for each rank */
         int32_t least = (n_experts + n_ranks - 1) / n_ranks;
         world_init(&w, kind);
         world_open(&w, device,
@@ -236,7 +252,7 @@ static void test_tokens(void **state) {
             n_moved += w.ranks[r].counters.n_moved;
         }
         assert_true(n_rows == n_ungrouped);
-        assert_int_equal(n_moved > 0, cases[i][2] > 0);
+        assert_int_equal(n_moved > 0, cases[i][2] > 0 && !collectives);
         check_answers(&w, &alone);
         world_close(&w);
     }
@@ -333,10 +349,11 @@ static void test_refusals(void **state) {
     moe_group_destroy(g);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     static struct kind reference = {"reference", false}, cpu = {"cpu", false},
                        streams = {"cpu", true}, slow_streams = {"reference", true};
-    const struct CMUnitTest tests[] = {
+    struct kind device = {argc > 1 ? argv[1] : NULL, false}, apart = {device.device, true};
+    const struct CMUnitTest on_host[] = {
         cmocka_unit_test_prestate(test_tokens, &reference),
         cmocka_unit_test_prestate(test_tokens, &cpu),
         cmocka_unit_test_prestate(test_tokens, &streams),
@@ -350,5 +367,17 @@ int main(void) {
         cmocka_unit_test_prestate(test_rank_leaves, &slow_streams),
         cmocka_unit_test_prestate(test_refusals, &reference),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const struct CMUnitTest on_device[] = {
+        cmocka_unit_test_prestate(test_tokens, &device),
+        cmocka_unit_test_prestate(test_apart, &device),
+        cmocka_unit_test_prestate(test_missing_rank, &device),
+        cmocka_unit_test_prestate(test_rank_leaves, &device),
+        /* Two ranks of different processes, or as if, need two GPUs. */
+        cmocka_unit_test_prestate(test_tokens, &apart),
+        cmocka_unit_test_prestate(test_apart, &apart),
+        cmocka_unit_test_prestate(test_rank_leaves, &apart),
+    };
+    size_t n = sizeof on_device / sizeof *on_device - (device.device && strchr(device.device, ',') ? 0 : 3);
+    return device.device ? _cmocka_run_group_tests("device", on_device, n, NULL, NULL)
+                         : cmocka_run_group_tests(on_host, NULL, NULL);
 }

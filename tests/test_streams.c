@@ -36,6 +36,7 @@ struct side {
     enum status st;
     struct streams_route route[2];
     struct streams_rows back[2];
+    int32_t counts[2];
 };
 
 static float value(int rank, int what, int row, int col) {
@@ -58,9 +59,11 @@ static void *side_main(void *ctx) {
     static const int32_t every_third[] = {0, 3, 6, 9, 12}, low[] = {1, 5}, high[] = {6};
     struct side *s = ctx;
     int other = 1 - s->rank;
+    s->counts[s->rank] = s->n_tokens;
+    s->st = streams_counts(s->s, s->counts);
     const struct streams_rows inputs = {(const uint8_t *)s->inputs, sizeof s->inputs[0], ROW, NULL,
                                         s->n_tokens};
-    s->st = streams_routes(s->s, s->ids, &inputs, s->route);
+    if (s->st == ST_OK) s->st = streams_routes(s->s, s->ids, &inputs, s->route);
     struct streams_rows to[2], from[2];
     int32_t n_from[2] = {5, 5};
     for (int i = 0; i < 2; i++)
@@ -96,6 +99,8 @@ static void test_meetings(void **state) {
             const struct side *a = &sides[i], *b = &sides[1 - i];
             const struct streams_route *r = &a->route[1 - i];
             assert_int_equal(a->st, ST_OK);
+            assert_int_equal(a->counts[i], a->n_tokens);
+            assert_int_equal(a->counts[1 - i], b->n_tokens);
             assert_int_equal(r->n_tokens, b->n_tokens);
             assert_int_equal(r->inputs.n, b->n_tokens);
             assert_memory_equal(r->ids, b->ids, (size_t)(b->n_tokens * K) * sizeof(int32_t));
@@ -149,6 +154,23 @@ static void test_bad_messages(void **state) {
     }
 }
 
+static void test_bad_counts(void **state) {
+    (void)state;
+    const int32_t cases[] = {T, T + 1, -1};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct streams *s[2];
+        int raw;
+        pair_up(s, &raw, UINT64_C(60000000000));
+        const uint32_t header[4] = {4, 1, 1, sizeof cases[i]};
+        int32_t counts[2] = {0};
+        assert_int_equal(write(raw, header, 16), 16);
+        assert_int_equal(write(raw, &cases[i], sizeof cases[i]), sizeof cases[i]);
+        assert_int_equal(streams_counts(s[0], counts), cases[i] == T ? ST_OK : ST_ENGINE_LOST);
+        close(raw);
+        streams_destroy(s[0]);
+    }
+}
+
 /* Half a message, and then nothing. */
 static void test_late(void **state) {
     (void)state;
@@ -168,6 +190,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_meetings),
         cmocka_unit_test(test_bad_messages),
+        cmocka_unit_test(test_bad_counts),
         cmocka_unit_test(test_late),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
