@@ -322,6 +322,45 @@ static void test_strangers(void **state) {
     assert_int_equal(rmdir(c.d.dir), 0);
 }
 
+/* Everything that a rank says of itself has to agree; the server ends with the first that does not. */
+static void test_hellos(void **state) {
+    (void)state;
+    static const enum status want[] = {ST_UNSUPPORTED, ST_CONFLICT, ST_CONFLICT,
+                                       ST_CONFLICT,    ST_CONFLICT, ST_INVALID};
+    struct moe_identity self;
+    struct error e = {0};
+    assert_ok(moe_identify(TINY_MODEL, &e, &self), &e);
+    for (int kind = 0; kind < 6; kind++) {
+        struct cluster c;
+        cluster_start(&c, 1, "replica");
+        struct rank_hello h = {
+            .version = MOED_VERSION, .kind = "cpu", .launched_rank = -1, .model = self};
+        if (kind == 0) h.version[0]++;
+        if (kind == 1) h.kind[2] = 'x';
+        if (kind == 2) h.model.shape.n_layers++;
+        if (kind == 3) h.model.fingerprint ^= 1;
+        if (kind == 4) h.launched_rank = 1;
+        uint8_t body[256];
+        struct pass p = pass_writer(body, sizeof body);
+        pass_hello(&p, &h);
+        assert_false(p.bad);
+        struct rank_link l;
+        struct rank_link_frame f;
+        assert_int_equal(rank_link_create(connect_raw(c.at), 4096, &l), ST_OK);
+        assert_ok(rank_link_send(&l, RANK_LINK_HELLO, body, kind == 5 ? 30 : p.at, &e), &e);
+        struct error why = {0};
+        assert_ok(next_frame(&l, &e, &f), &e);
+        assert_int_equal(f.type, RANK_LINK_REFUSED);
+        p = pass_reader(f.body, f.n);
+        pass_error(&p, &why);
+        assert_true(pass_done(&p));
+        assert_int_equal(why.code, want[kind]);
+        rank_link_close(&l);
+        expect_exit(c.d.pid, 2);
+        assert_int_equal(rmdir(c.d.dir), 0);
+    }
+}
+
 /* A server that sends steps which do not fit: the worker says so and ends. */
 static void serve_badly(struct rank_link *l, int kind) {
     uint8_t body[4096] = {0};
@@ -397,7 +436,8 @@ int main(void) {
         cmocka_unit_test(test_answers),       cmocka_unit_test(test_launched),
         cmocka_unit_test(test_killed_worker), cmocka_unit_test(test_stopped),
         cmocka_unit_test(test_server_gone),   cmocka_unit_test(test_misfits),
-        cmocka_unit_test(test_strangers),     cmocka_unit_test(test_bad_server),
+        cmocka_unit_test(test_strangers),     cmocka_unit_test(test_hellos),
+        cmocka_unit_test(test_bad_server),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
