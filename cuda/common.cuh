@@ -279,6 +279,7 @@ static cudaError_t launch(void (*kernel)(P...), dim3 grid, int block, size_t sha
 /* Per file: load its kernels (the driver would do it at their first launch, which must not allocate) and let
  * them have the shared memory they may ask for. */
 cudaError_t load_prepare(void);
+cudaError_t exchange_prepare(void);
 cudaError_t rope_prepare(void);
 cudaError_t attn_prepare(void);
 cudaError_t sample_prepare(void);

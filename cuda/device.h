@@ -43,6 +43,7 @@ struct buf {
 /* A bound for the sizes of a step, and with it the launches that serve it. */
 struct bucket {
     int32_t n_tokens, n_seqs, n_rows; /* at most so many */
+    int32_t n_group;                  /* tokens of all ranks that compute this step together; 0: alone */
     bool tiles;                       /* attention takes prefill tiles too */
 };
 
@@ -57,6 +58,7 @@ struct flight { /* a step between begin and collect */
     cudaEvent_t begun, done;
     uint8_t *upload; /* pinned */
     int32_t n_rows, n_tokens;
+    bool together;
 };
 
 struct start { /* a slot start between the call and its copies */
@@ -66,6 +68,8 @@ struct start { /* a slot start between the call and its copies */
 };
 
 enum memory_kind { MEMORY_WEIGHTS, MEMORY_KV, MEMORY_ACTIVATIONS, MEMORY_STEP, MEMORY_SAMPLER, N_MEMORY };
+
+struct cuda_exchange; /* cuda/exchange.h */
 
 struct cuda {
     const struct backend_ops *ops; /* first: struct backend */
@@ -128,6 +132,8 @@ struct cuda {
     struct step_view view;
     struct graph graphs[MAX_GRAPHS];
     int n_graphs;
+    struct cuda_exchange *exchange; /* NULL: no group */
+    bool together; /* this step's experts are computed by the group */
     struct norm_args pending; /* y != NULL: products of experts_down that the next norm will add */
     struct rope_args rope; /* rope_pending: what attention will do on its way */
     bool rope_pending;
@@ -166,6 +172,8 @@ size_t upload_fill(struct cuda *c, const struct moe_step *step, uint8_t *dst);
 struct bucket upload_bucket(const struct cuda *c, const struct moe_step *step);
 struct step_view upload_view(const struct bucket *b, uint8_t *base);
 int32_t upload_rows(const struct moe_step *step);
+/* The size of a bucket for n things, at most `most`. */
+int32_t upload_round_up(int32_t n, int32_t most);
 
 /* ops.c */
 enum status ops_embed(struct backend *b, const struct op_embed *op);

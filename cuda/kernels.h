@@ -36,6 +36,8 @@ enum {
     ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
+    EXCHANGE_BLOCKS = 48,   /* of the kernel that waits for other GPUs, and pieces of their tokens: see exchange.cu */
+    OWNER_SHIFT = 27,       /* of a routed row, below the rank that computes it: struct route_lists */
     N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
@@ -116,8 +118,8 @@ struct norm_args {
     const struct head_row *rows; /* x[r] is made from h[rows[r].token]; NULL: from h[r] */
     float *h;                    /* [T][D] */
     int32_t n_cols;
-    const void *y;               /* f16 [T * K][D]; NULL: nothing to add */
-    const int32_t *row_of;       /* [T][K] */
+    const void *y[MOE_MAX_RANKS]; /* f16 [rows][D] of each rank, alone: of rank 0; y[0] NULL: nothing to add */
+    const int32_t *row_of;       /* [T][K]: see struct route_lists */
     const float *weights;        /* [T][K] */
     int32_t n_used;              /* K */
     const float *norm;           /* [D]; NULL: no x */
@@ -223,7 +225,7 @@ struct route_lists {
     float *weights;        /* [T][K] */
     int32_t *expert_first; /* [E + 1] */
     int32_t *token_of;     /* [T * K] routed row -> token */
-    int32_t *row_of;       /* [T][K] -> routed row */
+    int32_t *row_of;       /* [T][K] -> routed row; in a group, rank << OWNER_SHIFT on top, of the rank that computes it */
     struct gemm_item *items[N_WIDTHS];
     int32_t *n_items;      /* [N_WIDTHS] */
 };
@@ -242,10 +244,58 @@ struct route_args {
     uint32_t *tickets;   /* [1 + chunks of ROUTE_CHUNK tokens], zero between launches */
     int32_t *chunk_counts; /* [chunks][E] */
     uint64_t *n_reads;   /* groups so far */
+    bool unsorted;       /* ids and weights only: the group sorts */
 };
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
 /* Only the sort, of ids and weights already in place; reads are not counted. */
 cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue *q);
+
+/* ---- experts shared with other GPUs --------------------------------------------------------------------------- */
+
+/* Which ranks hold an expert of a layer, and where its weights lie in this rank's stacks. */
+struct expert_home {
+    uint16_t holders; /* a bit for each rank; of several, a step's counts decide which computes it */
+    int16_t place;    /* -1: not here */
+};
+/* Dealing experts out: what one costs a rank, in rows. Below it the weights are what takes time. */
+enum { EXPERT_COST = 32 };
+
+/* A layer's tokens: those of all ranks, in the order of the ranks. */
+struct group_tokens {
+    int32_t n, first_own, n_own;
+};
+
+/* What a rank counts; behind it rows of the group by expert, [L][E], and by who computed them, [L][R]. */
+enum { COUNT_READS /* groups of rows computed here */, COUNT_ROWS /* rows computed here */,
+       COUNT_FAR /* inputs and products that came from other ranks */, N_COUNTS };
+
+struct exchange_args {
+    const struct step_header *header;
+    /* By rank; this rank's own among them. A flag is epoch << 32 | tokens; flags[r][i] is written by rank i, once its
+     * ids and x of a layer are there, flags[r][MOE_MAX_RANKS + i] once its products are. */
+    const int32_t *ids[MOE_MAX_RANKS]; /* [T][K] */
+    const void *x[MOE_MAX_RANKS];      /* f16 [T][D] */
+    uint64_t *flags[MOE_MAX_RANKS];    /* [2 * MOE_MAX_RANKS] */
+    int32_t rank, n_ranks, max_tokens; /* max_tokens: of a rank */
+    int32_t n_cols, n_experts, n_used;
+    uint32_t *epoch;     /* layers exchanged so far */
+    uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
+    uint64_t timeout_ns;
+    /* Written. R * T tokens at most: */
+    struct group_tokens *tokens;
+    int32_t *group_ids;    /* [tokens][K] */
+    void *inputs;          /* f16 [tokens][D] */
+    int32_t *chunk_counts; /* [EXCHANGE_BLOCKS][E] */
+    const struct expert_home *homes; /* [E] of this layer */
+    struct route_lists lists; /* row_of: of this rank's tokens; items: of the rows computed here; no ids, weights, expert_first */
+    uint64_t *counts;      /* [N_COUNTS] */
+    uint64_t *load;        /* [E] of this layer */
+    uint64_t *rows;        /* [R] of this layer */
+};
+/* Show ids and x, wait for all ranks, bring in theirs, and sort the pairs of all: lists for what is computed here. */
+cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q);
+/* Products are there; wait until all ranks' are. */
+cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q);
 
 /* ---- sampling ------------------------------------------------------------------------------------------------ */
 

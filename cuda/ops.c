@@ -2,7 +2,9 @@
  * norm that reads the result next (c->pending), the residual is added where the product that follows it is
  * written, and in a step of single tokens rope_store is left to attention (c->rope). Anything else that comes first
  * launches what was put off by itself (ops_flush). */
-#include "cuda/device.h"
+#include "cuda/exchange.h"
+
+#include <string.h>
 
 #include "cuda/panel.h"
 
@@ -23,9 +25,9 @@ enum status ops_flush(struct cuda *c) {
         c->rope_pending = false;
         TRY(device_check(c, cuda_rope_store(&c->rope, c->bucket.n_tokens, &c->queue)));
     }
-    if (!c->pending.y) return ST_OK;
+    if (!c->pending.y[0]) return ST_OK;
     struct norm_args a = c->pending;
-    c->pending.y = NULL;
+    c->pending.y[0] = NULL;
     return device_check(c, cuda_norm(&a, c->bucket.n_tokens, &c->queue));
 }
 
@@ -45,9 +47,9 @@ static enum status dense(struct cuda *c, struct gemm_args *a, int32_t bucket) {
 static enum status norm(struct cuda *c, const struct buf *h, const struct weight *norm, float eps, void *x) {
     CHECK(h->kind == BUF_EXACT && norm->f32 && norm->n_cols == h->n_cols);
     struct norm_args a = {0};
-    if (c->pending.y && c->pending.h == h->p) {
+    if (c->pending.y[0] && c->pending.h == h->p) {
         a = c->pending;
-        c->pending.y = NULL;
+        c->pending.y[0] = NULL;
     }
     TRY(ops_flush(c));
     a.n_rows = &c->view.header->n_tokens;
@@ -167,18 +169,22 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .n_experts = c->shape.n_experts,
                                    .n_used = c->shape.n_experts_used,
                                    .renormalize = op->renormalize,
-                                   .x = op->x->p,
+                                   .x = c->together ? c->exchange->x_own : op->x->p,
                                    .partials = c->router_partials,
                                    .lists = c->lists,
                                    .tickets = c->route_tickets,
                                    .chunk_counts = c->chunk_counts,
-                                   .n_reads = c->n_reads};
-    return device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue));
+                                   .n_reads = c->n_reads,
+                                   .unsorted = c->together};
+    if (c->n_tokens > 0) TRY(device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue)));
+    return c->together ? exchange_begin_layer(c, op->layer) : ST_OK;
 }
 
 /* A product of every expert's group. */
 static enum status grouped(struct cuda *c, struct gemm_args *a) {
+    if (c->together) return exchange_grouped(c, a);
     int32_t n_tokens = c->bucket.n_tokens, used = c->shape.n_experts_used;
+    if (n_tokens == 0) return ST_OK;
     int32_t n_pairs = n_tokens * used, experts = c->shape.n_experts;
     struct gemm_plan p = cuda_gemm_plan(a, n_tokens, experts, used, &c->queue);
     a->items = c->lists.items[p.width];
@@ -201,7 +207,7 @@ enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
     }
     struct gemm_args a = {.n_segments = 2,
                           .epilogue = GEMM_SILU_F16,
-                          .x = op->x->p,
+                          .x = c->together ? NULL : op->x->p, /* the group's inputs */
                           .n_cols = op->gate->n_cols,
                           .token_of = c->lists.token_of};
     a.segments[0] = segment(op->gate, op->act);
@@ -221,13 +227,16 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                           .n_cols = op->down->n_cols};
     a.segments[0] = segment(op->down, op->y);
     TRY(grouped(c, &a));
+    if (c->together) TRY(exchange_end_layer(c, op->layer, op->y));
+    if (c->n_tokens == 0) return ST_OK;
     c->pending = (struct norm_args){.n_rows = &c->view.header->n_tokens,
                                     .h = op->h->p,
                                     .n_cols = op->h->n_cols,
-                                    .y = op->y->p,
+                                    .y = {op->y->p},
                                     .row_of = c->lists.row_of,
                                     .weights = c->lists.weights,
                                     .n_used = c->shape.n_experts_used};
+    if (c->together) memcpy(c->pending.y, c->exchange->products, sizeof c->pending.y);
     return ST_OK;
 }
 

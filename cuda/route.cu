@@ -241,6 +241,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     __syncthreads();
     if (!last) return;
     if (warp < n) choose_any(a, t0 + warp, 1, inverse, ids + warp * a.n_used, lane);
+    if (a.unsorted) return;
     __syncthreads();
     if (N == 1 || n_tokens <= N) return route_sort_small<32 * WARPS>(a, ids, present, n_tokens * a.n_used);
     if (threadIdx.x == 0) last = draw_last(a.tickets, (n_tokens + N - 1) / N);
@@ -424,7 +425,7 @@ cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda
     cudaError_t e = wide ? launch_many<64, 128, 8>(a, bucket, q) : launch_many<32, 64, 4>(a, bucket, q);
     if (e != cudaSuccess) return e;
     e = launch(k_route_choose_f32, dim3(chunks, 1, 1), 32 * WARPS, (size_t)a->n_experts * sizeof(int), q, *a);
-    if (e != cudaSuccess) return e;
+    if (e != cudaSuccess || a->unsorted) return e;
     return launch(k_route_place_i32, dim3((chunks + PLACE_WARPS - 1) / PLACE_WARPS, 1, 1), 32 * PLACE_WARPS,
                   sort_shared_bytes(PLACE_WARPS, a->n_experts), q, *a);
 }

@@ -1,5 +1,5 @@
 /* step: slot starts, and steps from begin to collect; graphs. See device.h. */
-#include "cuda/device.h"
+#include "cuda/exchange.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -178,6 +178,7 @@ enum status step_slot_start(struct backend *b, const struct moe_slot_start *star
     if (c->lost) return ST_ENGINE_LOST;
     CHECK(c->ready && c->mode == STEP_NONE);
     check_start(c, start);
+    TRY(device_check(c, cudaSetDevice(c->device))); /* the caller's thread may be another than before */
     struct start *s = &c->starts[c->n_starts++ % N_STARTS];
     TRY(device_check(c, cudaEventSynchronize(s->copied)));
     const struct moe_sampling *p = &start->sampling;
@@ -212,7 +213,7 @@ enum status step_slot_start(struct backend *b, const struct moe_slot_start *star
 
 static bool same_bucket(const struct bucket *a, const struct bucket *b) {
     return a->n_tokens == b->n_tokens && a->n_seqs == b->n_seqs && a->n_rows == b->n_rows &&
-           a->tiles == b->tiles;
+           a->n_group == b->n_group && a->tiles == b->tiles;
 }
 
 static struct graph *find_graph(struct cuda *c) {
@@ -225,17 +226,26 @@ enum status step_begin(struct backend *b, const struct moe_step *step, bool *iss
     struct cuda *c = of(b);
     if (c->lost) return ST_ENGINE_LOST;
     CHECK(c->ready && c->mode == STEP_NONE && c->n_begun - c->n_collected < MOE_MAX_IN_FLIGHT);
+    TRY(device_check(c, cudaSetDevice(c->device)));
     struct flight *f = &c->flights[c->n_begun % MOE_MAX_IN_FLIGHT];
+    c->together = c->exchange && exchange_in_use(c->exchange->x);
     c->bucket = upload_bucket(c, step);
+    if (c->together) {
+        int32_t total, most = exchange_max_tokens(c->exchange->x);
+        TRY(exchange_begin_step(c, step->n_tokens, &total));
+        c->bucket.n_group = upload_round_up(total > 0 ? total : 1, most);
+    }
     c->view = upload_view(&c->bucket, c->upload);
     c->n_tokens = step->n_tokens;
     f->n_rows = upload_rows(step);
     f->n_tokens = step->n_tokens;
+    f->together = c->together;
     size_t n = upload_fill(c, step, f->upload);
     TRY(device_check(c, cudaEventRecord(f->begun, c->queue.stream)));
     TRY(device_check(c, cudaMemcpyAsync(c->upload, f->upload, n, cudaMemcpyHostToDevice,
                                         c->queue.stream)));
-    if (*issue || (!find_graph(c) && c->n_graphs == MAX_GRAPHS)) {
+    bool any = step->n_tokens > 0 || c->together;
+    if (*issue || !any || (!find_graph(c) && c->n_graphs == MAX_GRAPHS)) {
         c->mode = STEP_EAGER;
     } else if (find_graph(c)) {
         c->mode = STEP_REPLAY;
@@ -244,7 +254,8 @@ enum status step_begin(struct backend *b, const struct moe_step *step, bool *iss
         TRY(device_check(c, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeRelaxed)));
     }
     *issue = c->mode != STEP_REPLAY;
-    return ST_OK;
+    /* No device waits for others before these can come: it might keep them from what they do first. */
+    return c->together && c->mode == STEP_EAGER ? exchange_meet(c->exchange->x) : ST_OK;
 }
 
 static enum status finish_capture(struct cuda *c) {
@@ -267,11 +278,13 @@ enum status step_end(struct backend *b) {
     if (c->mode == STEP_CAPTURE) TRY(finish_capture(c));
     if (c->mode != STEP_EAGER) {
         const struct graph *g = find_graph(c);
+        if (c->together) TRY(exchange_meet(c->exchange->x));
         TRY(device_check(c, cudaGraphLaunch(g->exec, c->queue.stream)));
     }
     struct flight *f = &c->flights[c->n_begun % MOE_MAX_IN_FLIGHT];
     TRY(device_check(c, cudaMemcpyAsync(c->host_reads + (c->n_begun & 1), c->n_reads, sizeof *c->n_reads,
                                         cudaMemcpyDeviceToHost, c->queue.stream)));
+    if (c->together) TRY(exchange_end_step(c, c->n_begun & 1));
     TRY(device_check(c, cudaEventRecord(f->done, c->queue.stream)));
     c->n_begun++;
     c->mode = STEP_NONE;
@@ -285,6 +298,7 @@ enum status step_collect(struct backend *b, struct moe_result *out) {
     uint64_t parity = c->n_collected & 1;
     struct flight *f = &c->flights[c->n_collected % MOE_MAX_IN_FLIGHT];
     TRY(device_check(c, cudaEventSynchronize(f->done)));
+    if (f->together) TRY(exchange_collect(c, parity));
     float ms = 0.0f;
     TRY(device_check(c, cudaEventElapsedTime(&ms, f->begun, f->done)));
     c->n_collected++;

@@ -8,7 +8,7 @@
 static const int32_t sizes[] = {1,   2,   4,   8,   16,  24,   32,   48,   64,   96,   128, 192,
                                 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096};
 
-static int32_t round_up(int32_t n, int32_t most) {
+int32_t upload_round_up(int32_t n, int32_t most) {
     int32_t size = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes && size < n; i++) size = sizes[i];
     while (size < n) size += 2048;
@@ -28,9 +28,9 @@ int32_t upload_rows(const struct moe_step *step) {
 
 struct bucket upload_bucket(const struct cuda *c, const struct moe_step *step) {
     struct bucket b = {0};
-    b.n_tokens = round_up(step->n_tokens, c->limits.max_batch_tokens);
+    b.n_tokens = upload_round_up(step->n_tokens, c->limits.max_batch_tokens);
     b.n_seqs = b.n_tokens < c->limits.max_seqs ? b.n_tokens : c->limits.max_seqs;
-    b.n_rows = round_up(upload_rows(step), c->limits.max_rows);
+    b.n_rows = upload_round_up(upload_rows(step), c->limits.max_rows);
     for (int32_t i = 0; i < step->n_seqs; i++)
         if (takes_tiles(&step->seqs[i])) b.tiles = true;
     return b;

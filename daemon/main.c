@@ -201,10 +201,8 @@ static enum status create_group(const struct config *c, struct error *e, struct 
 /* Whether a group is worth trying: only auto may decide that it is not. */
 static bool may_share(const struct config *c) {
     if (c->parallel != PARALLEL_AUTO) return true;
-    bool cuda = strncmp(c->devices.names[0], "cuda", 4) == 0;
-    if (c->devices.n > 1 && !cuda) return true;
-    log_event(LOG_INFO, "daemon", "parallel", "mode=replica why=\"%s\"",
-              cuda ? "the CUDA backend has no expert parallelism" : "one device");
+    if (c->devices.n > 1) return true;
+    log_event(LOG_INFO, "daemon", "parallel", "mode=replica why=\"one device\"");
     return false;
 }
 

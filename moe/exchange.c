@@ -13,7 +13,9 @@
 #include "moe/shares.h"
 
 #define DEFAULT_TIMEOUT_NS UINT64_C(10000000000)
-#define DEFAULT_REPLAN_TOKENS (UINT64_C(1) << 20)
+/* Some seconds of work: moving takes some steps' time. */
+#define HOST_REPLAN_TOKENS (UINT64_C(1) << 20)
+#define DEVICE_REPLAN_TOKENS (UINT64_C(1) << 26)
 #define DEFAULT_MAX_IMBALANCE 1.1
 
 /* An expert stack as one rank has it. */
@@ -31,7 +33,10 @@ struct shown {
 
 struct member {
     bool joined;
-    bool inside; /* a step: it reads what the others show */
+    int inside; /* steps in which it reads what the others show */
+    int32_t n_tokens; /* of the step at hand, of ranks that meet on their devices */
+    void *own; /* shown to the others */
+    volatile uint32_t *stop;
     struct shown shown;
     struct stack *stacks;
     int32_t n_stacks, max_stacks;
@@ -51,6 +56,7 @@ struct moe_group {
     int32_t max_tokens;
     struct shares shares; /* rank 0 writes, between two meetings at which nobody reads */
     _Atomic uint64_t *load; /* [L][E] since the beginning */
+    uint64_t *rows; /* [L][n_ranks] likewise, of ranks that meet on their devices */
     bool apart; /* ranks compute alone, until told otherwise */
     bool moving; /* shares.next is to be taken before the next layer 0 */
     struct member members[MOE_MAX_RANKS];
@@ -68,7 +74,6 @@ enum status moe_group_create(const struct moe_group_options *o, struct error *e,
     if (!g) return error_set(e, ST_NO_MEMORY, "no memory for a group of devices");
     g->o = *o;
     if (g->o.timeout_ns == 0) g->o.timeout_ns = DEFAULT_TIMEOUT_NS;
-    if (g->o.replan_tokens == 0) g->o.replan_tokens = DEFAULT_REPLAN_TOKENS;
     if (g->o.max_imbalance == 0) g->o.max_imbalance = DEFAULT_MAX_IMBALANCE;
     pthread_condattr_t clock;
     pthread_condattr_init(&clock);
@@ -84,6 +89,7 @@ void moe_group_destroy(struct moe_group *g) {
     if (!g) return;
     shares_destroy(&g->shares);
     free((void *)g->load);
+    free(g->rows);
     for (int r = 0; r < g->o.n_ranks; r++) free(g->members[r].stacks);
     pthread_cond_destroy(&g->all_here);
     pthread_mutex_destroy(&g->lock);
@@ -113,10 +119,17 @@ void moe_group_held(const struct moe_group *g, uint16_t *dst) {
     memcpy(dst, g->shares.held, n_cells(g) * sizeof *dst);
 }
 
+/* With the lock held. */
+static void lose(struct moe_group *g) {
+    g->lost = true;
+    for (int r = 0; r < g->o.n_ranks; r++)
+        if (g->members[r].stop) *g->members[r].stop = 1;
+    pthread_cond_broadcast(&g->all_here);
+}
+
 void exchange_fail(struct moe_group *g) {
     pthread_mutex_lock(&g->lock);
-    g->lost = true;
-    pthread_cond_broadcast(&g->all_here);
+    lose(g);
     pthread_mutex_unlock(&g->lock);
 }
 
@@ -143,18 +156,17 @@ static enum status meet(struct moe_group *g) {
         if (pthread_cond_timedwait(&g->all_here, &g->lock, &until) == ETIMEDOUT &&
             g->round == round) {
             log_event(LOG_ERROR, "moe", "rank_missing", "here=%d of=%d", g->n_here, g->o.n_ranks);
-            g->lost = true;
-            pthread_cond_broadcast(&g->all_here);
+            lose(g);
         }
     bool lost = g->lost;
     pthread_mutex_unlock(&g->lock);
     return lost ? ST_ENGINE_LOST : ST_OK;
 }
 
-static void set_inside(struct exchange *x, bool inside) {
+static void add_inside(struct exchange *x, int n) {
     struct moe_group *g = x->group;
     pthread_mutex_lock(&g->lock);
-    g->members[x->rank].inside = inside;
+    g->members[x->rank].inside += n;
     pthread_cond_broadcast(&g->all_here);
     pthread_mutex_unlock(&g->lock);
 }
@@ -164,10 +176,10 @@ static void wait_until_unread(struct exchange *x) {
     struct moe_group *g = x->group;
     struct timespec until = deadline(g);
     pthread_mutex_lock(&g->lock);
-    g->members[x->rank].inside = false;
+    g->members[x->rank].inside = 0;
     bool late = false;
     for (int r = 0; r < g->o.n_ranks && !late;) {
-        if (g->members[r].inside)
+        if (g->members[r].inside > 0)
             late = pthread_cond_timedwait(&g->all_here, &g->lock, &until) == ETIMEDOUT;
         else
             r++;
@@ -190,8 +202,11 @@ static enum status agree(struct moe_group *g, const struct model_shape *shape, i
     if (st != ST_OK) return st;
     g->shape = *shape;
     g->max_tokens = max_tokens;
-    g->load = calloc(n, sizeof *g->load);
+    g->rows = calloc((size_t)shape->n_layers * (size_t)g->o.n_ranks, sizeof *g->rows);
+    g->load = g->rows ? calloc(n, sizeof *g->load) : NULL;
     if (g->load) return ST_OK;
+    free(g->rows);
+    g->rows = NULL;
     shares_destroy(&g->shares);
     return ST_NO_MEMORY;
 }
@@ -256,6 +271,10 @@ void exchange_close(struct exchange *x) {
     free(x);
 }
 
+int exchange_n_ranks(const struct exchange *x) { return x->group->o.n_ranks; }
+
+uint64_t exchange_timeout_ns(const struct exchange *x) { return x->group->o.timeout_ns; }
+
 int32_t exchange_max_tokens(const struct exchange *x) {
     return x->group->max_tokens * x->group->o.n_ranks;
 }
@@ -270,6 +289,11 @@ uint64_t exchange_bytes(const struct exchange *x) {
 
 bool exchange_holds(const struct exchange *x, int32_t layer, int32_t expert) {
     return shares_holds(&x->group->shares, layer, expert, x->rank);
+}
+
+uint16_t exchange_holders(const struct exchange *x, int32_t layer, int32_t expert) {
+    const struct shares *s = &x->group->shares;
+    return s->held[(size_t)layer * (size_t)s->n_experts + (size_t)expert];
 }
 
 enum status exchange_stack(struct exchange *x, int32_t layer, uint8_t *base, size_t expert_bytes) {
@@ -346,7 +370,13 @@ static enum status move(struct exchange *x) {
     if (st != ST_OK) return st;
     drop_lost(x);
     g->members[x->rank].counters.n_replans++;
-    if ((st = meet(g)) != ST_OK) return st;
+    return exchange_moved(x);
+}
+
+enum status exchange_moved(struct exchange *x) {
+    struct moe_group *g = x->group;
+    enum status st = meet(g);
+    if (st != ST_OK) return st;
     if (x->rank == 0) {
         memcpy(g->shares.held, g->shares.next, n_cells(g) * sizeof *g->shares.held);
         g->moving = false;
@@ -421,14 +451,22 @@ static void deal(struct exchange *x) {
     }
 }
 
+/* By rank 0: a new plan, if the window is full and was uneven. */
+static void replan(struct moe_group *g, uint64_t default_tokens) {
+    uint64_t window = g->o.replan_tokens > 0 ? g->o.replan_tokens : default_tokens;
+    if (g->moving || g->shares.window_rows < window) return;
+    double was = shares_imbalance(&g->shares);
+    g->moving = shares_replan(&g->shares, window, g->o.max_imbalance);
+    log_event(g->moving ? LOG_INFO : LOG_DEBUG, "moe", "expert_balance", "imbalance=%.3f replan=%d", was, g->moving);
+}
+
 static void record(struct exchange *x, int32_t layer) {
     struct moe_group *g = x->group;
     shares_record(&g->shares, layer, x->counts, x->rows);
     _Atomic uint64_t *load = g->load + (size_t)layer * (size_t)g->shape.n_experts;
     for (int32_t e = 0; e < g->shape.n_experts; e++)
         atomic_fetch_add_explicit(&load[e], (uint64_t)x->counts[e], memory_order_relaxed);
-    if (layer == g->shape.n_layers - 1)
-        g->moving = shares_replan(&g->shares, g->o.replan_tokens, g->o.max_imbalance);
+    if (layer == g->shape.n_layers - 1) replan(g, HOST_REPLAN_TOKENS);
 }
 
 enum status exchange_route(struct exchange *x, int32_t layer, const struct route *own,
@@ -437,11 +475,11 @@ enum status exchange_route(struct exchange *x, int32_t layer, const struct route
     struct shares_scratch scratch;
     g->members[x->rank].shown.route = own;
     g->members[x->rank].shown.inputs = inputs;
-    if (layer == 0) set_inside(x, true);
+    if (layer == 0) add_inside(x, 1);
     enum status st = meet(g);
     if (st == ST_OK && layer == 0 && g->moving) st = move(x);
     if (st != ST_OK) {
-        set_inside(x, false);
+        add_inside(x, -1);
         return st;
     }
     count(x);
@@ -468,7 +506,7 @@ enum status exchange_products(struct exchange *x, int32_t layer, struct exchange
     enum status st = meet(x->group);
     /* All have dealt this layer out, and look at the tables again only after the next meeting. */
     if (st == ST_OK && x->rank == 0) record(x, layer);
-    if (st != ST_OK) set_inside(x, false);
+    if (st != ST_OK) add_inside(x, -1);
     return st;
 }
 
@@ -481,7 +519,7 @@ void exchange_return(struct exchange *x, int32_t layer, const struct route *own,
                (const uint8_t *)from->p + (size_t)x->back_row[i] * from->stride, from->n_bytes);
         if (x->back_rank[i] != x->rank) c->exchange_bytes += from->n_bytes;
     }
-    if (layer == x->group->shape.n_layers - 1) set_inside(x, false);
+    if (layer == x->group->shape.n_layers - 1) add_inside(x, -1);
 }
 
 void exchange_counters(const struct exchange *x, struct moe_counters *out) {
@@ -490,4 +528,68 @@ void exchange_counters(const struct exchange *x, struct moe_counters *out) {
     out->exchange_bytes = c->exchange_bytes;
     out->n_replans = c->n_replans;
     out->n_moved = c->n_moved;
+}
+
+/* ---- ranks that meet on their devices ------------------------------------------------------- */
+
+void exchange_show(struct exchange *x, void *own) {
+    pthread_mutex_lock(&x->group->lock);
+    x->group->members[x->rank].own = own;
+    pthread_mutex_unlock(&x->group->lock);
+}
+
+void *exchange_peer(const struct exchange *x, int rank) {
+    pthread_mutex_lock(&x->group->lock);
+    void *own = x->group->members[rank].own;
+    pthread_mutex_unlock(&x->group->lock);
+    return own;
+}
+
+void exchange_stop_word(struct exchange *x, volatile uint32_t *stop) {
+    struct moe_group *g = x->group;
+    pthread_mutex_lock(&g->lock);
+    g->members[x->rank].stop = stop;
+    if (stop && g->lost) *stop = 1;
+    pthread_mutex_unlock(&g->lock);
+}
+
+enum status exchange_step_begin(struct exchange *x, int32_t n_tokens, int32_t *total) {
+    struct moe_group *g = x->group;
+    add_inside(x, 1);
+    g->members[x->rank].n_tokens = n_tokens;
+    enum status st = meet(g);
+    *total = 0;
+    for (int r = 0; r < g->o.n_ranks; r++) *total += g->members[r].n_tokens;
+    if (st != ST_OK) add_inside(x, -1);
+    return st;
+}
+
+enum status exchange_meet(struct exchange *x) { return meet(x->group); }
+
+void exchange_step_done(struct exchange *x) { add_inside(x, -1); }
+
+void exchange_record(struct exchange *x, const uint64_t *load, const uint64_t *rows) {
+    struct moe_group *g = x->group;
+    int32_t n_experts = g->shape.n_experts, n_ranks = g->o.n_ranks;
+    for (int32_t l = 0; l < g->shape.n_layers; l++, load += n_experts, rows += n_ranks) {
+        uint64_t new_load[512], new_rows[MOE_MAX_RANKS], *known_rows = g->rows + (size_t)l * (size_t)n_ranks;
+        _Atomic uint64_t *known = g->load + (size_t)l * (size_t)n_experts;
+        for (int32_t e = 0; e < n_experts; e++) {
+            new_load[e] = load[e] - atomic_load_explicit(&known[e], memory_order_relaxed);
+            atomic_store_explicit(&known[e], load[e], memory_order_relaxed);
+        }
+        for (int32_t r = 0; r < n_ranks; r++) {
+            new_rows[r] = rows[r] - known_rows[r];
+            known_rows[r] = rows[r];
+        }
+        shares_record_sums(&g->shares, l, new_load, new_rows);
+    }
+    replan(g, DEVICE_REPLAN_TOKENS);
+}
+
+bool exchange_moving(const struct exchange *x) { return x->group->moving; }
+
+uint16_t exchange_next_holders(const struct exchange *x, int32_t layer, int32_t expert) {
+    const struct shares *s = &x->group->shares;
+    return s->next[(size_t)layer * (size_t)s->n_experts + (size_t)expert];
 }

@@ -69,7 +69,7 @@ struct moe_group_options {
     int n_ranks; /* 1 … MOE_MAX_RANKS */
     int32_t experts_per_rank; /* held per layer; 0: as few as hold each once; more than E: all, everywhere */
     uint64_t timeout_ns; /* a rank that keeps the others waiting for longer is lost; 0: 10 s */
-    uint64_t replan_tokens; /* look at the balance every so many routed tokens of all layers; 0: 2^20 */
+    uint64_t replan_tokens; /* look at the balance every so many routed tokens of all layers; 0: 2^20, on GPUs 2^26 */
     double max_imbalance; /* plan anew above it; 0: 1.1 */
     const uint64_t *load; /* [n_load] tokens of each (layer, expert), measured before: the first plan is made for
                              them; NULL: all alike. Borrowed until the models are open */

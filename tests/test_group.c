@@ -1,7 +1,8 @@
 /* Ranks that share experts, as threads with a model each: tokens are those of one rank alone, bit for bit,
  * however experts are spread, copied or moved; and a rank that dies, hangs or leaves ends the others' steps.
  *
- *     test_group            every device that needs no GPU */
+ *     test_group                  every device that needs no GPU
+ *     test_group cuda:0,cuda:1    ranks on these in turn; one GPU will do */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <unistd.h>
@@ -33,7 +34,6 @@ struct rank {
 };
 
 struct world {
-    const char *device;
     int n_ranks;
     struct moe_group *group; /* NULL: one rank alone */
     struct rank ranks[MAX_RANKS];
@@ -107,16 +107,18 @@ static void *rank_main(void *ctx) {
 
 static void world_open(struct world *w, const char *device, const struct moe_group_options *o) {
     struct error e = {0};
-    w->device = device;
+    struct moe_devices devices;
+    assert_ok(moe_devices_parse(device, &e, &devices), &e);
     w->n_ranks = o ? o->n_ranks : 1;
     if (o) assert_ok(moe_group_create(o, &e, &w->group), &e);
     for (int i = 0; i < w->n_ranks; i++) {
         struct rank *r = &w->ranks[i];
         *r = (struct rank){.world = w, .idx = i};
         struct moe_options options = {.model_path = TINY_MODEL,
-                                      .device = device,
+                                      .device = devices.names[i % devices.n],
                                       .limits = limits,
                                       .n_threads = w->n_ranks,
+                                      .gpu_memory_utilization = 0.5,
                                       .n_ranks = w->n_ranks,
                                       .group = w->group,
                                       .rank = i};
@@ -264,7 +266,8 @@ static void test_refusals(void **state) {
     struct moe_group *g;
     struct error e;
     struct moe_options o = {
-        .model_path = TINY_MODEL, .device = *state, .limits = limits, .n_threads = 1};
+        .model_path = TINY_MODEL, .device = "reference", .limits = limits, .n_threads = 1};
+    (void)state;
     assert_int_equal(moe_group_create(&(struct moe_group_options){.n_ranks = 0}, &e, &g),
                      ST_INVALID);
     assert_int_equal(moe_group_create(&(struct moe_group_options){.n_ranks = 17}, &e, &g),
@@ -281,8 +284,9 @@ static void test_refusals(void **state) {
     moe_group_destroy(g);
 }
 
-int main(void) {
-    const struct CMUnitTest tests[] = {
+int main(int argc, char **argv) {
+    char *device = argc > 1 ? argv[1] : NULL;
+    const struct CMUnitTest on_host[] = {
         cmocka_unit_test_prestate(test_tokens, "reference"),
         cmocka_unit_test_prestate(test_tokens, "cpu"),
         cmocka_unit_test_prestate(test_apart, "reference"),
@@ -290,7 +294,14 @@ int main(void) {
         cmocka_unit_test_prestate(test_missing_rank, "reference"),
         cmocka_unit_test_prestate(test_missing_rank, "cpu"),
         cmocka_unit_test_prestate(test_rank_leaves, "reference"),
-        cmocka_unit_test_prestate(test_refusals, "reference"),
+        cmocka_unit_test(test_refusals),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const struct CMUnitTest on_device[] = {
+        cmocka_unit_test_prestate(test_tokens, device),
+        cmocka_unit_test_prestate(test_apart, device),
+        cmocka_unit_test_prestate(test_missing_rank, device),
+        cmocka_unit_test_prestate(test_rank_leaves, device),
+    };
+    return device ? cmocka_run_group_tests(on_device, NULL, NULL)
+                  : cmocka_run_group_tests(on_host, NULL, NULL);
 }
