@@ -21,6 +21,7 @@ static const struct cpu_kernels kernels = {
     .dot_float = CPU_DOT_FLOAT_TABLE,
     .rms_norm = k_rms_norm,
     .quantize = k_quantize,
+    .quantize_row = k_quantize_row,
     .quantize_block = k_quantize_block,
     .insert = k_insert,
     .silu_mul = k_silu_mul,

@@ -89,6 +89,10 @@ static void k_quantize(const float *x, int32_t n, int planes, uint8_t *tile, int
             quantize_32(x + i, 1, tile, t, n_tokens);
 }
 
+static void k_quantize_row(const float *x, int32_t n, int planes, uint8_t *row) {
+    k_quantize(x, n, planes, row, 0, 1);
+}
+
 static void k_quantize_block(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride) {
     if (planes == 2)
         for (int i = 0; i < n_rows; i++)

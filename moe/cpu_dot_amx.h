@@ -1,0 +1,365 @@
+/* cpu_dot_amx: products of weight row tiles with a tile of tokens by AMX's BF16 tiles. Included by
+ * cpu_kernels_amx.c, and by the test that computes the tiles' operations itself; see cpu_kernels.h for layouts.
+ *
+ * Weights are the left operand, 16 rows by 32 columns at a time, made BF16 on the way: the integers of Q4_K and Q5_K
+ * choose among the 16 or 32 values that their row and block has, those of Q6_K become floats by their place in the
+ * significand. Tokens are the right operand, 16 to a tile. A unit is unpacked while the one before it is multiplied,
+ * over the ends of row tiles; what has been unpacked serves up to 48 tokens.
+ *
+ * A product has two sums, of the even and of the odd blocks of 32 columns, since one would be a chain of dependent
+ * operations longer than unpacking takes. Whatever the tile's width, a (row, token) pair goes through the same
+ * operations in the same order. */
+#ifndef MOED_MOE_CPU_DOT_AMX_H
+#define MOED_MOE_CPU_DOT_AMX_H
+
+#include "moe/cpu_block.h"
+
+enum {
+    TILE_BYTES = 1024,
+    UNIT_BLOCKS = QK_K / CPU_BLOCK,
+    TILE_TOKENS = 16,
+    MOST_TOKEN_TILES = CPU_TILE / TILE_TOKENS
+};
+
+/* What LDTILECFG reads: eight tiles of 16 rows by 64 bytes. */
+struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t n_rows[16];
+};
+
+/* A thread keeps its tiles configured, since configuring and releasing them takes as long as hundreds of weights do: a
+ * context switch saves 8 KiB more, and Linux releases tiles before a core sleeps. */
+static void configure_tiles(void) {
+    static const struct tile_config config = {.palette = 1,
+                                              .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+                                              .n_rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+    static _Thread_local bool configured;
+    if (configured) return;
+    _tile_loadconfig(&config);
+    configured = true;
+}
+
+/* GCC's tile loads do not tell the compiler that they read memory. */
+#define TILE_LOAD(tile, p)                                                                         \
+    do {                                                                                           \
+        __asm__ volatile("" ::: "memory");                                                         \
+        _tile_loadd(tile, p, 64);                                                                  \
+    } while (0)
+
+/* ---- weights to BF16 --------------------------------------------------------------------------------- */
+
+/* A unit's factors, [block of 32, or for Q6_K of 16, columns][row]: a weight is scale * x + shift, where x is the
+ * integer or, for Q6_K, 1 + integer / 64. */
+struct factors {
+    float scale[QK_K / 16][CPU_ROWS], shift[QK_K / 16][CPU_ROWS];
+};
+
+CPU_INLINE void load_factors(const uint8_t *w, enum cpu_format format, struct factors *f) {
+    if (format == CPU_Q8_0) {
+        vf_store(f->scale[0], vf_load(w + CPU_Q8_0_D));
+    } else if (format == CPU_Q6_K) {
+        vf d = vf_mul(vf_load(w + CPU_Q6_K_D), vf_set1(64));
+        CPU_UNROLL
+        for (int g = 0; g < QK_K / 16; g++) {
+            vf scale = vf_mul(d, vf_from_int(vi_from_i8(w + CPU_Q6_K_SC + 16 * g)));
+            vf_store(f->scale[g], scale);
+            vf_store(f->shift[g], vf_mul(scale, vf_set1(-1.5f)));
+        }
+    } else {
+        const bool five = format == CPU_Q5_K;
+        const uint8_t *d_at = w + (five ? CPU_Q5_K_D : CPU_Q4_K_D);
+        const uint8_t *sc = w + (five ? CPU_Q5_K_SC : CPU_Q4_K_SC);
+        const uint8_t *m = w + (five ? CPU_Q5_K_M : CPU_Q4_K_M);
+        vf d = vf_from_f16(d_at), dmin = vf_sub(vf_zero(), vf_from_f16(d_at + 32));
+        CPU_UNROLL
+        for (int b = 0; b < UNIT_BLOCKS; b++) {
+            vf_store(f->scale[b], vf_mul(d, vf_from_int(vi_from_u8(sc + 16 * b))));
+            vf_store(f->shift[b], vf_mul(dmin, vf_from_int(vi_from_u8(m + 16 * b))));
+        }
+    }
+}
+
+CPU_INLINE vf weights_of(const struct factors *f, int b, int r, vf x) {
+    return vf_fma(x, vf_set1(f->scale[b][r]), vf_set1(f->shift[b][r]));
+}
+
+/* x, then y, rounded. */
+CPU_INLINE vi to_bf16(vf x, vf y) { return (vi)_mm512_cvtne2ps_pbh(y, x); }
+
+/* The 16 values of row r in block b, twice: words. Rounded by adding half a unit, ties away from zero, which takes
+ * one operation instead of a conversion's three. */
+CPU_INLINE vi values_4(const struct factors *f, int b, int r) {
+    static const uint8_t high_halves[64] = {
+        2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31, 34, 35, 38, 39, 42, 43,
+        46, 47, 50, 51, 54, 55, 58, 59, 62, 63, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23,
+        26, 27, 30, 31, 34, 35, 38, 39, 42, 43, 46, 47, 50, 51, 54, 55, 58, 59, 62, 63};
+    vf x = weights_of(f, b, r, vf_from_int(vi_lanes()));
+    return _mm512_permutexvar_epi8(vi_load(high_halves),
+                                   vi_add(vf_bits(x), vi_set1(0x8000)));
+}
+
+/* The 32 of Q5_K. */
+CPU_INLINE vi values_5(const struct factors *f, int b, int r) {
+    vf q = vf_from_int(vi_lanes());
+    return to_bf16(weights_of(f, b, r, q), weights_of(f, b, r, vf_add(q, vf_set1(16))));
+}
+
+/* Row r of each of a unit's blocks. dst[block][row][32] */
+CPU_INLINE void unpack_row_4(const uint8_t *w, const struct factors *f, int r, uint8_t *dst) {
+    CPU_UNROLL
+    for (int b = 0; b < UNIT_BLOCKS; b++) {
+        vi q = vi_load(w + 128 * r + b / 4 * 64);
+        if (b % 4 > 0) q = _mm512_srli_epi16(q, (unsigned)(4 * (b % 4)));
+        vi_store(dst + b * TILE_BYTES + 64 * r, _mm512_permutexvar_epi16(q, values_4(f, b, r)));
+    }
+}
+
+CPU_INLINE void unpack_row_5(const uint8_t *w, const struct factors *f, int r, uint8_t *dst) {
+    vi high = _mm512_cvtepu8_epi16(
+        _mm256_loadu_si256((const __m256i *)(const void *)(w + CPU_Q5_K_H + 32 * r)));
+    CPU_UNROLL
+    for (int b = 0; b < UNIT_BLOCKS; b++) {
+        vi q = _mm512_srli_epi16(vi_load(w + 128 * r + b / 4 * 64), (unsigned)(4 * (b % 4)));
+        vi bit = _mm512_srli_epi16(_mm512_slli_epi16(high, 4), (unsigned)b);
+        /* bit where the mask is set, else q */
+        q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(16), bit, q, 0xca);
+        vi_store(dst + b * TILE_BYTES + 64 * r, _mm512_permutexvar_epi16(q, values_5(f, b, r)));
+    }
+}
+
+/* 1 + q / 64 of the integer at bits 17 … 22. */
+CPU_INLINE vf one_and_64ths(vi x) {
+    return vf_cast(
+        _mm512_ternarylogic_epi32(x, vi_set1(0x7e0000), vi_set1(0x3f800000), 0xea));
+}
+
+CPU_INLINE void unpack_row_6(const uint8_t *w, const struct factors *f, int r, uint8_t *dst) {
+    vi v[3];
+    vf x[16];
+    CPU_UNROLL
+    for (int i = 0; i < 3; i++) v[i] = vi_load(w + 192 * r + 64 * i);
+    CPU_UNROLL
+    for (int i = 0; i < 3; i++) {
+        x[5 * i] = one_and_64ths(v[i]);
+        x[5 * i + 1] = one_and_64ths(_mm512_ror_epi32(v[i], 6));
+        x[5 * i + 2] = one_and_64ths(_mm512_ror_epi32(v[i], 12));
+        x[5 * i + 3] = one_and_64ths(_mm512_ror_epi32(v[i], 18));
+        x[5 * i + 4] = one_and_64ths(_mm512_ror_epi32(v[i], 24));
+    }
+    /* Two bits of each. */
+    vi last = _mm512_ternarylogic_epi32(vi_set1(0x60000), vi_shl(v[0], 2), vi_shl(v[1], 4), 0xca);
+    last = _mm512_ternarylogic_epi32(vi_set1(0x600000), vi_shl(v[2], 6), last, 0xca);
+    x[15] = one_and_64ths(last);
+    CPU_UNROLL
+    for (int b = 0; b < UNIT_BLOCKS; b++)
+        vi_store(dst + b * TILE_BYTES + 64 * r,
+                 to_bf16(weights_of(f, 2 * b, r, x[2 * b]),
+                         weights_of(f, 2 * b + 1, r, x[2 * b + 1])));
+}
+
+CPU_INLINE void unpack_row_8(const uint8_t *w, const struct factors *f, int r, uint8_t *dst) {
+    vf d = vf_set1(f->scale[0][r]);
+    vi_store(dst + 64 * r, to_bf16(vf_mul(vf_from_int(vi_from_i8(w + 32 * r)), d),
+                                   vf_mul(vf_from_int(vi_from_i8(w + 32 * r + 16)), d)));
+}
+
+CPU_INLINE void unpack_row(enum cpu_format format, const uint8_t *w, const struct factors *f, int r,
+                           uint8_t *dst) {
+    switch (format) {
+    case CPU_Q4_K: unpack_row_4(w, f, r, dst); break;
+    case CPU_Q5_K: unpack_row_5(w, f, r, dst); break;
+    case CPU_Q6_K: unpack_row_6(w, f, r, dst); break;
+    default: unpack_row_8(w, f, r, dst); break;
+    }
+}
+
+/* ---- products ------------------------------------------------------------------------------------------ */
+
+/* Tiles 0 … 2 and 3 … 5 are the even and the odd blocks' sums, 6 weights, 7 tokens; with fewer tokens the odd blocks
+ * have operands of their own. */
+#define MULTIPLY(sum0, sum1, sum2, left, right)                                                    \
+    do {                                                                                           \
+        TILE_LOAD(left, w);                                                                        \
+        TILE_LOAD(right, x);                                                                       \
+        _tile_dpbf16ps(sum0, left, right);                                                         \
+        if (n > 1) {                                                                               \
+            TILE_LOAD(right, x + stride);                                                          \
+            _tile_dpbf16ps(sum1, left, right);                                                     \
+        }                                                                                          \
+        if (n > 2) {                                                                               \
+            TILE_LOAD(right, x + 2 * stride);                                                      \
+            _tile_dpbf16ps(sum2, left, right);                                                     \
+        }                                                                                          \
+    } while (0)
+
+/* A block of weights times n tiles of tokens, which lie `stride` bytes apart. n is known at compile time. */
+CPU_INLINE void multiply(bool odd, const uint8_t *w, const uint8_t *x, size_t stride, int n) {
+    if (!odd)
+        MULTIPLY(0, 1, 2, 6, 7);
+    else if (n == 3)
+        MULTIPLY(3, 4, 5, 6, 7);
+    else
+        MULTIPLY(3, 4, 4, 5, 2);
+}
+
+CPU_INLINE void zero_sums(int n) {
+    _tile_zero(0);
+    _tile_zero(3);
+    if (n > 1) {
+        _tile_zero(1);
+        _tile_zero(4);
+    }
+    if (n > 2) {
+        _tile_zero(2);
+        _tile_zero(5);
+    }
+}
+
+/* The sums of four tokens from sums[row][token] to out[token][row], n of them. */
+CPU_INLINE void store_four(const float (*sums)[TILE_TOKENS], float *out, size_t stride, int n) {
+    __m512 x[4];
+    CPU_UNROLL
+    for (int i = 0; i < 4; i++) { /* rows i, i + 4, i + 8, i + 12, a 128-bit lane each */
+        x[i] = _mm512_broadcast_f32x4(_mm_load_ps(sums[i]));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_load_ps(sums[i + 4]));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_load_ps(sums[i + 8]));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_load_ps(sums[i + 12]));
+    }
+    /* Lane l of x[i] is row i + 4l: transposed, lane l of y[t] is rows 4l … 4l + 3 of token t. */
+    __m512 a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+    __m512 c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    vf_store(out, _mm512_shuffle_ps(a, c, 0x44));
+    if (n > 1) vf_store(out + stride, _mm512_shuffle_ps(a, c, 0xee));
+    if (n > 2) vf_store(out + 2 * stride, _mm512_shuffle_ps(b, d, 0x44));
+    if (n > 3) vf_store(out + 3 * stride, _mm512_shuffle_ps(b, d, 0xee));
+}
+
+/* A row tile's products of job->n tokens, in n tiles, to out. */
+CPU_INLINE void store_products(const struct cpu_dot *job, float *out, int n) {
+    _Alignas(64) float sums[2][MOST_TOKEN_TILES][CPU_ROWS][TILE_TOKENS];
+    _tile_stored(0, sums[0][0], 64);
+    _tile_stored(3, sums[1][0], 64);
+    if (n > 1) {
+        _tile_stored(1, sums[0][1], 64);
+        _tile_stored(4, sums[1][1], 64);
+    }
+    if (n > 2) {
+        _tile_stored(2, sums[0][2], 64);
+        _tile_stored(5, sums[1][2], 64);
+    }
+    __asm__ volatile("" ::: "memory");
+    for (int i = 0; i < n; i++) {
+        CPU_UNROLL
+        for (int r = 0; r < CPU_ROWS; r++)
+            vf_store(sums[0][i][r], vf_add(vf_load(sums[0][i][r]), vf_load(sums[1][i][r])));
+        for (int t = TILE_TOKENS * i; t < job->n && t < TILE_TOKENS * (i + 1); t += 4) {
+            const float (*four)[TILE_TOKENS] =
+                (const float (*)[TILE_TOKENS])(const void *)(&sums[0][i][0][t % TILE_TOKENS]);
+            store_four(four, out + (size_t)t * job->stride, job->stride, job->n - t);
+        }
+    }
+}
+
+/* Every step unpacks unit i and multiplies unit i - 1. */
+CPU_INLINE void dot_tiles(const struct cpu_dot *job, enum cpu_format format, int unit_bytes, int n) {
+    const int unit_blocks = format == CPU_Q8_0 ? 1 : UNIT_BLOCKS;
+    const int block_rows = CPU_ROWS / unit_blocks, lines = (unit_bytes / unit_blocks + 63) / 64;
+    const int32_t n_units = job->n_tiles * job->n_units;
+    const size_t stride = (size_t)(job->n_units * unit_blocks) * TILE_BYTES;
+    _Alignas(64) uint8_t unpacked[2][UNIT_BLOCKS * TILE_BYTES];
+    _Alignas(64) struct factors f;
+    const uint8_t *w = job->w, *x = job->x;
+    float *out = job->out;
+    int32_t block = 0; /* of the row tile, multiplied next */
+    configure_tiles();
+    zero_sums(n);
+    for (int32_t i = 0; i <= n_units; i++, w += unit_bytes) {
+        uint8_t *fresh = unpacked[i % 2], *ready = unpacked[(i + 1) % 2];
+        if (i < n_units) load_factors(w, format, &f);
+        for (int b = 0; b < unit_blocks; b++) {
+            if (i < n_units) {
+                prefetch(job, w + b * unit_bytes / unit_blocks, lines);
+                for (int r = b * block_rows; r < (b + 1) * block_rows; r++)
+                    unpack_row(format, w, &f, r, fresh);
+            }
+            if (i == 0) continue;
+            multiply(block % 2 == 1, ready + b * TILE_BYTES, x + (size_t)block * TILE_BYTES, stride,
+                     n);
+            block++;
+        }
+        if (block < job->n_units * unit_blocks) continue;
+        store_products(job, out, n);
+        zero_sums(n);
+        out += CPU_ROWS;
+        block = 0;
+    }
+}
+
+/* ---- tokens to BF16 ------------------------------------------------------------------------------------- */
+
+/* One block of a row to column t of a tile's block. */
+CPU_INLINE void scatter(vi row, uint8_t *block, int t) {
+    _Alignas(64) uint32_t pairs[CPU_BLOCK / 2];
+    vi_store(pairs, row);
+    CPU_UNROLL
+    for (int i = 0; i < CPU_BLOCK / 2; i++) memcpy(block + 64 * i + 4 * t, &pairs[i], 4);
+}
+
+static void k_bf16(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens) {
+    (void)planes, (void)n_tokens;
+    tile += (size_t)(t / TILE_TOKENS) * TILE_TOKENS * 2 * (size_t)n;
+    for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += TILE_BYTES)
+        scatter(to_bf16(vf_load(x + i), vf_load(x + i + 16)), tile, t % TILE_TOKENS);
+}
+
+static void k_bf16_row(const float *x, int32_t n, int planes, uint8_t *row) {
+    (void)planes;
+    for (int32_t i = 0; i < n; i += CPU_BLOCK)
+        vi_store(row + 2 * i, to_bf16(vf_load(x + i), vf_load(x + i + 16)));
+}
+
+static void k_bf16_block(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride) {
+    (void)planes;
+    for (int i = 0; i < n_rows; i++, x += CPU_BLOCK)
+        vi_store(dst + (size_t)i * stride, to_bf16(vf_load(x), vf_load(x + 16)));
+}
+
+static void k_insert_bf16(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t,
+                          int n_tokens) {
+    (void)planes, (void)n_tokens;
+    tile += (size_t)(t / TILE_TOKENS) * TILE_TOKENS * 2 * (size_t)n;
+    for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += TILE_BYTES)
+        scatter(vi_load(row + 2 * i), tile, t % TILE_TOKENS);
+}
+
+/* ---- one function per format and tile width ------------------------------------------------------------ */
+
+#define AMX_DOT(name, format, n)                                                                   \
+    static void k_dot_##name##_amx_##n(const struct cpu_dot *job) {                                \
+        dot_tiles(job, format, format##_UNIT, n);                                                  \
+    }
+#define AMX_DOTS(name, format) AMX_DOT(name, format, 1) AMX_DOT(name, format, 2) AMX_DOT(name, format, 3)
+AMX_DOTS(q4_k, CPU_Q4_K)
+AMX_DOTS(q5_k, CPU_Q5_K)
+AMX_DOTS(q6_k, CPU_Q6_K)
+AMX_DOTS(q8_0, CPU_Q8_0)
+
+/* What AMX does differently from `avx512`. */
+static void amx_table(struct cpu_kernels *k, const struct cpu_kernels *avx512) {
+#define AMX_ROW(name) {k_dot_##name##_amx_1, k_dot_##name##_amx_2, k_dot_##name##_amx_3}
+    static cpu_dot_fn *const dots[CPU_N_QUANTS][MOST_TOKEN_TILES] = {
+        AMX_ROW(q4_k), AMX_ROW(q5_k), AMX_ROW(q6_k), AMX_ROW(q8_0)};
+    *k = *avx512;
+    k->layout = CPU_BY_ROW;
+    k->max_tile = CPU_TILE;
+    for (int f = 0; f < CPU_N_QUANTS; f++)
+        for (int n = 1; n <= CPU_TILE; n++)
+            k->dot[f][0][n] = k->dot[f][1][n] = dots[f][(n - 1) / TILE_TOKENS];
+    k->quantize = k_bf16;
+    k->quantize_row = k_bf16_row;
+    k->quantize_block = k_bf16_block;
+    k->insert = k_insert_bf16;
+}
+
+#endif
