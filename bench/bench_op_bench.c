@@ -641,14 +641,12 @@ static void parse(int argc, char **argv, struct options *o) {
         TFLOPS,
         HELP
     };
-    static const struct option longs[] = {{"device", 1, 0, DEVICE},   {"threads", 1, 0, THREADS},
-                                          {"shape", 1, 0, SHAPE},     {"layers", 1, 0, LAYERS},
-                                          {"decode", 1, 0, DECODE},   {"ctx", 1, 0, CTX},
-                                          {"prefill", 1, 0, PREFILL}, {"pp", 1, 0, PP},
-                                          {"ops", 1, 0, OPS},         {"repeat", 1, 0, REPEAT},
-                                          {"gbps", 1, 0, GBPS},       {"tflops", 1, 0, TFLOPS},
-                                          {"cpu-isa", 1, 0, ISA},     {"help", 0, 0, HELP},
-                                          {0, 0, 0, 0}};
+    static const struct option longs[] = {
+        {"device", 1, 0, DEVICE},   {"threads", 1, 0, THREADS}, {"shape", 1, 0, SHAPE},
+        {"layers", 1, 0, LAYERS},   {"decode", 1, 0, DECODE},   {"ctx", 1, 0, CTX},
+        {"prefill", 1, 0, PREFILL}, {"pp", 1, 0, PP},           {"ops", 1, 0, OPS},
+        {"repeat", 1, 0, REPEAT},   {"gbps", 1, 0, GBPS},       {"tflops", 1, 0, TFLOPS},
+        {"cpu-isa", 1, 0, ISA},     {"help", 0, 0, HELP},       {0, 0, 0, 0}};
     *o = (struct options){.device = "cpu",
                           .isa = "auto",
                           .shape = "qwen3-30b-a3b",

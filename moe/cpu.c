@@ -233,7 +233,8 @@ static bool create_exchange(struct cpu *c) {
 static bool create_inputs(struct cpu *c) {
     size_t n_tokens = (size_t)c->limits.max_batch_tokens, n_used = (size_t)c->shape.n_experts_used;
     int32_t d = c->shape.n_embd, f = c->shape.n_ff_expert;
-    c->x_tiles = map2(c, CPU_MEM_ACTIVATIONS, cpu_pad(n_tokens, CPU_TILE_PAD), cpu_q_bytes(c, c->max_cols, 2), 1);
+    c->x_tiles = map2(c, CPU_MEM_ACTIVATIONS, cpu_pad(n_tokens, CPU_TILE_PAD),
+                      cpu_q_bytes(c, c->max_cols, 2), 1);
     c->x_rows = map2(c, CPU_MEM_ACTIVATIONS, n_tokens, (size_t)c->max_cols, sizeof(float));
     c->tile_first = map2(c, CPU_MEM_SCRATCH, n_tokens + 1, 1, sizeof(int32_t));
     c->tile_of = map2(c, CPU_MEM_SCRATCH, n_tokens, 1, sizeof(int32_t));
@@ -351,7 +352,8 @@ static enum status cpu_buf_read(struct backend *b, const struct buf *buf, int32_
     size_t row_bytes = cpu_q_bytes(c, buf->n_cols, CPU_PLANES_DOWN);
     for (int32_t i = row; i < row + n_rows; i++, dst += buf->n_cols) {
         if (buf == c->act_q_of)
-            cpu_dequantize_row(c, c->act_q + (size_t)i * row_bytes, buf->n_cols, CPU_PLANES_DOWN, dst);
+            cpu_dequantize_row(c, c->act_q + (size_t)i * row_bytes, buf->n_cols, CPU_PLANES_DOWN,
+                               dst);
         else
             memcpy(dst, cpu_row(buf, i), (size_t)buf->n_cols * sizeof *dst);
     }

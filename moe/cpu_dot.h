@@ -244,9 +244,10 @@ CPU_INLINE void dot_float(const struct cpu_dot_float *job, int format, int n) {
     CPU_DOT_WIDTHS_4(M, name, planes)                                                              \
     M(name, planes, 5)                                                                             \
     M(name, planes, 6)                                                                             \
-    M(name, planes, 7) M(name, planes, 8) M(name, planes, 9) M(name, planes, 10)                   \
-        M(name, planes, 11) M(name, planes, 12) M(name, planes, 13) M(name, planes, 14)            \
-            M(name, planes, 15) M(name, planes, 16)
+    M(name, planes, 7)                                                                             \
+    M(name, planes, 8) M(name, planes, 9) M(name, planes, 10) M(name, planes, 11)                  \
+        M(name, planes, 12) M(name, planes, 13) M(name, planes, 14) M(name, planes, 15)            \
+            M(name, planes, 16)
 #else /* 16 registers hold no more */
 #define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
 #endif

@@ -91,12 +91,11 @@ CPU_INLINE vi to_bf16(vf x, vf y) { return (vi)_mm512_cvtne2ps_pbh(y, x); }
  * one operation instead of a conversion's three. */
 CPU_INLINE vi values_4(const struct factors *f, int b, int r) {
     static const uint8_t high_halves[64] = {
-        2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31, 34, 35, 38, 39, 42, 43,
-        46, 47, 50, 51, 54, 55, 58, 59, 62, 63, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23,
+        2,  3,  6,  7,  10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31, 34, 35, 38, 39, 42, 43,
+        46, 47, 50, 51, 54, 55, 58, 59, 62, 63, 2,  3,  6,  7,  10, 11, 14, 15, 18, 19, 22, 23,
         26, 27, 30, 31, 34, 35, 38, 39, 42, 43, 46, 47, 50, 51, 54, 55, 58, 59, 62, 63};
     vf x = weights_of(f, b, r, vf_from_int(vi_lanes()));
-    return _mm512_permutexvar_epi8(vi_load(high_halves),
-                                   vi_add(vf_bits(x), vi_set1(0x8000)));
+    return _mm512_permutexvar_epi8(vi_load(high_halves), vi_add(vf_bits(x), vi_set1(0x8000)));
 }
 
 /* The 32 of Q5_K. */
@@ -130,8 +129,7 @@ CPU_INLINE void unpack_row_5(const uint8_t *w, const struct factors *f, int r, u
 
 /* 1 + q / 64 of the integer at bits 17 … 22. */
 CPU_INLINE vf one_and_64ths(vi x) {
-    return vf_cast(
-        _mm512_ternarylogic_epi32(x, vi_set1(0x7e0000), vi_set1(0x3f800000), 0xea));
+    return vf_cast(_mm512_ternarylogic_epi32(x, vi_set1(0x7e0000), vi_set1(0x3f800000), 0xea));
 }
 
 CPU_INLINE void unpack_row_6(const uint8_t *w, const struct factors *f, int r, uint8_t *dst) {
@@ -153,9 +151,8 @@ CPU_INLINE void unpack_row_6(const uint8_t *w, const struct factors *f, int r, u
     x[15] = one_and_64ths(last);
     CPU_UNROLL
     for (int b = 0; b < UNIT_BLOCKS; b++)
-        vi_store(dst + b * TILE_BYTES + 64 * r,
-                 to_bf16(weights_of(f, 2 * b, r, x[2 * b]),
-                         weights_of(f, 2 * b + 1, r, x[2 * b + 1])));
+        vi_store(dst + b * TILE_BYTES + 64 * r, to_bf16(weights_of(f, 2 * b, r, x[2 * b]),
+                                                        weights_of(f, 2 * b + 1, r, x[2 * b + 1])));
 }
 
 CPU_INLINE void unpack_row_8(const uint8_t *w, const struct factors *f, int r, uint8_t *dst) {
@@ -216,23 +213,25 @@ CPU_INLINE void zero_sums(int n) {
     }
 }
 
-/* The sums of four tokens from sums[row][token] to out[token][row], n of them. */
-CPU_INLINE void store_four(const float (*sums)[TILE_TOKENS], float *out, size_t stride, int n) {
+/* Four 32-bit columns of sixteen rows, from row r at rows[r]: y[c], lane by lane. */
+CPU_INLINE void transpose_four(const uint8_t *const *rows, size_t offset, __m512 *y) {
     __m512 x[4];
     CPU_UNROLL
     for (int i = 0; i < 4; i++) { /* rows i, i + 4, i + 8, i + 12, a 128-bit lane each */
-        x[i] = _mm512_broadcast_f32x4(_mm_load_ps(sums[i]));
-        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_load_ps(sums[i + 4]));
-        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_load_ps(sums[i + 8]));
-        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_load_ps(sums[i + 12]));
+        const uint8_t *const *r = rows + i;
+#define FOUR_OF(row) _mm_loadu_ps((const float *)(const void *)((row) + offset))
+        x[i] = _mm512_broadcast_f32x4(FOUR_OF(r[0]));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, FOUR_OF(r[4]));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, FOUR_OF(r[8]));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, FOUR_OF(r[12]));
+#undef FOUR_OF
     }
-    /* Lane l of x[i] is row i + 4l: transposed, lane l of y[t] is rows 4l … 4l + 3 of token t. */
     __m512 a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
     __m512 c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
-    vf_store(out, _mm512_shuffle_ps(a, c, 0x44));
-    if (n > 1) vf_store(out + stride, _mm512_shuffle_ps(a, c, 0xee));
-    if (n > 2) vf_store(out + 2 * stride, _mm512_shuffle_ps(b, d, 0x44));
-    if (n > 3) vf_store(out + 3 * stride, _mm512_shuffle_ps(b, d, 0xee));
+    y[0] = _mm512_shuffle_ps(a, c, 0x44);
+    y[1] = _mm512_shuffle_ps(a, c, 0xee);
+    y[2] = _mm512_shuffle_ps(b, d, 0x44);
+    y[3] = _mm512_shuffle_ps(b, d, 0xee);
 }
 
 /* A row tile's products of job->n tokens, in n tiles, to out. */
@@ -250,19 +249,26 @@ CPU_INLINE void store_products(const struct cpu_dot *job, float *out, int n) {
     }
     __asm__ volatile("" ::: "memory");
     for (int i = 0; i < n; i++) {
+        const uint8_t *rows[CPU_ROWS];
         CPU_UNROLL
-        for (int r = 0; r < CPU_ROWS; r++)
+        for (int r = 0; r < CPU_ROWS; r++) {
+            rows[r] = (const uint8_t *)sums[0][i][r];
             vf_store(sums[0][i][r], vf_add(vf_load(sums[0][i][r]), vf_load(sums[1][i][r])));
-        for (int t = TILE_TOKENS * i; t < job->n && t < TILE_TOKENS * (i + 1); t += 4) {
-            const float (*four)[TILE_TOKENS] =
-                (const float (*)[TILE_TOKENS])(const void *)(&sums[0][i][0][t % TILE_TOKENS]);
-            store_four(four, out + (size_t)t * job->stride, job->stride, job->n - t);
+        }
+        int end = job->n < TILE_TOKENS * (i + 1) ? job->n : TILE_TOKENS * (i + 1);
+        for (int t = TILE_TOKENS * i; t < end; t += 4) {
+            __m512 y[4];
+            transpose_four(rows, (size_t)(t % TILE_TOKENS) * 4, y);
+            CPU_UNROLL
+            for (int j = 0; j < 4; j++)
+                if (t + j < end) vf_store(out + (size_t)(t + j) * job->stride, y[j]);
         }
     }
 }
 
 /* Every step unpacks unit i and multiplies unit i - 1. */
-CPU_INLINE void dot_tiles(const struct cpu_dot *job, enum cpu_format format, int unit_bytes, int n) {
+CPU_INLINE void dot_tiles(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
+                          int n) {
     const int unit_blocks = format == CPU_Q8_0 ? 1 : UNIT_BLOCKS;
     const int block_rows = CPU_ROWS / unit_blocks, lines = (unit_bytes / unit_blocks + 63) / 64;
     const int32_t n_units = job->n_tiles * job->n_units;
@@ -325,12 +331,20 @@ static void k_bf16_block(const float *x, int n_rows, int planes, uint8_t *dst, s
         vi_store(dst + (size_t)i * stride, to_bf16(vf_load(x), vf_load(x + 16)));
 }
 
-static void k_insert_bf16(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t,
-                          int n_tokens) {
-    (void)planes, (void)n_tokens;
-    tile += (size_t)(t / TILE_TOKENS) * TILE_TOKENS * 2 * (size_t)n;
-    for (int32_t i = 0; i < n; i += CPU_BLOCK, tile += TILE_BYTES)
-        scatter(vi_load(row + 2 * i), tile, t % TILE_TOKENS);
+/* Sixteen tokens; of fewer, the last ones are the first again. */
+static void k_gather_bf16(const uint8_t *const *rows, int n_tokens, int32_t n, int planes,
+                          uint8_t *tile) {
+    (void)planes;
+    for (int t = 0; t < n_tokens; t += TILE_TOKENS) {
+        const uint8_t *sixteen[TILE_TOKENS];
+        for (int i = 0; i < TILE_TOKENS; i++) sixteen[i] = rows[t + i < n_tokens ? t + i : t];
+        for (size_t at = 0; at < 2 * (size_t)n; at += 16, tile += TILE_BYTES / 4) {
+            __m512 y[4];
+            transpose_four(sixteen, at, y);
+            CPU_UNROLL
+            for (int i = 0; i < 4; i++) vf_store(tile + 64 * i, y[i]);
+        }
+    }
 }
 
 /* ---- one function per format and tile width ------------------------------------------------------------ */
@@ -339,7 +353,8 @@ static void k_insert_bf16(const uint8_t *row, int32_t n, int planes, uint8_t *ti
     static void k_dot_##name##_amx_##n(const struct cpu_dot *job) {                                \
         dot_tiles(job, format, format##_UNIT, n);                                                  \
     }
-#define AMX_DOTS(name, format) AMX_DOT(name, format, 1) AMX_DOT(name, format, 2) AMX_DOT(name, format, 3)
+#define AMX_DOTS(name, format)                                                                     \
+    AMX_DOT(name, format, 1) AMX_DOT(name, format, 2) AMX_DOT(name, format, 3)
 AMX_DOTS(q4_k, CPU_Q4_K)
 AMX_DOTS(q5_k, CPU_Q5_K)
 AMX_DOTS(q6_k, CPU_Q6_K)
@@ -347,9 +362,10 @@ AMX_DOTS(q8_0, CPU_Q8_0)
 
 /* What AMX does differently from `avx512`. */
 static void amx_table(struct cpu_kernels *k, const struct cpu_kernels *avx512) {
-#define AMX_ROW(name) {k_dot_##name##_amx_1, k_dot_##name##_amx_2, k_dot_##name##_amx_3}
-    static cpu_dot_fn *const dots[CPU_N_QUANTS][MOST_TOKEN_TILES] = {
-        AMX_ROW(q4_k), AMX_ROW(q5_k), AMX_ROW(q6_k), AMX_ROW(q8_0)};
+#define AMX_ROW(name)                                                                              \
+    { k_dot_##name##_amx_1, k_dot_##name##_amx_2, k_dot_##name##_amx_3 }
+    static cpu_dot_fn *const dots[CPU_N_QUANTS][MOST_TOKEN_TILES] = {AMX_ROW(q4_k), AMX_ROW(q5_k),
+                                                                     AMX_ROW(q6_k), AMX_ROW(q8_0)};
     *k = *avx512;
     k->layout = CPU_BY_ROW;
     k->max_tile = CPU_TILE;
@@ -359,7 +375,7 @@ static void amx_table(struct cpu_kernels *k, const struct cpu_kernels *avx512) {
     k->quantize = k_bf16;
     k->quantize_row = k_bf16_row;
     k->quantize_block = k_bf16_block;
-    k->insert = k_insert_bf16;
+    k->gather = k_gather_bf16;
 }
 
 #endif

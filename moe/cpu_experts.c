@@ -144,17 +144,19 @@ static struct cpu_input gather(const struct experts *x, int32_t first, int n, in
     size_t row_bytes = cpu_q_bytes(c, n_cols, x->planes);
     struct cpu_input in = {
         .q = s->tile, .planes = x->planes, .f = s->rows, .f_stride = (size_t)c->max_cols, .n = n};
+    const uint8_t *rows[CPU_TILE];
     for (int i = 0; i < n; i++) {
         int32_t row = first + i;
         if (x->by_token) row = cpu_work(c)->pair_of[row] / c->route.n_used;
-        const uint8_t *q = x->src_q + (size_t)row * row_bytes;
-        if (quantized && n == 1 && c->kernels->layout == CPU_BY_LANE) /* a row is a tile */
-            in.q = q;
-        else if (quantized)
-            c->kernels->insert(q, n_cols, x->planes, s->tile, i, n);
+        if (quantized)
+            rows[i] = x->src_q + (size_t)row * row_bytes;
         else
             memcpy(s->rows + (size_t)i * in.f_stride, cpu_row(x->src, row), (size_t)n_cols * 4);
     }
+    if (quantized && n == 1 && c->kernels->layout == CPU_BY_LANE) /* a row is a tile */
+        in.q = rows[0];
+    else if (quantized)
+        c->kernels->gather(rows, n, n_cols, x->planes, s->tile);
     return in;
 }
 

@@ -150,8 +150,8 @@ struct cpu_kernels {
     void (*quantize_row)(const float *x, int32_t n, int planes, uint8_t *row);
     /* One block of 32 values of each of n_rows rows x[n_rows][32], to dst + row * stride. */
     void (*quantize_block)(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride);
-    /* A quantised row of n values to column t of a tile of n_tokens. */
-    void (*insert)(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
+    /* n_tokens quantised rows of n values to a tile. */
+    void (*gather)(const uint8_t *const *rows, int n_tokens, int32_t n, int planes, uint8_t *tile);
     /* gate = silu(gate) * up, n values. */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
     void (*add)(float *x, const float *y, int32_t n); /* x += y */

@@ -14,7 +14,8 @@ static bool available;
 
 static bool has_amx(void) {
     unsigned a, b, c, d;
-    const unsigned tiles = 1u << 22 | 1u << 24, vbmi = 1u << 1, bf16 = 1u << 5; /* AMX-BF16, -TILE */
+    const unsigned tiles = 1u << 22 | 1u << 24, vbmi = 1u << 1,
+                   bf16 = 1u << 5; /* AMX-BF16, -TILE */
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tiles) == tiles && (c & vbmi) != 0 &&
            __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bf16) != 0;
 }

@@ -34,11 +34,8 @@ static bool format_of(enum tensor_type type, enum cpu_format *format, size_t *un
 bool cpu_matrix_plan(enum tensor_type type, int32_t n_experts, int32_t n_rows, int32_t n_cols,
                      enum cpu_layout layout, struct cpu_matrix *out) {
     CHECK(n_experts > 0 && n_rows > 0 && n_cols > 0);
-    struct cpu_matrix m = {.layout = layout,
-                           .type = type,
-                           .n_experts = n_experts,
-                           .n_rows = n_rows,
-                           .n_cols = n_cols};
+    struct cpu_matrix m = {
+        .layout = layout, .type = type, .n_experts = n_experts, .n_rows = n_rows, .n_cols = n_cols};
     size_t unit_bytes, n_tiles;
     int32_t unit_cols;
     if (!format_of(type, &m.format, &unit_bytes, &unit_cols) || n_cols % unit_cols != 0)

@@ -119,12 +119,13 @@ CPU_INLINE void insert_blocks(const uint8_t *row, int32_t n_blocks, int planes, 
     }
 }
 
-static void k_insert(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t,
-                     int n_tokens) {
-    if (planes == 2)
-        insert_blocks(row, n / CPU_BLOCK, 2, tile, t, n_tokens);
-    else
-        insert_blocks(row, n / CPU_BLOCK, 1, tile, t, n_tokens);
+static void k_gather(const uint8_t *const *rows, int n_tokens, int32_t n, int planes,
+                     uint8_t *tile) {
+    for (int t = 0; t < n_tokens; t++)
+        if (planes == 2)
+            insert_blocks(rows[t], n / CPU_BLOCK, 2, tile, t, n_tokens);
+        else
+            insert_blocks(rows[t], n / CPU_BLOCK, 1, tile, t, n_tokens);
 }
 
 CPU_INLINE vf silu(vf g) { return vf_div(g, vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), g)))); }

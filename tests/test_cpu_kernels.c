@@ -534,8 +534,7 @@ int main(void) {
     const struct {
         const char *name;
         const struct cpu_kernels *kernels;
-    } all[MAX_ISAS] = {{"AVX2", cpu_kernels_avx2()},
-                       {"AVX-512 with VNNI", cpu_kernels_avx512()}};
+    } all[MAX_ISAS] = {{"AVX2", cpu_kernels_avx2()}, {"AVX-512 with VNNI", cpu_kernels_avx512()}};
     for (int i = 0; i < MAX_ISAS; i++) {
         if (all[i].kernels) isas[n_isas++] = all[i].kernels;
         printf("[ %s ] %s\n", all[i].kernels ? "testing  " : "NOT TESTED",
