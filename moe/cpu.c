@@ -439,10 +439,10 @@ static enum status choose_kernels(const char *isa, struct error *e,
         const struct cpu_kernels *(*kernels)(void);
         const char *lacks;
     } sets[] = {
-        /* The best first. */
+        /* The best first. AMX, which is slower than AVX-512 for few tokens, only on demand. */
+        {"avx512", cpu_kernels_avx512, "no AVX-512 with VNNI"},
         {"amx", cpu_kernels_amx,
          "no AMX and AVX-512 with BF16, or this kernel does not give its tiles out"},
-        {"avx512", cpu_kernels_avx512, "no AVX-512 with VNNI"},
         {"avx2", cpu_kernels_avx2, "no AVX2 with FMA and F16C"},
     };
     bool any = strcmp(isa, "auto") == 0;

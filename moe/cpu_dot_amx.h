@@ -4,10 +4,9 @@
  * Weights are the left operand, 16 rows by 32 columns at a time, made BF16 on the way: the integers of Q4_K and Q5_K
  * choose among the 16 or 32 values that their row and block has, those of Q6_K become floats by their place in the
  * significand. Tokens are the right operand, 16 to a tile. A unit is unpacked while the one before it is multiplied,
- * over the ends of row tiles; what has been unpacked serves up to 48 tokens.
+ * over the ends of row tiles; what has been unpacked serves up to 64 tokens.
  *
- * A product has two sums, of the even and of the odd blocks of 32 columns, since one would be a chain of dependent
- * operations longer than unpacking takes. Whatever the tile's width, a (row, token) pair goes through the same
+ * Whatever the tile's width, a (row, token) pair goes through the same
  * operations in the same order. */
 #ifndef MOED_MOE_CPU_DOT_AMX_H
 #define MOED_MOE_CPU_DOT_AMX_H
@@ -104,11 +103,18 @@ CPU_INLINE vi values_5(const struct factors *f, int b, int r) {
     return to_bf16(weights_of(f, b, r, q), weights_of(f, b, r, vf_add(q, vf_set1(16))));
 }
 
+/* In a register: or else the compiler loads it again for every shift. */
+CPU_INLINE vi keep(vi x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
+
 /* Row r of each of a unit's blocks. dst[block][row][32] */
 CPU_INLINE void unpack_row_4(const uint8_t *w, const struct factors *f, int r, uint8_t *dst) {
+    vi low = keep(vi_load(w + 128 * r)), high = keep(vi_load(w + 128 * r + 64));
     CPU_UNROLL
     for (int b = 0; b < UNIT_BLOCKS; b++) {
-        vi q = vi_load(w + 128 * r + b / 4 * 64);
+        vi q = b < 4 ? low : high;
         if (b % 4 > 0) q = _mm512_srli_epi16(q, (unsigned)(4 * (b % 4)));
         vi_store(dst + b * TILE_BYTES + 64 * r, _mm512_permutexvar_epi16(q, values_4(f, b, r)));
     }
@@ -136,7 +142,7 @@ CPU_INLINE void unpack_row_6(const uint8_t *w, const struct factors *f, int r, u
     vi v[3];
     vf x[16];
     CPU_UNROLL
-    for (int i = 0; i < 3; i++) v[i] = vi_load(w + 192 * r + 64 * i);
+    for (int i = 0; i < 3; i++) v[i] = keep(vi_load(w + 192 * r + 64 * i));
     CPU_UNROLL
     for (int i = 0; i < 3; i++) {
         x[5 * i] = one_and_64ths(v[i]);
@@ -173,44 +179,44 @@ CPU_INLINE void unpack_row(enum cpu_format format, const uint8_t *w, const struc
 
 /* ---- products ------------------------------------------------------------------------------------------ */
 
-/* Tiles 0 … 2 and 3 … 5 are the even and the odd blocks' sums, 6 weights, 7 tokens; with fewer tokens the odd blocks
- * have operands of their own. */
-#define MULTIPLY(sum0, sum1, sum2, left, right)                                                    \
+/* Tiles 0 … n - 1 are sums. A tile that is loaded waits for the last product that reads it, so operands alternate. */
+#define ADD_PRODUCT(i, left, right)                                                                \
+    do {                                                                                           \
+        TILE_LOAD(right, x + (i)*stride);                                                          \
+        _tile_dpbf16ps(i, left, right);                                                            \
+    } while (0)
+#define ADD_2(left, right0, right1)                                                                \
     do {                                                                                           \
         TILE_LOAD(left, w);                                                                        \
-        TILE_LOAD(right, x);                                                                       \
-        _tile_dpbf16ps(sum0, left, right);                                                         \
-        if (n > 1) {                                                                               \
-            TILE_LOAD(right, x + stride);                                                          \
-            _tile_dpbf16ps(sum1, left, right);                                                     \
-        }                                                                                          \
-        if (n > 2) {                                                                               \
-            TILE_LOAD(right, x + 2 * stride);                                                      \
-            _tile_dpbf16ps(sum2, left, right);                                                     \
-        }                                                                                          \
+        ADD_PRODUCT(0, left, right0);                                                              \
+        if (n > 1) ADD_PRODUCT(1, left, right1);                                                   \
+    } while (0)
+#define ADD_4(left)                                                                                \
+    do {                                                                                           \
+        TILE_LOAD(left, w);                                                                        \
+        ADD_PRODUCT(0, left, 6);                                                                   \
+        ADD_PRODUCT(1, left, 7);                                                                   \
+        ADD_PRODUCT(2, left, 6);                                                                   \
+        if (n > 3) ADD_PRODUCT(3, left, 7);                                                        \
     } while (0)
 
 /* A block of weights times n tiles of tokens, which lie `stride` bytes apart. n is known at compile time. */
 CPU_INLINE void multiply(bool odd, const uint8_t *w, const uint8_t *x, size_t stride, int n) {
-    if (!odd)
-        MULTIPLY(0, 1, 2, 6, 7);
-    else if (n == 3)
-        MULTIPLY(3, 4, 5, 6, 7);
+    if (n <= 2 && odd)
+        ADD_2(2, 4, 5);
+    else if (n <= 2)
+        ADD_2(3, 6, 7);
+    else if (odd)
+        ADD_4(4);
     else
-        MULTIPLY(3, 4, 4, 5, 2);
+        ADD_4(5);
 }
 
 CPU_INLINE void zero_sums(int n) {
     _tile_zero(0);
-    _tile_zero(3);
-    if (n > 1) {
-        _tile_zero(1);
-        _tile_zero(4);
-    }
-    if (n > 2) {
-        _tile_zero(2);
-        _tile_zero(5);
-    }
+    if (n > 1) _tile_zero(1);
+    if (n > 2) _tile_zero(2);
+    if (n > 3) _tile_zero(3);
 }
 
 /* Four 32-bit columns of sixteen rows, from row r at rows[r]: y[c], lane by lane. */
@@ -236,25 +242,16 @@ CPU_INLINE void transpose_four(const uint8_t *const *rows, size_t offset, __m512
 
 /* A row tile's products of job->n tokens, in n tiles, to out. */
 CPU_INLINE void store_products(const struct cpu_dot *job, float *out, int n) {
-    _Alignas(64) float sums[2][MOST_TOKEN_TILES][CPU_ROWS][TILE_TOKENS];
-    _tile_stored(0, sums[0][0], 64);
-    _tile_stored(3, sums[1][0], 64);
-    if (n > 1) {
-        _tile_stored(1, sums[0][1], 64);
-        _tile_stored(4, sums[1][1], 64);
-    }
-    if (n > 2) {
-        _tile_stored(2, sums[0][2], 64);
-        _tile_stored(5, sums[1][2], 64);
-    }
+    _Alignas(64) float sums[MOST_TOKEN_TILES][CPU_ROWS][TILE_TOKENS];
+    _tile_stored(0, sums[0], 64);
+    if (n > 1) _tile_stored(1, sums[1], 64);
+    if (n > 2) _tile_stored(2, sums[2], 64);
+    if (n > 3) _tile_stored(3, sums[3], 64);
     __asm__ volatile("" ::: "memory");
     for (int i = 0; i < n; i++) {
         const uint8_t *rows[CPU_ROWS];
         CPU_UNROLL
-        for (int r = 0; r < CPU_ROWS; r++) {
-            rows[r] = (const uint8_t *)sums[0][i][r];
-            vf_store(sums[0][i][r], vf_add(vf_load(sums[0][i][r]), vf_load(sums[1][i][r])));
-        }
+        for (int r = 0; r < CPU_ROWS; r++) rows[r] = (const uint8_t *)sums[i][r];
         int end = job->n < TILE_TOKENS * (i + 1) ? job->n : TILE_TOKENS * (i + 1);
         for (int t = TILE_TOKENS * i; t < end; t += 4) {
             __m512 y[4];
@@ -354,7 +351,8 @@ static void k_gather_bf16(const uint8_t *const *rows, int n_tokens, int32_t n, i
         dot_tiles(job, format, format##_UNIT, n);                                                  \
     }
 #define AMX_DOTS(name, format)                                                                     \
-    AMX_DOT(name, format, 1) AMX_DOT(name, format, 2) AMX_DOT(name, format, 3)
+    AMX_DOT(name, format, 1)                                                                       \
+    AMX_DOT(name, format, 2) AMX_DOT(name, format, 3) AMX_DOT(name, format, 4)
 AMX_DOTS(q4_k, CPU_Q4_K)
 AMX_DOTS(q5_k, CPU_Q5_K)
 AMX_DOTS(q6_k, CPU_Q6_K)
@@ -363,7 +361,7 @@ AMX_DOTS(q8_0, CPU_Q8_0)
 /* What AMX does differently from `avx512`. */
 static void amx_table(struct cpu_kernels *k, const struct cpu_kernels *avx512) {
 #define AMX_ROW(name)                                                                              \
-    { k_dot_##name##_amx_1, k_dot_##name##_amx_2, k_dot_##name##_amx_3 }
+    { k_dot_##name##_amx_1, k_dot_##name##_amx_2, k_dot_##name##_amx_3, k_dot_##name##_amx_4 }
     static cpu_dot_fn *const dots[CPU_N_QUANTS][MOST_TOKEN_TILES] = {AMX_ROW(q4_k), AMX_ROW(q5_k),
                                                                      AMX_ROW(q6_k), AMX_ROW(q8_0)};
     *k = *avx512;

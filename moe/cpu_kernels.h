@@ -31,7 +31,7 @@
 
 enum {
     CPU_ROWS = 16, /* weight rows per tile: the lanes of a 512-bit register */
-    CPU_TILE = 48, /* tokens per tile at most */
+    CPU_TILE = 64, /* tokens per tile at most */
     CPU_TILE_PAD = 16, /* what tiles of tokens are padded to, by rows */
     CPU_BLOCK = 32, /* columns per activation scale */
     CPU_POS = 16, /* key positions interleaved in the KV cache */
@@ -138,7 +138,7 @@ struct cpu_attend {
 struct cpu_kernels {
     const char *name; /* "avx512-vnni" */
     enum cpu_layout layout;
-    int max_tile; /* tokens: 48, 16 or 4; there are kernels for all widths up to it */
+    int max_tile; /* tokens: 64, 16 or 4; there are kernels for all widths up to it */
     cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE + 1]; /* [format][planes - 1][tokens] */
     cpu_dot_float_fn
         *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */

@@ -30,7 +30,7 @@ int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost) {
 double cpu_tile_cost(const struct cpu_matrix *m, double n, int planes) {
     double n_blocks = (double)m->n_cols / CPU_BLOCK;
     if (!cpu_matrix_quantized(m)) return (double)m->n_cols * (1.0 + n);
-    if (m->layout == CPU_BY_ROW) /* unpacking a block; again for every 48 tokens */
+    if (m->layout == CPU_BY_ROW) /* unpacking a block; again for every 64 tokens */
         return n_blocks * (60.0 + 1.3 * n);
     return n_blocks * (20.0 + (planes == 2 ? 21.0 : 13.0) * n);
 }

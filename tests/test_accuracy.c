@@ -94,7 +94,10 @@ static void test_device(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_device)};
-    amx_emulate = argc > 1 && strcmp(argv[1], "amx") == 0; /* the best of a CPU, then */
-    if (argc > 1 && !amx_emulate) device = argv[1];
+    amx_emulate = argc > 1 && strcmp(argv[1], "amx") == 0;
+    if (amx_emulate)
+        rig_isa = "amx";
+    else if (argc > 1)
+        device = argv[1];
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

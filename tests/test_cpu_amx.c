@@ -64,7 +64,7 @@ static void check_products(const struct cpu_kernels *k, const struct matrix *x, 
                     size += fabs(p);
                 }
                 double got = (double)out[t * CPU_ROWS + row % CPU_ROWS];
-                assert_true(fabs(got - y) <= (16 + 3 + n_cols / 64.0) * U * size);
+                assert_true(fabs(got - y) <= (16 + 3 + n_cols / 32.0) * U * size);
             }
         }
     }

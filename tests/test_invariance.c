@@ -506,7 +506,8 @@ int main(int argc, char **argv) {
     char **devices = argc > 1 ? argv + 1 : cpu_devices;
     int n_devices = argc > 1 ? argc - 1 : 2, n_failed = 0;
     for (int i = 0; i < n_devices; i++) {
-        amx_emulate = strcmp(devices[i], "amx") == 0; /* the best of a CPU, then */
+        amx_emulate = strcmp(devices[i], "amx") == 0;
+        rig_isa = amx_emulate ? "amx" : NULL;
         device = amx_emulate ? "cpu" : devices[i];
         print_message("device %s\n", devices[i]);
         n_failed += cmocka_run_group_tests_name(devices[i], tests, setup, teardown);
