@@ -202,8 +202,8 @@ static void up_rows(const struct experts *x, const struct span *sp, int32_t part
     c->kernels->silu_mul(s->gate, s->up, in->n * CPU_BLOCK);
     if (x->quantize) {
         size_t row_bytes = cpu_q_bytes(c, x->dst->n_cols, CPU_PLANES_DOWN);
-        uint8_t *dst = c->act_q + (size_t)first * row_bytes + cpu_q_bytes(c, row, CPU_PLANES_DOWN);
-        c->kernels->quantize_block(s->gate, in->n, CPU_PLANES_DOWN, dst, row_bytes);
+        c->kernels->quantize_block(s->gate, in->n, part, x->dst->n_cols, CPU_PLANES_DOWN,
+                                   c->act_q + (size_t)first * row_bytes);
         return;
     }
     for (int t = 0; t < in->n; t++)

@@ -17,10 +17,12 @@
  *
  * and a quantised row is a tile of one.
  *
- * By rows (AMX) a weight row is a row of the processor's tiles. Weights become BF16 on the way, quantised ones and
- * activations alike; sums are float32. A row of activations is BF16 as it stands; a tile of n tokens is, per 16 tokens,
+ * By rows (AMX) a weight row is a row of the processor's tiles, weights become BF16 on the way, and sums are float32. Row
+ * and tile of activations:
  *
- *     bf16 x[n_cols / 2][16][2]: columns 2i and 2i + 1 of each token (of fewer than 16: whatever is there)
+ *     row   bf16 x[n_cols]; per 256 columns, begun ones too, bf16 high[8], low[8], 0[16]: the parts of the sum of
+ *           each 32 columns' x
+ *     tile  per 16 tokens, dwords [row / 4 bytes][16] (of fewer than 16 tokens: whatever is there)
  *
  * Private to the CPU backend and its tests. */
 #ifndef MOED_MOE_CPU_KERNELS_H
@@ -58,7 +60,8 @@ enum cpu_format {
 /* Offsets and sizes in bytes of one unit. By lanes: in 4-bit parts the byte b of 32-bit lane r of 64-byte vector j
  * holds, of row r, column 4j + b in the low nibble and 16 + 4j + b in the high one, per 32 columns.
  *
- * By rows each row's integers lie together, at the unit's beginning and in CPU_Q5_K_H; the rest is the same:
+ * By rows each row's integers lie together, at the unit's beginning and in CPU_Q5_K_H, and so do its scales and minima,
+ * u8 [16][8]; the rest is the same:
  *     Q4_K, Q5_K  u16 [2][32]: bits 4i of word j of half h: column 32(4h + i) + j
  *     Q5_K        u8 [32]: bit i of byte j: column 32i + j
  *     Q6_K        u32 [3][16]: of group g = 5v + i < 15 of 16 columns, column j is in lane j of vector v, at bits
@@ -148,8 +151,10 @@ struct cpu_kernels {
     /* Row of n values (a multiple of 32) to column t of a quantised tile of n_tokens. */
     void (*quantize)(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
     void (*quantize_row)(const float *x, int32_t n, int planes, uint8_t *row);
-    /* One block of 32 values of each of n_rows rows x[n_rows][32], to dst + row * stride. */
-    void (*quantize_block)(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride);
+    /* Block `block` of 32 values of each of n_rows rows x[n_rows][32], to successive rows of n values,
+     * which are zero or have been quantised before. */
+    void (*quantize_block)(const float *x, int n_rows, int32_t block, int32_t n, int planes,
+                           uint8_t *rows);
     /* n_tokens quantised rows of n values to a tile. */
     void (*gather)(const uint8_t *const *rows, int n_tokens, int32_t n, int planes, uint8_t *tile);
     /* gate = silu(gate) * up, n values. */
@@ -167,10 +172,13 @@ struct cpu_kernels {
     void (*divide)(float *x, float sum, int32_t n);
 };
 
-/* Bytes of a quantised row; and the tile whose first token is the i-th of many begins i rows on: what is not the last
- * of them has a width that is a multiple of CPU_TILE_PAD, or the layout needs none. */
+/* Bytes of a quantised row. The tile whose first token is the i-th of many begins i rows on: by rows, what is not the last
+ * of them has a width that is a multiple of CPU_TILE_PAD. */
+static inline size_t cpu_bf16_row_bytes(int32_t n_cols) {
+    return 2 * (size_t)n_cols + ((size_t)n_cols + QK_K - 1) / QK_K * 64;
+}
 static inline size_t cpu_row_bytes(const struct cpu_kernels *k, int32_t n_cols, int planes) {
-    if (k->layout == CPU_BY_ROW) return 2 * (size_t)n_cols;
+    if (k->layout == CPU_BY_ROW) return cpu_bf16_row_bytes(n_cols);
     return (size_t)(n_cols / CPU_BLOCK) * cpu_tile_block_bytes(planes, 1);
 }
 

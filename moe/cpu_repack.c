@@ -77,13 +77,19 @@ static void pack_nibbles(const uint8_t *src, int shift, int r, uint8_t *dst) {
     }
 }
 
+/* Block b's scale or minimum of row r. */
+static int scale_at(enum cpu_layout layout, int r, int b) {
+    return layout == CPU_BY_ROW ? BLOCKS_PER_UNIT * r + b : CPU_ROWS * b + r;
+}
+
 /* Q4_K and Q5_K share their 6-bit scales and minima: see quant.c. */
-static void pack_scales(const uint8_t *s, int r, uint8_t *sc, uint8_t *m) {
+static void pack_scales(const uint8_t *s, enum cpu_layout layout, int r, uint8_t *sc, uint8_t *m) {
     for (int i = 0; i < 4; i++) {
-        sc[16 * i + r] = s[i] & 63;
-        m[16 * i + r] = s[i + 4] & 63;
-        sc[16 * (i + 4) + r] = (uint8_t)((s[i + 8] & 15) | (s[i] >> 6) << 4);
-        m[16 * (i + 4) + r] = (uint8_t)(s[i + 8] >> 4 | (s[i + 4] >> 6) << 4);
+        int at = scale_at(layout, r, i), at4 = scale_at(layout, r, i + 4);
+        sc[at] = s[i] & 63;
+        m[at] = s[i + 4] & 63;
+        sc[at4] = (uint8_t)((s[i + 8] & 15) | (s[i] >> 6) << 4);
+        m[at4] = (uint8_t)(s[i + 8] >> 4 | (s[i + 4] >> 6) << 4);
     }
 }
 
@@ -101,7 +107,7 @@ static void pack_nibble_words(const uint8_t *src, int r, uint8_t *u) {
 static void pack_q4_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t *u) {
     memcpy(u + CPU_Q4_K_D + 2 * r, src, 2);
     memcpy(u + CPU_Q4_K_D + 32 + 2 * r, src + 2, 2);
-    pack_scales(src + 4, r, u + CPU_Q4_K_SC, u + CPU_Q4_K_M);
+    pack_scales(src + 4, layout, r, u + CPU_Q4_K_SC, u + CPU_Q4_K_M);
     if (layout == CPU_BY_ROW) {
         pack_nibble_words(src + 16, r, u);
         return;
@@ -113,7 +119,7 @@ static void pack_q4_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t
 static void pack_q5_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t *u) {
     memcpy(u + CPU_Q5_K_D + 2 * r, src, 2);
     memcpy(u + CPU_Q5_K_D + 32 + 2 * r, src + 2, 2);
-    pack_scales(src + 4, r, u + CPU_Q5_K_SC, u + CPU_Q5_K_M);
+    pack_scales(src + 4, layout, r, u + CPU_Q5_K_SC, u + CPU_Q5_K_M);
     if (layout == CPU_BY_ROW) {
         memcpy(u + CPU_Q5_K_H + 32 * r, src + 16, 32);
         pack_nibble_words(src + 48, r, u);
@@ -228,8 +234,9 @@ static void unpack_scale_min(const uint8_t *u, enum cpu_layout layout, int r, bo
     const uint8_t *d_at = u + (five ? CPU_Q5_K_D : CPU_Q4_K_D) + 2 * r;
     float d = load_f16(d_at), dmin = load_f16(d_at + 32);
     for (int b = 0; b < BLOCKS_PER_UNIT; b++) {
-        float a = d * (float)u[(five ? CPU_Q5_K_SC : CPU_Q4_K_SC) + 16 * b + r];
-        float min = dmin * (float)u[(five ? CPU_Q5_K_M : CPU_Q4_K_M) + 16 * b + r];
+        int at = scale_at(layout, r, b);
+        float a = d * (float)u[(five ? CPU_Q5_K_SC : CPU_Q4_K_SC) + at];
+        float min = dmin * (float)u[(five ? CPU_Q5_K_M : CPU_Q4_K_M) + at];
         for (int c = 0; c < CPU_BLOCK; c++) {
             int q = q_scale_min(u, layout, r, five, b, c);
             dst[CPU_BLOCK * b + c] = a * (float)q - min;

@@ -93,13 +93,16 @@ static void k_quantize_row(const float *x, int32_t n, int planes, uint8_t *row) 
     k_quantize(x, n, planes, row, 0, 1);
 }
 
-static void k_quantize_block(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride) {
+static void k_quantize_block(const float *x, int n_rows, int32_t block, int32_t n, int planes,
+                             uint8_t *rows) {
+    const size_t bytes = cpu_tile_block_bytes(planes, 1), stride = (size_t)(n / CPU_BLOCK) * bytes;
+    rows += (size_t)block * bytes;
     if (planes == 2)
         for (int i = 0; i < n_rows; i++)
-            quantize_32(x + i * CPU_BLOCK, 2, dst + (size_t)i * stride, 0, 1);
+            quantize_32(x + i * CPU_BLOCK, 2, rows + (size_t)i * stride, 0, 1);
     else
         for (int i = 0; i < n_rows; i++)
-            quantize_32(x + i * CPU_BLOCK, 1, dst + (size_t)i * stride, 0, 1);
+            quantize_32(x + i * CPU_BLOCK, 1, rows + (size_t)i * stride, 0, 1);
 }
 
 /* The quantised row's blocks to column t. */

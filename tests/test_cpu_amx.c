@@ -14,8 +14,14 @@ static double bf16(float x) {
     return (double)bf16_to_f32((uint16_t)(bits >> 16));
 }
 
-/* Each weight as the kernel sees it, found by products with one 1 among zeros: rounded to 8 bits, so off by 2^-8 at most,
- * and by float32's rounding of a product of up to 96 steps of a scale that is below 1. */
+/* Half the range of a format's integers if it has minima, or 0. */
+static int half_range(enum cpu_format format) {
+    return format == CPU_Q4_K ? 8 : format == CPU_Q5_K ? 16 : 0;
+}
+
+/* Each weight as the kernel sees it, found by products with one 1 among zeros. Q6_K and Q8_0 are rounded to 8 bits, so off by
+ * 2^-8 at most. Of Q4_K and Q5_K that is done to scale times integer less half its range, which is up to 504 or 1,008 and
+ * so off by 1 or 2, times a d of up to 1/64. float32 rounds a product of up to 96 steps of a scale below 1. */
 static float *seen_weights(const struct cpu_kernels *k, const struct matrix *x) {
     int32_t n = x->m.n_cols, n_rows = x->m.n_tiles * CPU_ROWS;
     float *seen = malloc((size_t)n * (size_t)n_rows * sizeof *seen), out[CPU_TILE * CPU_ROWS];
@@ -34,8 +40,9 @@ static float *seen_weights(const struct cpu_kernels *k, const struct matrix *x) 
                 int32_t row = rt * CPU_ROWS + i % CPU_ROWS, col = c + i / CPU_ROWS;
                 float want = row < x->m.n_rows ? x->w[row * n + col] : 0, w = out[i];
                 seen[row * n + col] = w;
-                assert_true((double)w == bf16(w)); /* it has been rounded */
-                assert_true(fabsf(w - want) <= 0x1p-8f * fabsf(want) + 96 * (float)U);
+                float off = (float)half_range(x->m.format) / 8 / 64;
+                if (off == 0) off = 0x1p-8f * fabsf(want);
+                assert_true(fabsf(w - want) <= off + 96 * (float)U);
             }
         }
     }
@@ -44,7 +51,9 @@ static float *seen_weights(const struct cpu_kernels *k, const struct matrix *x) 
     return seen;
 }
 
-/* Every width. A sum is of up to 16 fused products, twice, then one term per block of 32 in either of two chains. */
+/* Every width. A sum is of up to 16 fused products, twice, then one term per block of 32. With minima its terms are up to 2
+ * half ranges and a minimum of below 1 larger than what they leave together; what meets a sum of 32 values in two parts of
+ * 8 bits, half a range and the minimum, is off by 2^-17. */
 static void check_products(const struct cpu_kernels *k, const struct matrix *x, const float *seen,
                            const float *in) {
     int32_t n_cols = x->m.n_cols;
@@ -57,14 +66,22 @@ static void check_products(const struct cpu_kernels *k, const struct matrix *x, 
             if (row % CPU_ROWS == 0)
                 run_dot(k->dot[x->m.format][1][n], &x->m, row / CPU_ROWS, tile, n, out);
             for (int t = 0; t < n; t++) {
-                double y = 0, size = 0;
+                double y = 0, size = 0, block = 0, values = 0, sums = 0;
                 for (int32_t c = 0; c < n_cols; c++) {
-                    double p = (double)seen[row * n_cols + c] * bf16(in[t * n_cols + c]);
-                    y += p;
-                    size += fabs(p);
+                    double w = (double)seen[row * n_cols + c], v = bf16(in[t * n_cols + c]);
+                    y += w * v;
+                    size += fabs(w * v);
+                    block += v;
+                    values += fabs(v);
+                    if (c % CPU_BLOCK < CPU_BLOCK - 1) continue;
+                    sums += fabs(block);
+                    block = 0;
                 }
                 double got = (double)out[t * CPU_ROWS + row % CPU_ROWS];
-                assert_true(fabs(got - y) <= (16 + 3 + n_cols / 32.0) * U * size);
+                int half = half_range(x->m.format);
+                double bound =
+                    (16 + 6 + n_cols / 32.0) * U * (size + (half ? (2 * half + 1) * values : 0));
+                assert_true(fabs(got - y) <= bound + (half ? (half + 1) * 0x1p-17 * sums : 0));
             }
         }
     }
@@ -90,42 +107,50 @@ static void test_products(void **state) {
     }
 }
 
-/* Rows as such, and blocks of rows, are what a tile's column is made of. */
+/* Rows as such, rows block by block, and columns of tiles are the same; sums are those of the rounded values. */
 static void test_rows_and_tiles(void **state) {
     (void)state;
-    enum { COLS = 96, WIDTH = 37 };
+    enum { COLS = 288, WIDTH = 37, BYTES = 2 * COLS + 2 * 64 };
     uint64_t seed = 22;
     for (int isa = 0; isa < n_isas; isa++) {
         const struct cpu_kernels *k = isas[isa];
         static float in[WIDTH][COLS];
-        static uint8_t a[CPU_TILE * COLS * 2], b[CPU_TILE * COLS * 2];
-        static uint8_t rows[WIDTH][COLS * 2], block[COLS * 2];
+        static uint8_t a[CPU_TILE * BYTES], b[CPU_TILE * BYTES];
+        static uint8_t rows[WIDTH][BYTES];
         const uint8_t *at[WIDTH];
+        assert_int_equal(cpu_row_bytes(k, COLS, 1), BYTES);
         memset(a, 0xee, sizeof a);
-        memset(b, 0xee, sizeof b);
         for (int t = 0; t < WIDTH; t++) {
+            uint8_t blocks[BYTES] = {0};
+            uint16_t h[BYTES / 2];
+            at[t] = rows[t];
             fill_input(t % N_KINDS, &seed, COLS, in[t]);
-            uint8_t *row = rows[t];
-            at[t] = row;
-            k->quantize_row(in[t], COLS, 1, row);
-            for (int c = 0; c < COLS; c++) {
-                uint16_t h;
-                memcpy(&h, row + 2 * c, 2);
-                assert_true((double)bf16_to_f32(h) == bf16(in[t][c]));
+            k->quantize_row(in[t], COLS, 1, rows[t]);
+            memcpy(h, rows[t], sizeof h);
+            for (int c = 0; c < COLS; c++) assert_true((double)bf16_to_f32(h[c]) == bf16(in[t][c]));
+            for (int i = 0; i < COLS / CPU_BLOCK; i++) {
+                double sum = 0, size = 0;
+                for (int c = CPU_BLOCK * i; c < CPU_BLOCK * (i + 1); c++) {
+                    sum += bf16(in[t][c]);
+                    size += fabs(bf16(in[t][c]));
+                }
+                const uint16_t *parts = h + COLS + 32 * (i / 8) + i % 8;
+                double got = (double)bf16_to_f32(parts[0]) + (double)bf16_to_f32(parts[8]);
+                assert_true(fabs(got - sum) <= 0x1p-17 * fabs(sum) + 6 * U * size);
+                k->quantize_block(in[t] + CPU_BLOCK * i, 1, i, COLS, 1, blocks);
             }
-            k->quantize_block(in[t], COLS / CPU_BLOCK, 1, block, 2 * CPU_BLOCK);
-            assert_memory_equal(row, block, sizeof block);
+            for (int i = 0; i < 64; i++)
+                assert_true(i % 32 < (i < 32 ? 16 : 9) || h[COLS + i] == 0);
+            assert_memory_equal(rows[t], blocks, BYTES);
             k->quantize(in[t], COLS, 1, a, t, WIDTH);
         }
         k->gather(at, WIDTH, COLS, 1, b);
         for (int t = 0; t < CPU_TILE; t++)
-            for (int c = 0; c < COLS; c++) {
-                int i = t / 16 * COLS * 16 + c / 2 * 32 + t % 16 * 2 + c % 2;
-                uint16_t h, g;
-                memcpy(&h, a + 2 * i, 2);
-                memcpy(&g, b + 2 * i, 2);
-                assert_true(t < WIDTH ? (double)bf16_to_f32(h) == bf16(in[t][c]) : h == 0xeeee);
-                assert_true(t >= WIDTH || g == h);
+            for (int i = 0; i < BYTES / 4; i++) {
+                const uint8_t *p = a + t / 16 * 16 * BYTES + 64 * i + 4 * (t % 16);
+                static const uint8_t untouched[4] = {0xee, 0xee, 0xee, 0xee};
+                assert_memory_equal(p, t < WIDTH ? rows[t] + 4 * i : untouched, 4);
+                if (t < WIDTH) assert_memory_equal(p, b + (p - a), 4);
             }
     }
 }
@@ -139,7 +164,7 @@ static void test_not_finite(void **state) {
         for (int isa = 0; isa < n_isas; isa++) {
             for (int k = 0; k < 6; k++) {
                 float in[256], out[16];
-                static uint8_t tile[16 * 256 * 2];
+                static uint8_t tile[16 * (256 * 2 + 64)];
                 fill_input(0, &seed, 256, in);
                 in[17 + 40 * k] = bad[k % 3];
                 isas[isa]->quantize(in, 256, 1, tile, 0, 1);
@@ -158,7 +183,7 @@ static void test_width_does_not_matter(void **state) {
     enum { MOST = 100, COLS = 768, MOST_TILES = 3, STRIDE = MOST_TILES * CPU_ROWS + 3 };
     uint64_t seed = 24;
     static float in[MOST][COLS], alone[MAX_ISAS][MOST][STRIDE], out[CPU_TILE][STRIDE];
-    static uint8_t tile[CPU_TILE * COLS * 2];
+    static uint8_t tile[CPU_TILE * (COLS * 2 + 3 * 64)];
     for (int i = 0; i < N_QUANT_TYPES; i++) {
         struct matrix x = make_matrix(types[i], 1, MOST_TILES * CPU_ROWS, COLS, CPU_BY_ROW, &seed);
         fill_input(1, &seed, MOST * COLS, in[0]);
