@@ -27,7 +27,8 @@ extern "C" {
 
 enum {
     HEAD_DIM = 128,
-    SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
+    SPAN_KEYS = 64, SPLIT_KEYS = 256, /* keys whose sums attention merges: fixed, so that none depends on the batch */
+    ATTN_WARPS = SPLIT_KEYS / SPAN_KEYS, /* of a block of decoding attention */
     TILE_TOKENS = 16,       /* consecutive tokens of one sequence that attention takes together */
     MIN_TILE_TOKENS = 2,    /* of a sequence in a step, for attention to do so */
     MAX_EMBD = 16384,
@@ -52,18 +53,19 @@ struct cuda_queue {
 
 struct step_header {
     int32_t n_tokens, n_rows;
-    int32_t n_splits, n_tiles; /* attention work */
+    int32_t n_pieces, n_tiles; /* attention work */
+    int32_t by_blocks;         /* a piece is a block's, not a warp's */
     int32_t result;            /* 0 or 1: where the rows' results go */
-    int32_t splits_at, tiles_at, blocks_at; /* 4-byte words from the header */
+    int32_t pieces_at, tiles_at, blocks_at; /* 4-byte words from the header */
 };
 
-/* One token against SPLIT_KEYS keys; split -1: against all, one after the other. */
-struct attn_split {
-    int32_t token, split, n_splits;
-    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: none, because
-                        split is -1 */
-    int32_t end;     /* keys 0 … end - 1 are the token's */
-    int32_t table;   /* its block table, in 4-byte words from the header */
+/* Spans of one token: all, or if the token is cut, those of a split. */
+struct attn_piece {
+    int32_t token, end;      /* keys 0 … end - 1 are the token's */
+    int32_t table;           /* its block table, in 4-byte words from the header */
+    int32_t span, n_spans;   /* of the piece */
+    int32_t piece, n_pieces; /* of the token */
+    int32_t partial;         /* where the piece's result goes; the token's first is partial - piece. -1: it is whole */
 };
 
 struct attn_tile {
@@ -202,6 +204,7 @@ struct attn_args {
     void *kv;      /* read; fused: the step's own keys and values are written */
     int32_t n_heads, n_kv_heads, block_shift;
     bool fused;    /* every sequence of the step has one token, and what rope says is done on the way; q is rope's,
+    int32_t per_kv, octets; /* query heads of a KV head; attn_octets() */
                       and stays as it is */
     struct rope_args rope;
     float *partials;   /* [n_partials][attn_partial_floats] */
@@ -214,7 +217,7 @@ KERNEL_FN int attn_octets(int n_heads, int n_kv_heads) {
 KERNEL_FN size_t attn_partial_floats(int n_heads, int n_kv_heads) {
     return (size_t)n_kv_heads * (size_t)attn_octets(n_heads, n_kv_heads) * 8 * (HEAD_DIM + 2);
 }
-cudaError_t cuda_attn_splits(const struct attn_args *a, const struct cuda_queue *q);
+cudaError_t cuda_attn_splits(const struct attn_args *a, int bucket, const struct cuda_queue *q);
 cudaError_t cuda_attn_tiles(const struct attn_args *a, const struct cuda_queue *q);
 
 /* ---- routing ----------------------------------------------------------------------------------------------- */

@@ -131,11 +131,13 @@ enum status ops_attention(struct backend *b, const struct op_attention *op) {
                                 .n_heads = c->shape.n_heads,
                                 .n_kv_heads = c->shape.n_kv_heads,
                                 .block_shift = c->block_shift,
+                                .per_kv = c->shape.n_heads / c->shape.n_kv_heads,
+                                .octets = attn_octets(c->shape.n_heads, c->shape.n_kv_heads),
                                 .fused = fused,
                                 .rope = c->rope,
                                 .partials = c->attn_partials,
                                 .tickets = c->attn_tickets};
-    TRY(device_check(c, cuda_attn_splits(&a, &c->queue)));
+    TRY(device_check(c, cuda_attn_splits(&a, c->bucket.n_tokens, &c->queue)));
     if (!c->bucket.tiles) return ST_OK;
     return device_check(c, cuda_attn_tiles(&a, &c->queue));
 }
