@@ -21,7 +21,7 @@ enum {
     MAX_GRAPHS = 96,
     N_STARTS = 16,           /* slot starts on their way to the device */
     STAGING_BYTES = 8 << 20, /* of pinned and device memory, twice, for loading and looking inside */
-    MAX_PARTIALS = 8192      /* attention splits whose results may wait for their siblings */
+    MAX_PARTIALS = 8192      /* attention pieces whose results may wait for their siblings */
 };
 
 struct weight {
@@ -108,7 +108,8 @@ struct cuda {
     float *router_partials;
     struct route_lists lists;
     uint32_t *route_tickets;
-    int32_t *chunk_counts;
+    uint32_t widths; /* of the lists that the last routing has */
+    uint8_t *route_marks;
     uint64_t *n_reads;      /* device */
     uint64_t *host_reads;   /* pinned [2]: n_reads after a step */
 

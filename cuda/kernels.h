@@ -34,7 +34,8 @@ enum {
     MAX_EMBD = 16384,
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
-    ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
+    ROUTE_PLANES = 16,      /* partial sums of a router's logit */
+    ROUTE_TILE_EXPERTS = 128,
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
     EXCHANGE_BLOCKS = 48,   /* of the kernel that waits for other GPUs, and pieces of their tokens: see exchange.cu */
@@ -203,8 +204,8 @@ struct attn_args {
     void *out;     /* f16 [T][H][128] written */
     void *kv;      /* read; fused: the step's own keys and values are written */
     int32_t n_heads, n_kv_heads, block_shift;
-    bool fused;    /* every sequence of the step has one token, and what rope says is done on the way; q is rope's,
     int32_t per_kv, octets; /* query heads of a KV head; attn_octets() */
+    bool fused;    /* every sequence of the step has one token, and what rope says is done on the way; q is rope's,
                       and stays as it is */
     struct rope_args rope;
     float *partials;   /* [n_partials][attn_partial_floats] */
@@ -242,16 +243,27 @@ struct route_args {
     int32_t n_cols, n_experts, n_used;
     bool renormalize;
     void *x;             /* f16 [T][D] written */
-    float *partials;     /* [ROUTE_GROUPS][T][E] */
+    float *partials;     /* of route_partial_floats() */
     struct route_lists lists;
     uint32_t *tickets;   /* [1 + chunks of ROUTE_CHUNK tokens], zero between launches */
-    int32_t *chunk_counts; /* [chunks][E] */
-    uint64_t *n_reads;   /* groups so far */
+    uint8_t *marks;      /* [chunks][route_pitch(E)] */
+    uint32_t used_inverse; /* route_inverse() */
+    uint32_t widths;     /* bit i: list i is wanted */
+    uint64_t *n_reads;   /* groups so far; NULL: they are not counted */
     bool unsorted;       /* ids and weights only: the group sorts */
 };
+/* Sums of logits are kept for whole tiles of experts. */
+KERNEL_FN int route_pitch(int n_experts) {
+    return (n_experts + ROUTE_TILE_EXPERTS - 1) / ROUTE_TILE_EXPERTS * ROUTE_TILE_EXPERTS;
+}
+/* 2^32 / n_used, rounded up, for quotients of numbers below 2^22. */
+KERNEL_FN uint32_t route_inverse(int n_used) { return UINT32_MAX / (uint32_t)n_used + 1u; }
+KERNEL_FN size_t route_partial_floats(size_t n_tokens, int n_experts) {
+    return ROUTE_PLANES * n_tokens * (size_t)(route_pitch(n_experts) + 1);
+}
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
-/* Only the sort, of ids and weights already in place; reads are not counted. */
-cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue *q);
+/* Only the sort, of ids and weights already in place. */
+cudaError_t cuda_route_sort(const struct route_args *a, int bucket, const struct cuda_queue *q);
 
 /* ---- experts shared with other GPUs --------------------------------------------------------------------------- */
 
