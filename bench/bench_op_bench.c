@@ -44,6 +44,7 @@ static const char usage[] =
 
 enum {
     MAX_LAYERS = 64,
+    MAX_EXPERTS = 128, /* of the shapes */
     MAX_WORKLOADS = 32,
     BLOCK_TOKENS = 16,
     POOL_BYTES = 16 << 20,
@@ -127,6 +128,8 @@ struct rig {
     struct moe_step step;
     struct moe_step_seq *seqs;
     int32_t *ids, *blocks;
+    int32_t *expert_ids; /* [T][K] */
+    float *expert_weights;
     struct moe_row *rows;
     double n_context; /* keys that all tokens together attend over */
     double n_cached; /* keys that must be read for it, each once per sequence */
@@ -422,6 +425,26 @@ static void start_slots(struct rig *r) {
     }
 }
 
+/* Each token to experts drawn evenly, which is how a model's router spreads tokens, to a good approximation; one of random
+ * weights is far less even. Returns the experts that have tokens. */
+static int route_evenly(struct rig *r) {
+    int32_t n_experts = r->m.n_experts, used = r->m.n_experts_used, n_groups = 0;
+    bool found[MAX_EXPERTS] = {false};
+    uint64_t rng = 1;
+    for (int32_t t = 0; t < r->step.n_tokens; t++) {
+        int32_t *ids = r->expert_ids + (size_t)t * (size_t)used;
+        for (int32_t k = 0, same; k < used; k += same == k) {
+            ids[k] = (int32_t)(random_next(&rng) % (uint64_t)n_experts);
+            for (same = 0; ids[same] != ids[k];) same++;
+            r->expert_weights[(size_t)t * (size_t)used + (size_t)k] = 1.0f / (float)used;
+            n_groups += !found[ids[k]];
+            found[ids[k]] = true;
+        }
+    }
+    bench_require(r->ops->route_write(r->b, r->expert_ids, r->expert_weights), "routing");
+    return n_groups;
+}
+
 /* Ops of one step, by hand; how long it ran. */
 static double timed_step(struct rig *r, const struct op *op, int n) {
     start_slots(r);
@@ -429,7 +452,7 @@ static double timed_step(struct rig *r, const struct op *op, int n) {
     struct moe_result result = {.rows = r->rows};
     bench_require(r->ops->step_begin(r->b, &r->step, &issue), "step");
     bench_require(embed(r, 0), "embed");
-    bench_require(route(r, 0), "route");
+    r->n_groups = route_evenly(r);
     for (int i = 0; i < (r->gpu ? N_BLOCKERS : 1); i++) bench_require(head(r, 0), "head");
     for (int i = 0; i < n; i++) bench_require(op->issue(r, i % r->m.n_layers), op->name);
     bench_require(r->ops->step_end(r->b), "step");
@@ -548,13 +571,14 @@ static bool wanted(const struct options *o, const char *name) {
 static void run_ops(struct rig *r, const struct options *o, const struct workload *w) {
     int n = ROUNDS * r->m.n_layers;
     set_workload(r, w, MOE_ROWS_SAMPLE);
-    double empty = fastest(r, NULL, 0, o->n_repeat);
+    double routed = r->n_groups, empty = fastest(r, NULL, 0, o->n_repeat);
     for (int k = 0; k < N_OPS; k++) {
         if (!wanted(o, ops[k].name)) continue;
         struct cost c = op_cost(r, &ops[k]);
         double us = (fastest(r, &ops[k], n, o->n_repeat) - empty) / n;
         print_line(r, w->phase, ops[k].name, us, c, floor_us(o, c));
     }
+    r->n_groups = routed;
 }
 
 static void run(struct rig *r, const struct options *o, const struct workload *w) {
@@ -716,6 +740,9 @@ static void create_step(struct rig *r) {
     const struct moe_limits *l = &r->limits;
     r->seqs = bench_alloc((size_t)l->max_seqs, sizeof *r->seqs);
     r->ids = bench_alloc((size_t)l->max_batch_tokens, sizeof *r->ids);
+    size_t n_pairs = (size_t)l->max_batch_tokens * (size_t)r->m.n_experts_used;
+    r->expert_ids = bench_alloc(n_pairs, sizeof *r->expert_ids);
+    r->expert_weights = bench_alloc(n_pairs, sizeof *r->expert_weights);
     r->blocks = bench_alloc((size_t)l->n_blocks, sizeof *r->blocks);
     r->rows = bench_alloc((size_t)l->max_rows, sizeof *r->rows);
     for (int32_t i = 0; i < l->max_batch_tokens; i++)

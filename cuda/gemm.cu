@@ -42,21 +42,20 @@ static int least_warps(const struct gemm_args &a, int width) {
     return gemm_parts(a.n_cols) * (n > least ? n : least);
 }
 
-/* Dense: wide tiles where whole blocks of them leave few processors without one; else few tokens to a block, and as few
- * rows as it takes. */
+/* Dense: wide tiles where whole blocks of them, if need be of half the rows, leave few processors without one; else few tokens to
+ * a block, and as few rows as it takes. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
     struct gemm_plan p = {N_WIDTHS - 1, 0, 1};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
     for (;; p.width--) {
         int least = least_warps(a, p.width);
+        if (!is_few(p.width) && least < kernels[p.width]->most_warps / 2) least = kernels[p.width]->most_warps / 2;
         p.warps = kernels[p.width]->most_warps;
-        if (!is_few(p.width)) {
-            if (fits(a, p, q) && blocks_of(a, p.width, p.warps, bucket) * 4 >= q->n_sm * 3) return p;
-            continue;
-        }
+        if (!is_few(p.width) && !fits(a, p, q)) continue;
         while (p.warps > least && (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) * 4 < q->n_sm * 3))
             p.warps /= 2;
-        if (p.width == 0 || blocks_of(a, p.width, p.warps, bucket) * 4 >= q->n_sm) return p;
+        int blocks = blocks_of(a, p.width, p.warps, bucket);
+        if (p.width == 0 || blocks * 4 >= (is_few(p.width) ? q->n_sm : q->n_sm * 3)) return p;
     }
 }
 

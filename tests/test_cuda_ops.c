@@ -327,6 +327,50 @@ static void test_group_sizes(void **state) {
     pair_close(&s.p);
 }
 
+/* The same for the experts: a token with its experts, in steps of sizes that go by different kernels. */
+static void test_experts_any_step(void **state) {
+    (void)state;
+    enum { MOST = 300 };
+    static const int32_t tokens[] = {1, 2, 8, 9, 33, 64, 100, 130, 200};
+    static const enum tensor_type types[][2] = {{TENSOR_Q4_K, TENSOR_Q4_K}, {TENSOR_Q6_K, TENSOR_Q6_K}};
+    static int32_t ids[4 * MOST];
+    static float weights[4 * MOST];
+    for (int t = 0; t < 2; t++) {
+        struct expert_set s = experts_open(types[t][0], types[t][1], MOST);
+        const struct backend_ops *gpu = pair_ops(&s.p, GPU);
+        struct backend *b = s.p.b[GPU];
+        size_t n_embd = (size_t)small.n_embd;
+        float *zeros = calloc(MOST * n_embd, sizeof *zeros), *whole = NULL;
+        pair_fill(&s.p, &s.x, MOST, 2.0f);
+        random_routing(&s.p.rng, MOST, 20, ids, weights);
+        for (int k = -1; k < (int)(sizeof tokens / sizeof *tokens); k++) {
+            int32_t n = k < 0 ? MOST : tokens[k];
+            assert_int_equal(gpu->buf_write(b, s.h.b[GPU], 0, n, zeros), ST_OK);
+            pair_begin(&s.p, 0, n, MOE_ROWS_NONE);
+            assert_int_equal(gpu->route_write(b, ids, weights), ST_OK);
+            const struct op_experts_up up = {
+                .x = s.x.b[GPU], .gate = s.gate.w[GPU], .up = s.up.w[GPU], .act = s.act.b[GPU]};
+            const struct op_experts_down down = {
+                .act = s.act.b[GPU], .down = s.down.w[GPU], .y = s.y.b[GPU], .h = s.h.b[GPU]};
+            assert_int_equal(gpu->experts_up(b, &up), ST_OK);
+            assert_int_equal(gpu->experts_down(b, &down), ST_OK);
+            float *got = pair_read(&s.p, GPU, &s.h, n);
+            pair_end(&s.p);
+            if (k < 0) {
+                whole = got;
+                continue;
+            }
+            for (size_t i = 0; i < (size_t)n * n_embd; i++)
+                if (memcmp(&got[i], &whole[i], sizeof *got) != 0)
+                    fail_msg("type %d: token %zu differs in a step of %d", (int)types[t][0], i / n_embd, (int)n);
+            free(got);
+        }
+        free(whole);
+        free(zeros);
+        pair_close(&s.p);
+    }
+}
+
 /* ---- routing --------------------------------------------------------------------------------------------- */
 
 /* Logits in true f32: the same experts as the reference wherever its margin is above f32's own noise, weights to
@@ -482,8 +526,9 @@ int main(void) {
         cmocka_unit_test(test_linear_add),  cmocka_unit_test(test_any_step),
         cmocka_unit_test(test_weight_sizes),
         cmocka_unit_test(test_norm_linear), cmocka_unit_test(test_experts),
-        cmocka_unit_test(test_group_sizes), cmocka_unit_test(test_route),
-        cmocka_unit_test(test_route_alone), cmocka_unit_test(test_embed_and_head),
+        cmocka_unit_test(test_group_sizes), cmocka_unit_test(test_experts_any_step),
+        cmocka_unit_test(test_route),       cmocka_unit_test(test_route_alone),
+        cmocka_unit_test(test_embed_and_head),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
