@@ -126,6 +126,7 @@ static enum status create_buffers(struct cuda *c, struct error *e) {
         {MEMORY_STEP, sizeof *a->epoch, (void **)&a->epoch},
         {MEMORY_STEP, sizeof *a->tokens, (void **)&a->tokens},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->group_ids},
+        {MEMORY_STEP, t * used, (void **)&a->rank_of},
         {MEMORY_STEP, EXCHANGE_BLOCKS * experts * sizeof(int32_t), (void **)&a->chunk_counts},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->lists.token_of},
         {MEMORY_STEP, N_WIDTHS * sizeof(int32_t), (void **)&a->lists.n_items},
@@ -326,8 +327,8 @@ static enum status find_products(struct cuda *c, const struct buf *y) {
     g->y = y->p;
     TRY(exchange_meet(g->x));
     for (int r = 0; r < g->args.n_ranks; r++)
-        g->products[r] = ((const struct cuda_exchange *)exchange_peer(g->x, r))->y;
-    g->products_known = true;
+        g->all_y[r] = ((const struct cuda_exchange *)exchange_peer(g->x, r))->y;
+    g->products[0] = g->y;
     return ST_OK;
 }
 
@@ -340,11 +341,17 @@ static enum status return_products(struct cuda *c, const struct exchange_args *a
     return nccl_return(g->nccl, c->bucket.n_most);
 }
 
-enum status exchange_end_layer(struct cuda *c, int layer, const struct buf *y) {
+enum status exchange_down(struct cuda *c, int layer, struct gemm_args *p, const struct buf *y) {
     struct cuda_exchange *g = c->exchange;
     const struct exchange_args a = layer_args(c, layer);
-    if (g->nccl) return return_products(c, &a, y);
-    if (!g->products_known) TRY(find_products(c, y));
+    if (g->nccl) {
+        TRY(exchange_grouped(c, p));
+        return return_products(c, &a, y);
+    }
+    if (!g->y) TRY(find_products(c, y));
     CHECK(g->y == y->p);
+    p->rank_of = a.rank_of;
+    memcpy(p->out_of_rank, g->all_y, sizeof p->out_of_rank);
+    TRY(exchange_grouped(c, p));
     return device_check(c, cuda_exchange_end(&a, &c->queue));
 }

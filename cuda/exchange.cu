@@ -5,13 +5,14 @@
  *                      own; then brings in all tokens' ids and x, rank after rank, as if they were one step's
  *   k_exchange_place   sorts the pairs of all tokens by expert; the same on every rank, but for the work lists, which
  *                      have only what is computed here
- *   ... the expert products, over those lists; a pair's product stands at the pair's row, on the rank that computes it ...
+ *   ... the expert products, over those lists; a pair's product is written at the pair's row, on the rank whose token it is of ...
  *   k_exchange_meet    says "my products are there" and waits for the others'
- * and the norm that follows reads each product from the rank that has it, and adds them in the order that it has alone.
+ * and the norm that follows adds a token's products in the order that it has alone. Products are written far away, not read
+ * from there: a product's kernel does not wait for its stores.
  *
  * Two waits a layer are enough. ids and x are overwritten by the next layer's router, after this rank's second wait, when
- * all ranks have gathered: each said so by its second flag. Products are overwritten by the next layer's, after this rank's
- * first wait there, when all ranks' norms have read them: each said so by the first flag that followed. A flag is
+ * all ranks have gathered: each said so by its second flag. Products are overwritten by the next layer's, after their writer's
+ * first wait there, when all ranks' norms have read theirs: each said so by the first flag that followed. A flag is
  * therefore never ahead of what is waited for.
  *
  * Ranks whose memory this GPU does not see (cuda/nccl.h) have their ids and x brought here by collectives, whole, before
@@ -157,7 +158,8 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
     if (tid >= COPY_THREADS) gather_ids(a, first, begin, end, counts, tid - COPY_THREADS);
     else gather_inputs(a, first, begin, end);
     if (blockIdx.x == 0 && tid == 0) {
-        *a.tokens = {n, first[a.rank], n_own};
+        a.tokens->n = n, a.tokens->first_own = first[a.rank], a.tokens->n_own = n_own;
+        for (int r = 0; r <= a.n_ranks; r++) a.tokens->first[r] = first[r];
         atomicAdd((unsigned long long *)a.counts + COUNT_FAR, (unsigned long long)(n - n_own));
     }
 }
@@ -258,6 +260,7 @@ static DEVICE void count_owned(const struct exchange_args &a, const struct place
 
 /* By one warp: the rows of the block's pairs, in their order. */
 static DEVICE void place_chunk(const struct exchange_args &a, struct place_shared &s, struct group_tokens t, int lane) {
+    const int *first = a.tokens->first;
     int begin, end, far = 0;
     chunk_of((int)blockIdx.x, t.n, begin, end);
     int stop = end * a.n_used, first_own = t.first_own * a.n_used, n_own = t.n_own * a.n_used;
@@ -279,8 +282,9 @@ static DEVICE void place_chunk(const struct exchange_args &a, struct place_share
             int owner = s.owner[e[j]];
             a.lists.token_of[row] = pair / a.n_used;
             if (a.all_rows) a.all_rows[pair] = row | owner << OWNER_SHIFT;
+            else a.rank_of[row] = (uint8_t)rank_of(first, pair / a.n_used);
             if (own < 0 || own >= n_own) continue;
-            a.lists.row_of[own] = (a.all_rows && owner != a.rank ? own : row) | owner << OWNER_SHIFT;
+            a.lists.row_of[own] = a.all_rows ? (owner != a.rank ? own : row) | owner << OWNER_SHIFT : row;
             far += owner != a.rank;
         }
     }

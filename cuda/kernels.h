@@ -37,7 +37,7 @@ enum {
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
     EXCHANGE_BLOCKS = 48,   /* of the kernel that waits for other GPUs, and pieces of their tokens: see exchange.cu */
-    OWNER_SHIFT = 27,       /* of a routed row, below the rank that computes it: struct route_lists */
+    OWNER_SHIFT = 27,       /* of a row of products, below the rank whose they are: struct route_lists */
     N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
@@ -118,7 +118,7 @@ struct norm_args {
     const struct head_row *rows; /* x[r] is made from h[rows[r].token]; NULL: from h[r] */
     float *h;                    /* [T][D] */
     int32_t n_cols;
-    const void *y[MOE_MAX_RANKS]; /* f16 [rows][D] of each rank, alone: of rank 0; y[0] NULL: nothing to add */
+    const void *y[MOE_MAX_RANKS]; /* f16 [rows][D], by the top of row_of; y[0] NULL: nothing to add */
     const int32_t *row_of;       /* [T][K]: see struct route_lists */
     const float *weights;        /* [T][K] */
     int32_t n_used;              /* K */
@@ -164,6 +164,9 @@ struct gemm_args {
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
     const int32_t *n_items;
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
+    /* f16 rows go to out_of_rank[rank_of[row]], maybe in another GPU's memory, instead of the segment's out; NULL: not so. */
+    const uint8_t *rank_of;
+    void *out_of_rank[MOE_MAX_RANKS];
 };
 
 /* Which kernel, and how many warps to a block. */
@@ -225,7 +228,7 @@ struct route_lists {
     float *weights;        /* [T][K] */
     int32_t *expert_first; /* [E + 1] */
     int32_t *token_of;     /* [T * K] routed row -> token */
-    int32_t *row_of;       /* [T][K] -> routed row; in a group, rank << OWNER_SHIFT on top, of the rank that computes it */
+    int32_t *row_of;       /* [T][K] -> row of the products; rank << OWNER_SHIFT on top, if a rank's lie elsewhere */
     struct gemm_item *items[N_WIDTHS];
     int32_t *n_items;      /* [N_WIDTHS] */
 };
@@ -263,6 +266,7 @@ enum { EXPERT_COST = 32 };
 /* A layer's tokens: those of all ranks, in the order of the ranks. */
 struct group_tokens {
     int32_t n, first_own, n_own;
+    int32_t first[MOE_MAX_RANKS + 1]; /* of each rank; then n */
 };
 
 /* What a rank counts; behind it rows of the group by expert, [L][E], and by who computed them, [L][R]. */
@@ -284,6 +288,8 @@ struct exchange_args {
     /* Or ids and x of all ranks were brought here: [R] how many tokens each has; there are no flags then. NULL: flags say. */
     const int32_t *arrived;
     int32_t *all_rows; /* then: [tokens][K], row_of of all ranks' tokens; row_of of a product from elsewhere is its pair */
+    /* Else: [rows of the group] whose token a routed row is of, so that its product is written there. */
+    uint8_t *rank_of;
     /* Written. R * T tokens at most: */
     struct group_tokens *tokens;
     int32_t *group_ids;    /* [tokens][K] */

@@ -226,8 +226,7 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                           .x = op->act->p,
                           .n_cols = op->down->n_cols};
     a.segments[0] = segment(op->down, op->y);
-    TRY(grouped(c, &a));
-    if (c->together) TRY(exchange_end_layer(c, op->layer, op->y));
+    TRY(c->together ? exchange_down(c, op->layer, &a, op->y) : grouped(c, &a));
     if (c->n_tokens == 0) return ST_OK;
     c->pending = (struct norm_args){.n_rows = &c->view.header->n_tokens,
                                     .h = op->h->p,

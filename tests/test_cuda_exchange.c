@@ -113,6 +113,7 @@ static void world_open(struct world *w, bool several) {
     a->epoch = device(sizeof *a->epoch);
     ok(cudaHostAlloc((void **)&a->stop, sizeof *a->stop, cudaHostAllocDefault));
     a->tokens = device(sizeof *a->tokens);
+    a->rank_of = device(most * used);
     a->group_ids = device(most * used * sizeof(int32_t));
     a->inputs = device(most * cols * 2);
     a->chunk_counts = device(EXCHANGE_BLOCKS * experts * sizeof(int32_t));
@@ -136,7 +137,7 @@ static void world_close(struct world *w) {
         ok(cudaFree(w->x[r]));
         ok(cudaFree(a->flags[r]));
     }
-    void *const all[] = {w->header,    a->epoch,          a->tokens,       a->group_ids,      a->inputs,
+    void *const all[] = {w->header,    a->rank_of, a->epoch,          a->tokens,       a->group_ids,      a->inputs,
                          a->chunk_counts, (void *)(uintptr_t)a->homes, a->lists.token_of, a->lists.row_of,
                          a->lists.n_items, a->counts,      a->load,           a->rows};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ok(cudaFree(all[i]));
@@ -272,9 +273,14 @@ static void check_rank(struct world *w, const struct expected *x, int rank) {
     assert_memory_equal(inputs, w->inputs, input_bytes);
     assert_memory_equal(token_of, x->token_of, pairs * sizeof *ids);
     uint64_t n_far = (uint64_t)(n - w->n[rank]);
+    uint8_t *rank_of = to_host(w->a.rank_of, pairs);
+    for (int r = 0; r < w->n_ranks; r++)
+        for (int p = w->first[r] * w->n_used; p < w->first[r + 1] * w->n_used; p++)
+            assert_int_equal(rank_of[x->row_of[p]], r);
+    free(rank_of);
     for (int p = 0; p < n_own; p++) {
         int owner = x->owner[w->group_ids[first + p]];
-        assert_int_equal(row_of[p], x->row_of[first + p] | owner << OWNER_SHIFT);
+        assert_int_equal(row_of[p], x->row_of[first + p]);
         n_far += owner != rank;
     }
     check_counts(w, x, n_far);
