@@ -123,7 +123,7 @@ static enum status create_buffers(struct cuda *c, struct error *e) {
         {MEMORY_ACTIVATIONS, own * row, &g->x_own},
         {MEMORY_ACTIVATIONS, t * row, &a->inputs},
         {MEMORY_STEP, 2 * MOE_MAX_RANKS * sizeof *g->flags, (void **)&g->flags},
-        {MEMORY_STEP, sizeof *a->epoch, (void **)&a->epoch},
+        {MEMORY_STEP, sizeof *a->meeting.epoch, (void **)&a->meeting.epoch},
         {MEMORY_STEP, sizeof *a->tokens, (void **)&a->tokens},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->group_ids},
         {MEMORY_STEP, t * used, (void **)&a->rank_of},
@@ -162,8 +162,10 @@ enum status exchange_ready(struct cuda *c, struct error *e) {
     a->n_cols = c->shape.n_embd;
     a->n_experts = c->shape.n_experts;
     a->n_used = c->shape.n_experts_used;
-    a->stop = g->stop;
-    a->timeout_ns = exchange_timeout_ns(g->x);
+    a->meeting.rank = a->rank;
+    a->meeting.n_ranks = a->n_ranks;
+    a->meeting.stop = g->stop;
+    a->meeting.timeout_ns = exchange_timeout_ns(g->x);
     a->homes = g->homes;
     a->lists.row_of = c->lists.row_of;
     a->counts = g->counts;
@@ -258,7 +260,8 @@ enum status exchange_begin_step(struct cuda *c, int32_t n_tokens, struct bucket 
         const struct cuda_exchange *peer = exchange_peer(g->x, r);
         g->args.ids[r] = peer->ids;
         g->args.x[r] = peer->x_own;
-        g->args.flags[r] = peer->flags;
+        g->args.meeting.flags[r] = peer->flags;
+        if (r != g->args.rank && peer->device == c->device) g->shares_gpu = true;
     }
     g->peers_known = true;
     return ST_OK;
@@ -353,5 +356,8 @@ enum status exchange_down(struct cuda *c, int layer, struct gemm_args *p, const 
     p->rank_of = a.rank_of;
     memcpy(p->out_of_rank, g->all_y, sizeof p->out_of_rank);
     TRY(exchange_grouped(c, p));
-    return device_check(c, cuda_exchange_end(&a, &c->queue));
+    /* The norm's waiting blocks are all of its, and must not keep out those that they wait for. */
+    bool by_norm = c->bucket.n_tokens > 0 && c->bucket.n_tokens <= c->queue.n_sm && !g->shares_gpu;
+    g->due = by_norm ? a.meeting : (struct exchange_meeting){.epoch = NULL};
+    return by_norm ? ST_OK : device_check(c, cuda_exchange_end(&a.meeting, &c->queue));
 }

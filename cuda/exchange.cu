@@ -6,7 +6,8 @@
  *   k_exchange_place   sorts the pairs of all tokens by expert; the same on every rank, but for the work lists, which
  *                      have only what is computed here
  *   ... the expert products, over those lists; a pair's product is written at the pair's row, on the rank whose token it is of ...
- *   k_exchange_meet    says "my products are there" and waits for the others'
+ *   k_exchange_meet    says "my products are there" and waits for the others'; with few tokens, and a GPU to each rank, the
+ *                      norm does so itself
  * and the norm that follows adds a token's products in the order that it has alone. Products are written far away, not read
  * from there: a product's kernel does not wait for its stores.
  *
@@ -23,6 +24,7 @@
  * is worth nothing, but stays within its buffers. Waiting kernels let the next kernel start only when their wait is
  * over and have few blocks, so that ranks may share a GPU: a kernel that waits never keeps its peer's from running. */
 #include "cuda/common.cuh"
+#include "cuda/meeting.cuh"
 #include "cuda/route_sort.cuh"
 
 enum : int {
@@ -34,44 +36,6 @@ enum : int {
 };
 
 static_assert((int)PLACE_THREADS >= (int)MAX_EXPERTS, "a thread has an expert");
-
-/* ---- flags --------------------------------------------------------------------------------------------- */
-
-static DEVICE uint64_t time_ns() {
-    uint64_t t;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-    return t;
-}
-static DEVICE uint64_t load_flag(const uint64_t *p) {
-    uint64_t v;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
-}
-static DEVICE void store_flag(uint64_t *p, uint64_t v) {
-    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
-}
-
-/* In every other rank's flags, lane r in rank r's: what this GPU wrote until here is there. */
-static DEVICE void say(const struct exchange_args &a, int first, uint32_t epoch, int n) {
-    int r = (int)threadIdx.x;
-    if (r < a.n_ranks && r != a.rank) {
-        __threadfence_system();
-        store_flag(a.flags[r] + first + a.rank, (uint64_t)epoch << 32 | (uint32_t)n);
-    }
-    __syncwarp();
-}
-
-/* Until the other rank has said `epoch` in this flag: the tokens that it has. 0 if it does not come, or will not. */
-static DEVICE int hear(const struct exchange_args &a, const uint64_t *flag, uint32_t epoch) {
-    uint64_t begun = time_ns();
-    for (int n = 1;; n++) {
-        uint64_t v = load_flag(flag);
-        if ((int32_t)((uint32_t)(v >> 32) - epoch) >= 0) return min((int)(uint32_t)v, a.max_tokens);
-        if (n % 256 != 0) continue;
-        if (*(volatile uint32_t *)a.stop != 0) return 0;
-        if (time_ns() - begun > a.timeout_ns) *(volatile uint32_t *)a.stop = 1;
-    }
-}
 
 /* ---- all ranks' tokens --------------------------------------------------------------------------------- */
 
@@ -137,10 +101,10 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
         if (a.arrived) {
             if (tid < a.n_ranks) n = __ldcg(a.arrived + tid);
         } else {
-            uint32_t epoch = __ldcg(a.epoch) + 1;
+            uint32_t epoch = __ldcg(a.meeting.epoch) + 1;
             int n_own = a.header->n_tokens;
-            if (blockIdx.x == 0) say(a, 0, epoch, n_own);
-            if (tid < a.n_ranks) n = tid == a.rank ? n_own : hear(a, a.flags[a.rank] + tid, epoch);
+            if (blockIdx.x == 0) say(a.meeting, 0, epoch, n_own);
+            if (tid < a.n_ranks) n = tid == a.rank ? n_own : min(hear(a.meeting, 0, tid, epoch), a.max_tokens);
         }
         __syncwarp();
         int sum = n; /* of this rank's and those before */
@@ -324,6 +288,7 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
         count_owned(a, s, lane);
     }
     __syncthreads();
+    if (blockIdx.x == 0 && tid == 0 && a.meeting.epoch) ++*a.meeting.epoch; /* nobody reads it now */
     if (s.n_rows != t.n * a.n_used) { /* some blocks heard a rank, others not: the group is lost */
         if (blockIdx.x == 0 && tid < N_WIDTHS) a.lists.n_items[tid] = 0;
         return;
@@ -334,15 +299,10 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
 
 /* ---- products ------------------------------------------------------------------------------------------ */
 
-static __global__ void __launch_bounds__(32) k_exchange_meet_u64(const __grid_constant__ struct exchange_args a) {
-    int lane = (int)threadIdx.x;
+static __global__ void __launch_bounds__(32) k_exchange_meet_u64(const __grid_constant__ struct exchange_meeting m) {
     depend_wait();
-    uint32_t epoch = __ldcg(a.epoch) + 1;
-    say(a, MOE_MAX_RANKS, epoch, 0);
-    if (lane < a.n_ranks && lane != a.rank) hear(a, a.flags[a.rank] + MOE_MAX_RANKS + lane, epoch);
-    __syncwarp();
+    meet_for_products(m);
     depend_release();
-    if (lane == 0) *a.epoch = epoch;
 }
 
 /* A warp takes a pair. */
@@ -382,8 +342,8 @@ cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, voi
                   (uint4 *)send, rank_rows);
 }
 
-cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q) {
-    return launch(k_exchange_meet_u64, dim3(1, 1, 1), 32, 0, q, *a);
+cudaError_t cuda_exchange_end(const struct exchange_meeting *m, const struct cuda_queue *q) {
+    return launch(k_exchange_meet_u64, dim3(1, 1, 1), 32, 0, q, *m);
 }
 
 cudaError_t exchange_prepare(void) {

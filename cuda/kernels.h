@@ -112,6 +112,16 @@ struct embed_args {
 };
 cudaError_t cuda_embed(const struct embed_args *a, int bucket, const struct cuda_queue *q);
 
+/* Where ranks meet on their devices. By rank; this rank's own among them: a flag is epoch << 32 | tokens; flags[r][i] is
+ * written by rank i, once its ids and x of a layer are there, flags[r][MOE_MAX_RANKS + i] once its products are. */
+struct exchange_meeting {
+    uint64_t *flags[MOE_MAX_RANKS]; /* [2 * MOE_MAX_RANKS] */
+    int32_t rank, n_ranks;
+    uint32_t *epoch;     /* layers whose ids were exchanged; NULL: there is no meeting */
+    uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
+    uint64_t timeout_ns;
+};
+
 /* Optionally h[t] += sum of weights[t][k] * y[row_of[t][k]], in rank order; then optionally x = rmsnorm(h). */
 struct norm_args {
     const int32_t *n_rows;       /* in the header */
@@ -119,6 +129,7 @@ struct norm_args {
     float *h;                    /* [T][D] */
     int32_t n_cols;
     const void *y[MOE_MAX_RANKS]; /* f16 [rows][D], by the top of row_of; y[0] NULL: nothing to add */
+    struct exchange_meeting meeting; /* before y is read, if there is one; a block per row, all at once, waits in it */
     const int32_t *row_of;       /* [T][K]: see struct route_lists */
     const float *weights;        /* [T][K] */
     int32_t n_used;              /* K */
@@ -275,16 +286,12 @@ enum { COUNT_READS /* groups of rows computed here */, COUNT_ROWS /* rows comput
 
 struct exchange_args {
     const struct step_header *header;
-    /* By rank; this rank's own among them. A flag is epoch << 32 | tokens; flags[r][i] is written by rank i, once its
-     * ids and x of a layer are there, flags[r][MOE_MAX_RANKS + i] once its products are. */
+    /* By rank; this rank's own among them. */
     const int32_t *ids[MOE_MAX_RANKS]; /* [T][K] */
     const void *x[MOE_MAX_RANKS];      /* f16 [T][D] */
-    uint64_t *flags[MOE_MAX_RANKS];    /* [2 * MOE_MAX_RANKS] */
+    struct exchange_meeting meeting;
     int32_t rank, n_ranks, max_tokens; /* max_tokens: of a rank */
     int32_t n_cols, n_experts, n_used;
-    uint32_t *epoch;     /* layers exchanged so far */
-    uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
-    uint64_t timeout_ns;
     /* Or ids and x of all ranks were brought here: [R] how many tokens each has; there are no flags then. NULL: flags say. */
     const int32_t *arrived;
     int32_t *all_rows; /* then: [tokens][K], row_of of all ranks' tokens; row_of of a product from elsewhere is its pair */
@@ -307,7 +314,7 @@ cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda
 cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, void *send, size_t rank_rows,
                                const struct cuda_queue *q);
 /* Products are there; wait until all ranks' are. */
-cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q);
+cudaError_t cuda_exchange_end(const struct exchange_meeting *m, const struct cuda_queue *q);
 
 /* ---- sampling ------------------------------------------------------------------------------------------------ */
 

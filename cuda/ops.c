@@ -235,7 +235,9 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                                     .row_of = c->lists.row_of,
                                     .weights = c->lists.weights,
                                     .n_used = c->shape.n_experts_used};
-    if (c->together) memcpy(c->pending.y, c->exchange->products, sizeof c->pending.y);
+    if (!c->together) return ST_OK;
+    memcpy(c->pending.y, c->exchange->products, sizeof c->pending.y);
+    c->pending.meeting = c->exchange->due;
     return ST_OK;
 }
 
