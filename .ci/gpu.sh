@@ -3,7 +3,7 @@
 # one NVIDIA GPU, the CUDA toolkit, gcc, CMake and what .ci/deps.sh names; or with binaries built elsewhere in $BIN and their
 # libraries in .runtime/lib (.ci/runtime.sh).
 #
-#   bash .ci/gpu.sh [build] [test] [sanitize] [bench] [serve]     default: build test
+#   bash .ci/gpu.sh [build] [test] [test2] [sanitize] [bench] [serve]     default: build test; test2: what needs two GPUs
 #
 # Logs and results go to $OUT (default build/gpu-logs). bench and serve write their model to $MODEL (default
 # /dev/shm/moed-30b.gguf) once. serve passes $FLAGS to moed and loads it at each of $CONCURRENCY.
@@ -27,6 +27,8 @@ build() {
 }
 
 tests() { ctest --test-dir build/cuda -L '^gpu$' --output-on-failure --timeout 300 >"$OUT/test.log" 2>&1; r=$?; tail -60 "$OUT/test.log"; return $r; }
+
+test2() { ctest --test-dir build/cuda -L '^gpu2$' --output-on-failure --timeout 600 >"$OUT/test2.log" 2>&1; r=$?; tail -60 "$OUT/test2.log"; return $r; }
 
 sanitize() {
   local t r=0
