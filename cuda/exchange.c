@@ -39,7 +39,7 @@ static enum status enable_peers(struct cuda *c, struct error *e) {
  * rank to join sees all others. */
 static enum status check_sharing(struct cuda *c, struct error *e) {
     const struct cuda_exchange *g = c->exchange;
-    int n = 0, most = (c->queue.n_sm - 1) / EXCHANGE_BLOCKS + 1;
+    int n = 0, most = (c->queue.n_sm - 1) / EXCHANGE_FEW + 1;
     for (int r = 0; r < exchange_n_ranks(g->x->group); r++) {
         const struct cuda_exchange *peer = exchange_peer(g->x, r);
         n += peer && peer->device == c->device;
@@ -127,7 +127,7 @@ static enum status create_buffers(struct cuda *c, struct error *e) {
         {MEMORY_STEP, sizeof *a->tokens, (void **)&a->tokens},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->group_ids},
         {MEMORY_STEP, t * used, (void **)&a->rank_of},
-        {MEMORY_STEP, EXCHANGE_BLOCKS * experts * sizeof(int32_t), (void **)&a->chunk_counts},
+        {MEMORY_STEP, EXCHANGE_MANY * experts * sizeof(int32_t), (void **)&a->chunk_counts},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->lists.token_of},
         {MEMORY_STEP, N_WIDTHS * sizeof(int32_t), (void **)&a->lists.n_items},
         {MEMORY_STEP, layers * experts * sizeof *g->homes, (void **)&g->homes},
@@ -292,11 +292,14 @@ enum status exchange_collect(struct cuda *c, uint64_t parity) {
 
 /* ---- a layer -------------------------------------------------------------------------------- */
 
+enum { FEW_TOKENS = 512 };
+
 /* args, of a layer. */
 static struct exchange_args layer_args(const struct cuda *c, int layer) {
     struct exchange_args a = c->exchange->args;
     size_t at = (size_t)layer * (size_t)c->shape.n_experts;
     a.header = c->view.header;
+    a.n_chunks = c->bucket.n_group > FEW_TOKENS && !c->exchange->shares_gpu ? EXCHANGE_MANY : EXCHANGE_FEW;
     a.homes += at;
     a.load += at;
     a.rows += (size_t)layer * (size_t)a.n_ranks;

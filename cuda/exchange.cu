@@ -85,9 +85,9 @@ static DEVICE void gather_ids(const struct exchange_args &a, const int *first, i
 }
 
 /* Tokens of a block: chunks of the same size, the last ones smaller or empty. */
-static DEVICE void chunk_of(int block, int n, int &begin, int &end) {
-    int size = (n + EXCHANGE_BLOCKS - 1) / EXCHANGE_BLOCKS;
-    begin = min(block * size, n), end = min(begin + size, n);
+static DEVICE void chunk_of(const struct exchange_args &a, int n, int &begin, int &end) {
+    int size = (n + a.n_chunks - 1) / a.n_chunks;
+    begin = min((int)blockIdx.x * size, n), end = min(begin + size, n);
 }
 
 static __global__ void __launch_bounds__(COPY_THREADS + 32)
@@ -118,7 +118,7 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
     __syncthreads();
     depend_release();
     int begin, end, n = first[a.n_ranks], n_own = first[a.rank + 1] - first[a.rank];
-    chunk_of((int)blockIdx.x, n, begin, end);
+    chunk_of(a, n, begin, end);
     if (tid >= COPY_THREADS) gather_ids(a, first, begin, end, counts, tid - COPY_THREADS);
     else gather_inputs(a, first, begin, end);
     if (blockIdx.x == 0 && tid == 0) {
@@ -145,12 +145,12 @@ static DEVICE void add_chunks(const struct exchange_args &a, struct place_shared
     int tid = (int)threadIdx.x, n_experts = a.n_experts, parts = PLACE_THREADS / n_experts;
     int e = tid % n_experts, part = tid / n_experts, all = 0, before = 0;
     if (part >= parts) return;
-    for (int c0 = part; c0 < EXCHANGE_BLOCKS; c0 += 2 * BATCH * parts) {
+    for (int c0 = part; c0 < a.n_chunks; c0 += 2 * BATCH * parts) {
         int n[2 * BATCH];
 #pragma unroll
         for (int j = 0; j < 2 * BATCH; j++) {
             int c = c0 + parts * j;
-            n[j] = c < EXCHANGE_BLOCKS ? __ldcg(a.chunk_counts + c * n_experts + e) : 0;
+            n[j] = c < a.n_chunks ? __ldcg(a.chunk_counts + c * n_experts + e) : 0;
         }
 #pragma unroll
         for (int j = 0; j < 2 * BATCH; j++) {
@@ -222,31 +222,41 @@ static DEVICE void count_owned(const struct exchange_args &a, const struct place
     atomicAdd((unsigned long long *)a.counts + COUNT_ROWS, (unsigned long long)rows);
 }
 
-/* By one warp: the rows of the block's pairs, in their order. */
-static DEVICE void place_chunk(const struct exchange_args &a, struct place_shared &s, struct group_tokens t, int lane) {
-    const int *first = a.tokens->first;
-    int begin, end, far = 0;
-    chunk_of((int)blockIdx.x, t.n, begin, end);
-    int stop = end * a.n_used, first_own = t.first_own * a.n_used, n_own = t.n_own * a.n_used;
-    for (int i0 = begin * a.n_used + lane; i0 - lane < stop; i0 += 32 * BATCH) {
-        int e[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) e[j] = i0 + 32 * j < stop ? __ldcg(a.group_ids + i0 + 32 * j) : -1;
+/* The pairs of a block, for one warp: the first 32 * BATCH of their experts are fetched before they are needed. */
+struct chunk_pairs {
+    int begin, end;
+    int e[BATCH]; /* -1: no pair */
+
+    DEVICE void fetch(const struct exchange_args &a, int from, int lane) {
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            if (i0 - lane + 32 * j >= stop) break;
-            int pair = i0 + 32 * j, own = pair - first_own;
-            uint32_t same = __match_any_sync(ALL_LANES, e[j]), below = same & ((1u << lane) - 1u);
-            int before = e[j] >= 0 ? s.before[e[j]] : 0;
+            int pair = from + 32 * j + lane;
+            e[j] = pair < end ? __ldcg(a.group_ids + pair) : -1;
+        }
+    }
+};
+
+/* Their rows, in their order. */
+static DEVICE void place_chunk(const struct exchange_args &a, struct place_shared &s, struct chunk_pairs &c, int lane) {
+    const struct group_tokens *t = a.tokens;
+    int first_own = t->first_own * a.n_used, n_own = t->n_own * a.n_used, far = 0;
+    for (int from = c.begin; from < c.end; from += 32 * BATCH) {
+        if (from > c.begin) c.fetch(a, from, lane);
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (from + 32 * j >= c.end) break;
+            int pair = from + 32 * j + lane, own = pair - first_own, e = c.e[j];
+            uint32_t same = __match_any_sync(ALL_LANES, e), below = same & ((1u << lane) - 1u);
+            int before = e >= 0 ? s.before[e] : 0;
             __syncwarp();
-            if (e[j] >= 0 && below == 0) s.before[e[j]] = before + __popc(same);
+            if (e >= 0 && below == 0) s.before[e] = before + __popc(same);
             __syncwarp();
-            int row = e[j] >= 0 ? s.first[e[j]] + before + __popc(below) : s.n_rows;
+            int row = e >= 0 ? s.first[e] + before + __popc(below) : s.n_rows;
             if (row >= s.n_rows) continue; /* none, or the group is lost */
-            int owner = s.owner[e[j]];
+            int owner = s.owner[e];
             a.lists.token_of[row] = pair / a.n_used;
             if (a.all_rows) a.all_rows[pair] = row | owner << OWNER_SHIFT;
-            else a.rank_of[row] = (uint8_t)rank_of(first, pair / a.n_used);
+            else a.rank_of[row] = (uint8_t)rank_of(t->first, pair / a.n_used);
             if (own < 0 || own >= n_own) continue;
             a.lists.row_of[own] = a.all_rows ? (owner != a.rank ? own : row) | owner << OWNER_SHIFT : row;
             far += owner != a.rank;
@@ -269,7 +279,13 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
     if (tid == 0) s.n_shared = 0;
     __syncthreads();
     depend_wait();
-    struct group_tokens t = *a.tokens;
+    struct chunk_pairs pairs;
+    int n_tokens = a.tokens->n;
+    if (warp == PLACE_WARPS - 1) {
+        chunk_of(a, n_tokens, pairs.begin, pairs.end);
+        pairs.begin *= a.n_used, pairs.end *= a.n_used;
+        pairs.fetch(a, pairs.begin, lane);
+    }
     add_chunks(a, s);
     __syncthreads();
     find_owners(a, s);
@@ -289,12 +305,12 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
     }
     __syncthreads();
     if (blockIdx.x == 0 && tid == 0 && a.meeting.epoch) ++*a.meeting.epoch; /* nobody reads it now */
-    if (s.n_rows != t.n * a.n_used) { /* some blocks heard a rank, others not: the group is lost */
+    if (s.n_rows != n_tokens * a.n_used) { /* some blocks heard a rank, others not: the group is lost */
         if (blockIdx.x == 0 && tid < N_WIDTHS) a.lists.n_items[tid] = 0;
         return;
     }
     if (blockIdx.x == 0) write_lists(a, s);
-    if (warp == PLACE_WARPS - 1) place_chunk(a, s, t, lane);
+    if (warp == PLACE_WARPS - 1) place_chunk(a, s, pairs, lane);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------ */
@@ -331,7 +347,7 @@ static __global__ void __launch_bounds__(PACK_THREADS)
 /* ---- launching ----------------------------------------------------------------------------------------- */
 
 cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q) {
-    dim3 grid(EXCHANGE_BLOCKS, 1, 1);
+    dim3 grid((unsigned)a->n_chunks, 1, 1);
     cudaError_t e = launch(k_exchange_gather_f16, grid, COPY_THREADS + 32, 0, q, *a);
     return e != cudaSuccess ? e : launch(k_exchange_place_i32, grid, PLACE_THREADS, 0, q, *a);
 }

@@ -36,7 +36,7 @@ enum {
     ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
-    EXCHANGE_BLOCKS = 48,   /* of the kernel that waits for other GPUs, and pieces of their tokens: see exchange.cu */
+    EXCHANGE_FEW = 48, EXCHANGE_MANY = 128, /* blocks of the kernel that waits for other GPUs, and pieces of the tokens */
     OWNER_SHIFT = 27,       /* of a row of products, below the rank whose they are: struct route_lists */
     N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
@@ -292,6 +292,7 @@ struct exchange_args {
     struct exchange_meeting meeting;
     int32_t rank, n_ranks, max_tokens; /* max_tokens: of a rank */
     int32_t n_cols, n_experts, n_used;
+    int32_t n_chunks;    /* EXCHANGE_FEW; or EXCHANGE_MANY, which only ranks with a GPU each may have */
     /* Or ids and x of all ranks were brought here: [R] how many tokens each has; there are no flags then. NULL: flags say. */
     const int32_t *arrived;
     int32_t *all_rows; /* then: [tokens][K], row_of of all ranks' tokens; row_of of a product from elsewhere is its pair */
@@ -301,7 +302,7 @@ struct exchange_args {
     struct group_tokens *tokens;
     int32_t *group_ids;    /* [tokens][K] */
     void *inputs;          /* f16 [tokens][D] */
-    int32_t *chunk_counts; /* [EXCHANGE_BLOCKS][E] */
+    int32_t *chunk_counts; /* [EXCHANGE_MANY][E] */
     const struct expert_home *homes; /* [E] of this layer */
     struct route_lists lists; /* row_of: of this rank's tokens; items: of the rows computed here; no ids, weights, expert_first */
     uint64_t *counts;      /* [N_COUNTS] */

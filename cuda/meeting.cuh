@@ -18,13 +18,11 @@ DEVICE void store_flag(uint64_t *p, uint64_t v) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
-/* By the block's first warp, in every other rank's flags, lane r in rank r's: what this GPU wrote until here is there. */
+/* By the block's first warp, in every other rank's flags, lane r in rank r's: what this GPU wrote until here is there (the
+ * kernels before this one are over, and the store releases what this thread has seen of them). */
 DEVICE void say(const struct exchange_meeting &m, int first, uint32_t epoch, int n) {
     int r = (int)threadIdx.x;
-    if (r < m.n_ranks && r != m.rank) {
-        __threadfence_system();
-        store_flag(m.flags[r] + first + m.rank, (uint64_t)epoch << 32 | (uint32_t)n);
-    }
+    if (r < m.n_ranks && r != m.rank) store_flag(m.flags[r] + first + m.rank, (uint64_t)epoch << 32 | (uint32_t)n);
     __syncwarp();
 }
 

@@ -116,7 +116,7 @@ static void world_open(struct world *w, bool several) {
     a->rank_of = device(most * used);
     a->group_ids = device(most * used * sizeof(int32_t));
     a->inputs = device(most * cols * 2);
-    a->chunk_counts = device(EXCHANGE_BLOCKS * experts * sizeof(int32_t));
+    a->chunk_counts = device(EXCHANGE_MANY * experts * sizeof(int32_t));
     a->homes = device(experts * sizeof *a->homes);
     to_device((void *)(uintptr_t)a->homes, w->homes, experts * sizeof *a->homes);
     a->lists.token_of = device(most * used * sizeof(int32_t));
@@ -153,6 +153,7 @@ static void world_close(struct world *w) {
 static void as_rank(struct world *w, int rank, int absent) {
     const uint32_t epoch = EPOCH;
     w->a.rank = w->a.meeting.rank = rank;
+    w->a.n_chunks = rank % 2 ? EXCHANGE_MANY : EXCHANGE_FEW; /* rows do not depend on it */
     *w->a.meeting.stop = 0;
     to_device(w->header, &(struct step_header){.n_tokens = w->n[rank]}, sizeof *w->header);
     to_device(w->a.meeting.epoch, &epoch, sizeof epoch);
