@@ -123,7 +123,6 @@ static enum status create_buffers(struct cuda *c, struct error *e) {
         {MEMORY_ACTIVATIONS, own * row, &g->x_own},
         {MEMORY_ACTIVATIONS, t * row, &a->inputs},
         {MEMORY_STEP, 2 * MOE_MAX_RANKS * sizeof *g->flags, (void **)&g->flags},
-        {MEMORY_STEP, sizeof *a->meeting.epoch, (void **)&a->meeting.epoch},
         {MEMORY_STEP, sizeof *a->tokens, (void **)&a->tokens},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->group_ids},
         {MEMORY_STEP, t * used, (void **)&a->rank_of},
@@ -298,7 +297,8 @@ enum { FEW_TOKENS = 512 };
 static struct exchange_args layer_args(const struct cuda *c, int layer) {
     struct exchange_args a = c->exchange->args;
     size_t at = (size_t)layer * (size_t)c->shape.n_experts;
-    a.header = c->view.header;
+    a.header = a.meeting.header = c->view.header;
+    a.meeting.layer = (uint32_t)layer + 1;
     a.n_chunks = c->bucket.n_group > FEW_TOKENS && !c->exchange->shares_gpu ? EXCHANGE_MANY : EXCHANGE_FEW;
     a.homes += at;
     a.load += at;
@@ -361,6 +361,6 @@ enum status exchange_down(struct cuda *c, int layer, struct gemm_args *p, const 
     TRY(exchange_grouped(c, p));
     /* The norm's waiting blocks are all of its, and must not keep out those that they wait for. */
     bool by_norm = c->bucket.n_tokens > 0 && c->bucket.n_tokens <= c->queue.n_sm && !g->shares_gpu;
-    g->due = by_norm ? a.meeting : (struct exchange_meeting){.epoch = NULL};
+    g->due = by_norm ? a.meeting : (struct exchange_meeting){.header = NULL};
     return by_norm ? ST_OK : device_check(c, cuda_exchange_end(&a.meeting, &c->queue));
 }

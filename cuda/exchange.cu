@@ -95,14 +95,14 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
     __shared__ int first[MOE_MAX_RANKS + 1], counts[MAX_EXPERTS];
     int tid = (int)threadIdx.x;
     for (int e = tid; e < a.n_experts; e += COPY_THREADS + 32) counts[e] = 0;
+    int n_own = a.header->n_tokens;
+    uint32_t epoch = epoch_of(a.meeting);
     depend_wait();
     if (tid < 32) {
         int n = 0;
         if (a.arrived) {
             if (tid < a.n_ranks) n = __ldcg(a.arrived + tid);
         } else {
-            uint32_t epoch = __ldcg(a.meeting.epoch) + 1;
-            int n_own = a.header->n_tokens;
             if (blockIdx.x == 0) say(a.meeting, 0, epoch, n_own);
             if (tid < a.n_ranks) n = tid == a.rank ? n_own : min(hear(a.meeting, 0, tid, epoch), a.max_tokens);
         }
@@ -117,7 +117,7 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
     }
     __syncthreads();
     depend_release();
-    int begin, end, n = first[a.n_ranks], n_own = first[a.rank + 1] - first[a.rank];
+    int begin, end, n = first[a.n_ranks];
     chunk_of(a, n, begin, end);
     if (tid >= COPY_THREADS) gather_ids(a, first, begin, end, counts, tid - COPY_THREADS);
     else gather_inputs(a, first, begin, end);
@@ -304,7 +304,6 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
         count_owned(a, s, lane);
     }
     __syncthreads();
-    if (blockIdx.x == 0 && tid == 0 && a.meeting.epoch) ++*a.meeting.epoch; /* nobody reads it now */
     if (s.n_rows != n_tokens * a.n_used) { /* some blocks heard a rank, others not: the group is lost */
         if (blockIdx.x == 0 && tid < N_WIDTHS) a.lists.n_items[tid] = 0;
         return;
@@ -316,8 +315,9 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
 /* ---- products ------------------------------------------------------------------------------------------ */
 
 static __global__ void __launch_bounds__(32) k_exchange_meet_u64(const __grid_constant__ struct exchange_meeting m) {
+    uint32_t epoch = epoch_of(m);
     depend_wait();
-    meet_for_products(m);
+    meet_for_products(m, epoch);
     depend_release();
 }
 

@@ -42,7 +42,7 @@ struct cuda_exchange {
     struct exchange_args args;
     void *all_y[MOE_MAX_RANKS]; /* each rank's */
     const void *products[MOE_MAX_RANKS]; /* what the norm adds up: see struct route_lists */
-    struct exchange_meeting due; /* what the norm has to wait for; epoch NULL: nothing */
+    struct exchange_meeting due; /* what the norm has to wait for; header NULL: nothing */
     bool peers_known, shares_gpu; /* with another rank */
     struct nccl *nccl; /* NULL: peer memory */
 };

@@ -54,6 +54,7 @@ struct step_header {
     int32_t n_tokens, n_rows;
     int32_t n_splits, n_tiles; /* attention work */
     int32_t result;            /* 0 or 1: where the rows' results go */
+    uint32_t n_exchanged;      /* layers that this rank's group exchanged before this step */
     int32_t splits_at, tiles_at, blocks_at; /* 4-byte words from the header */
 };
 
@@ -117,7 +118,8 @@ cudaError_t cuda_embed(const struct embed_args *a, int bucket, const struct cuda
 struct exchange_meeting {
     uint64_t *flags[MOE_MAX_RANKS]; /* [2 * MOE_MAX_RANKS] */
     int32_t rank, n_ranks;
-    uint32_t *epoch;     /* layers whose ids were exchanged; NULL: there is no meeting */
+    const struct step_header *header; /* NULL: there is no meeting */
+    uint32_t layer;      /* from 1: an epoch is header->n_exchanged + layer */
     uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
     uint64_t timeout_ns;
 };

@@ -38,10 +38,12 @@ DEVICE int hear(const struct exchange_meeting &m, int first, int r, uint32_t epo
     }
 }
 
+/* Which layer of all. May be asked before depend_wait, as all that the host says of a step. */
+DEVICE uint32_t epoch_of(const struct exchange_meeting &m) { return m.header->n_exchanged + m.layer; }
+
 /* The second meeting of a layer, by the first warp of every block. */
-DEVICE void meet_for_products(const struct exchange_meeting &m) {
+DEVICE void meet_for_products(const struct exchange_meeting &m, uint32_t epoch) {
     int lane = (int)threadIdx.x;
-    uint32_t epoch = __ldcg(m.epoch);
     if (blockIdx.x == 0) say(m, MOE_MAX_RANKS, epoch, 0);
     if (lane < m.n_ranks && lane != m.rank) hear(m, MOE_MAX_RANKS, lane, epoch);
     __syncwarp();

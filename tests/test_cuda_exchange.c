@@ -109,8 +109,7 @@ static void world_open(struct world *w, bool several) {
         a->meeting.flags[r] = device(2 * MOE_MAX_RANKS * sizeof(uint64_t));
     }
     w->header = device(sizeof *w->header);
-    a->header = w->header;
-    a->meeting.epoch = device(sizeof *a->meeting.epoch);
+    a->header = a->meeting.header = w->header;
     ok(cudaHostAlloc((void **)&a->meeting.stop, sizeof *a->meeting.stop, cudaHostAllocDefault));
     a->tokens = device(sizeof *a->tokens);
     a->rank_of = device(most * used);
@@ -137,7 +136,7 @@ static void world_close(struct world *w) {
         ok(cudaFree(w->x[r]));
         ok(cudaFree(a->meeting.flags[r]));
     }
-    void *const all[] = {w->header,    a->rank_of, a->meeting.epoch,          a->tokens,       a->group_ids,      a->inputs,
+    void *const all[] = {w->header,    a->rank_of, a->tokens,       a->group_ids,      a->inputs,
                          a->chunk_counts, (void *)(uintptr_t)a->homes, a->lists.token_of, a->lists.row_of,
                          a->lists.n_items, a->counts,      a->load,           a->rows};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ok(cudaFree(all[i]));
@@ -151,12 +150,11 @@ static void world_close(struct world *w) {
 
 /* Everybody but `absent` (-1: nobody) has said that its ids and products are there. */
 static void as_rank(struct world *w, int rank, int absent) {
-    const uint32_t epoch = EPOCH;
     w->a.rank = w->a.meeting.rank = rank;
     w->a.n_chunks = rank % 2 ? EXCHANGE_MANY : EXCHANGE_FEW; /* rows do not depend on it */
     *w->a.meeting.stop = 0;
-    to_device(w->header, &(struct step_header){.n_tokens = w->n[rank]}, sizeof *w->header);
-    to_device(w->a.meeting.epoch, &epoch, sizeof epoch);
+    to_device(w->header, &(struct step_header){.n_tokens = w->n[rank], .n_exchanged = EPOCH - 4}, sizeof *w->header);
+    w->a.meeting.layer = 5;
     ok(cudaMemset(w->a.counts, 0, N_COUNTS * sizeof(uint64_t)));
     ok(cudaMemset(w->a.rows, 0, MOE_MAX_RANKS * sizeof(uint64_t)));
     ok(cudaMemset(w->a.load, 0, (size_t)w->n_experts * sizeof(uint64_t)));
@@ -258,8 +256,6 @@ static void check_rank(struct world *w, const struct expected *x, int rank) {
     assert_int_equal(t->n, n);
     assert_int_equal(t->first_own, w->first[rank]);
     assert_int_equal(t->n_own, w->n[rank]);
-    uint32_t *epoch = to_host(w->a.meeting.epoch, sizeof *epoch);
-    assert_int_equal(*epoch, EPOCH + 1);
     for (int r = 0; r < w->n_ranks; r++) {
         uint64_t *flags = to_host(w->a.meeting.flags[r], 2 * MOE_MAX_RANKS * sizeof *flags);
         uint64_t said = (uint64_t)(EPOCH + 1) << 32;
@@ -287,7 +283,6 @@ static void check_rank(struct world *w, const struct expected *x, int rank) {
     check_counts(w, x, n_far);
     for (int i = 0; i < N_WIDTHS; i++) check_items(w, x, i);
     free(t);
-    free(epoch);
     free(ids);
     free(token_of);
     free(row_of);
