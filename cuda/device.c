@@ -19,7 +19,13 @@ enum status device_check(struct cuda *c, cudaError_t e) {
         log_event(LOG_ERROR, "cuda", "device_lost", "device=%d error=%s text=\"%s\"", c->device,
                   cudaGetErrorName(e), cudaGetErrorString(e));
     c->lost = true;
+    c->lost_by = e;
     return ST_ENGINE_LOST;
+}
+
+enum status device_status(const struct cuda *c, enum status st, struct error *e) {
+    if (st != ST_ENGINE_LOST || !c->lost) return st;
+    return error_set(e, st, "GPU %d is lost: %s", c->device, cudaGetErrorString(c->lost_by));
 }
 
 /* ---- memory ------------------------------------------------------------------------------------- */
@@ -50,10 +56,7 @@ enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what
                          c->device, what, n / MIB);
     }
     if (err == cudaSuccess) err = cudaMemsetAsync(*out, 0, n, c->queue.stream);
-    if (err != cudaSuccess) {
-        device_check(c, err);
-        return error_set(e, ST_ENGINE_LOST, "GPU %d: %s", c->device, cudaGetErrorString(err));
-    }
+    if (err != cudaSuccess) return device_status(c, device_check(c, err), e);
     c->allocations[c->n_allocations++] = *out;
     c->used[kind] += n;
     return ST_OK;
@@ -124,7 +127,7 @@ static enum status ready(struct backend *b, struct error *e, int32_t *n_blocks) 
     if (st == ST_OK) st = create_kv(c, e, n_blocks);
     if (st == ST_OK) st = device_check(c, cudaStreamSynchronize(c->queue.stream));
     c->ready = st == ST_OK;
-    return st;
+    return device_status(c, st, e);
 }
 
 /* ---- for people ---------------------------------------------------------------------------------------- */

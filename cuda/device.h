@@ -21,7 +21,7 @@ enum {
     MAX_GRAPHS = 96,
     N_STARTS = 16,           /* slot starts on their way to the device */
     STAGING_BYTES = 8 << 20, /* of pinned and device memory, twice, for loading and looking inside */
-    MAX_PARTIALS = 8192      /* attention splits whose results may wait for their siblings */
+    MAX_PARTIALS = 8192      /* attention pieces whose results may wait for their siblings */
 };
 
 struct weight {
@@ -82,6 +82,7 @@ struct cuda {
     uint64_t used[N_MEMORY];
     struct cuda_queue queue;
     bool lost, ready;
+    cudaError_t lost_by;
 
     void **allocations;
     int n_allocations;
@@ -107,8 +108,9 @@ struct cuda {
     uint32_t *attn_tickets;
     float *router_partials;
     struct route_lists lists;
+    uint32_t widths; /* of the lists that the last routing has */
     uint32_t *route_tickets;
-    int32_t *chunk_counts;
+    uint8_t *route_marks;
     uint64_t *n_reads;      /* device */
     uint64_t *host_reads;   /* pinned [2]: n_reads after a step */
 
@@ -149,6 +151,8 @@ static inline const struct cuda *of_const(const struct backend *b) {
 
 /* device.c. Any CUDA error after opening means the device is lost. */
 enum status device_check(struct cuda *c, cudaError_t e);
+/* st; and if the device is lost, a sentence that says by what. */
+enum status device_status(const struct cuda *c, enum status st, struct error *e);
 /* Zeroed device memory within the budget, freed by close. ST_NO_MEMORY with what is missing, and for what. */
 enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what, size_t n,
                          struct error *e, void **out);

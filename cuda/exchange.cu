@@ -141,6 +141,20 @@ struct place_shared {
     int n_rows, n_tiles[N_WIDTHS];
 };
 
+/* One warp: before[i] = value(0) + … + value(i - 1) for i < n <= MAX_EXPERTS; returns the total. */
+template <typename F> static DEVICE int warp_prefix(F value, int *before, int n, int lane) {
+    int per = (n + 31) / 32, begin = lane * per, end = min(begin + per, n), own = 0;
+    for (int i = begin; i < end; i++) own += value(i);
+    int sum = own;
+    for (int d = 1; d < 32; d <<= 1) {
+        int up = __shfl_up_sync(ALL_LANES, sum, d);
+        if (lane >= d) sum += up;
+    }
+    int at = sum - own;
+    for (int i = begin; i < end; i++) before[i] = at, at += value(i);
+    return __shfl_sync(ALL_LANES, sum, 31);
+}
+
 static DEVICE void add_chunks(const struct exchange_args &a, struct place_shared &s) {
     int tid = (int)threadIdx.x, n_experts = a.n_experts, parts = PLACE_THREADS / n_experts;
     int e = tid % n_experts, part = tid / n_experts, all = 0, before = 0;
@@ -201,7 +215,7 @@ static DEVICE void write_lists(const struct exchange_args &a, const struct place
     for (int u = (int)threadIdx.x; u < N_WIDTHS * a.n_experts; u += PLACE_THREADS) {
         int list = u / a.n_experts, e = u - list * a.n_experts, n = s.counts[e];
         if (n == 0 || s.owner[e] != a.rank) continue;
-        int w = tile_tokens(n, 8 << list);
+        int w = tile_tokens(n, list);
         struct gemm_item *to = a.lists.items[list] + s.tiles_before[list][e];
         for (int at = 0; at < n; at += w) *to++ = {s.home[e].place, s.first[e] + at, min(w, n - at), 0};
     }
@@ -297,7 +311,7 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
         if (lane == 0) s.n_rows = n;
     } else if (blockIdx.x == 0 && warp <= N_WIDTHS) {
         int list = warp - 1;
-        int n = warp_prefix([=](int e) { return owners[e] == rank ? tiles_of(counts[e], 8 << list) : 0; },
+        int n = warp_prefix([=](int e) { return owners[e] == rank ? tiles_of(counts[e], list) : 0; },
                             s.tiles_before[list], n_experts, lane);
         if (lane == 0) s.n_tiles[list] = n;
     } else if (blockIdx.x == 0 && warp == N_WIDTHS + 1) {

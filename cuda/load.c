@@ -132,7 +132,7 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
                         struct weight **out) {
     struct cuda *c = of(b);
     *out = NULL;
-    if (c->lost) return ST_ENGINE_LOST;
+    if (c->lost) return device_status(c, ST_ENGINE_LOST, e);
     CHECK(s->n_experts > 0 && s->n_rows > 0 && s->n_cols > 0 && !c->ready);
     int source = source_of(s->type);
     if (source < 0)
@@ -149,5 +149,5 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
     enum status st = s->n_rows == 1 && s->n_experts == 1 ? load_vector(c, s, source, e, w)
                                                          : load_matrix(c, s, source, e, w);
     if (st == ST_OK) *out = w;
-    return st;
+    return device_status(c, st, e);
 }

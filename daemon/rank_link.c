@@ -99,16 +99,21 @@ int rank_link_accept(int listener) {
     return fd;
 }
 
-static int try_connect(const struct addrinfo *list) {
+/* SO_SNDTIMEO bounds connect too: a host that drops packets must not hold us for minutes. */
+static int try_connect(const struct addrinfo *list, uint64_t until_ns) {
     int err = ECONNREFUSED;
     for (const struct addrinfo *a = list; a; a = a->ai_next) {
+        uint64_t now = clock_now_ns(), left = until_ns > now ? until_ns - now : 0;
+        struct timeval most = {(time_t)(left / 1000000000u),
+                               (suseconds_t)(left % 1000000000u / 1000u) + 1};
         int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, 0);
         if (fd < 0) continue;
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most);
         if (connect(fd, a->ai_addr, a->ai_addrlen) == 0) {
             set_up(fd);
             return fd;
         }
-        err = errno;
+        err = errno == EINPROGRESS ? ETIMEDOUT : errno;
         close(fd);
     }
     errno = err;
@@ -120,7 +125,7 @@ enum status rank_link_connect(const char *address, uint64_t wait_ns, struct erro
     uint64_t until = clock_now_ns() + wait_ns;
     enum status st = resolve(address, false, e, &list);
     if (st != ST_OK) return st;
-    while ((*fd = try_connect(list)) < 0 && clock_now_ns() < until) usleep(RETRY_US);
+    while ((*fd = try_connect(list, until)) < 0 && clock_now_ns() < until) usleep(RETRY_US);
     if (*fd < 0) st = error_set(e, ST_IO, "cannot connect to %s: %s", address, strerror(errno));
     freeaddrinfo(list);
     return st;

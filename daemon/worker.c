@@ -45,6 +45,7 @@ struct worker {
     struct job jobs[MOE_MAX_IN_FLIGHT];
     struct job *idle[MOE_MAX_IN_FLIGHT];
     int n_idle;
+    bool answer_due; /* a result went out and the server has not said what comes next */
     uint8_t *result; /* [n_result] a result's frame */
     size_t n_result;
 };
@@ -253,10 +254,12 @@ static enum status take_frames(struct worker *w, struct error *e, bool *bye) {
         if (*bye) return ST_OK;
         if (f.type == RANK_LINK_STEP)
             st = take_step(w, &f, e);
-        else if (f.type == RANK_LINK_REST)
-            engine_push_none(w->engine);
-        else
+        else if (f.type != RANK_LINK_REST)
             st = error_set(e, ST_INVALID, "the server sent what was not due");
+        else if (
+            w->answer_due) /* else it is no answer, and the engine's ring has no room for more */
+            engine_push_none(w->engine);
+        w->answer_due = false;
         if (st != ST_OK) return st;
     }
 }
@@ -278,6 +281,7 @@ static enum status send_results(struct worker *w, struct error *e) {
         enum status st = rank_link_send(&w->link, RANK_LINK_RESULT, w->result, p.at, e);
         if (st != ST_OK) return st;
         w->idle[w->n_idle++] = (struct job *)(void *)step; /* its first member */
+        w->answer_due = true;
     }
     return ST_OK;
 }

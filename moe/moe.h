@@ -69,8 +69,8 @@ struct moe_options {
     double gpu_memory_utilization;
 };
 
-/* Ranks of this process that compute one model's experts together (expert parallel): each has its own
- * sequences, KV blocks and attention, and computes the experts that it holds for all ranks' tokens. Every
+/* Ranks, of this process or of several, that compute one model's experts together (expert parallel): each has its
+ * own sequences, KV blocks and attention, and computes the experts that it holds for all ranks' tokens. Every
  * rank runs the same steps at the same time, an empty one (n_seqs 0) where it has no sequences. Tokens are
  * those of one rank alone, bit for bit. */
 struct moe_group;
@@ -101,7 +101,7 @@ enum status moe_group_create(const struct moe_group_options *o, struct error *e,
                              struct moe_group **out);
 void moe_group_destroy(struct moe_group *g); /* NULL is fine */
 /* Whether the ranks compute their experts together (as they do at first) or each alone, as replicas; the tokens are
- * the same. ST_UNSUPPORTED: alone, but some rank does not hold all experts. The models are open, and no step
+ * the same. Said to the groups of all ranks, where each has its own. ST_UNSUPPORTED: alone, but some rank does not hold all experts. The models are open, and no step
  * is out. */
 enum status moe_group_use(struct moe_group *g, bool together);
 bool moe_group_together(const struct moe_group *g);

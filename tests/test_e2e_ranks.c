@@ -9,7 +9,7 @@
 #include "daemon/rank_link.h"
 #include "tests/e2e_rig.h"
 
-enum { KINDS = 12, MAX_WORKERS = 3 };
+enum { KINDS = 12, MAX_WORKERS = 3, MANY = 60 };
 
 /* ---- processes ------------------------------------------------------------------------------ */
 
@@ -154,17 +154,20 @@ static struct client *begin_long(struct cluster *c, int n) {
     return client;
 }
 
-/* All n fail, and say why. */
+/* All that did not end before fail, or are not even accepted, and say why; n are more than can end before. */
 static void expect_lost(struct client *client, int n) {
-    while (n > 0) {
+    int n_failed = 0;
+    for (int n_ended = 0; n_ended < n;) {
         struct wire_msg m;
         struct error e = {0};
         assert_ok(client_next(client, ANSWER_MS, &e, &m), &e);
-        assert_true(m.type != WIRE_FINISHED);
+        n_ended += m.type == WIRE_FINISHED || m.type == WIRE_FAILED || m.type == WIRE_REJECTED;
+        if (m.type == WIRE_REJECTED) assert_int_equal(m.rejected.code, ST_ENGINE_LOST);
         if (m.type != WIRE_FAILED) continue;
         assert_int_equal(m.failed.code, ST_ENGINE_LOST);
-        n--;
+        n_failed++;
     }
+    assert_int_equal(n_failed > 0, n > 0);
     client_close(client);
 }
 
@@ -181,7 +184,7 @@ static void test_killed_worker(void **state) {
     (void)state;
     static const char *const modes[] = {"replica", "expert", "replica"};
     for (int k = 0; k < 3; k++) {
-        const int n_requests = k < 2 ? 6 : 0; /* at the last, nothing runs */
+        const int n_requests = k < 2 ? MANY : 0; /* at the last, nothing runs */
         struct cluster c;
         cluster_start(&c, 2, modes[k]);
         add_worker(&c, "cpu");
@@ -206,10 +209,10 @@ static void test_stopped(void **state) {
     add_worker(&worker, "cpu");
     cluster_start(&server, 1, "replica");
     add_worker(&server, "cpu");
-    struct client *lost = begin_long(&worker, 6), *stands = begin_long(&server, 1);
+    struct client *lost = begin_long(&worker, MANY), *stands = begin_long(&server, 1);
     kill(worker.workers[1], SIGSTOP);
     kill(server.d.pid, SIGSTOP);
-    expect_lost(lost, 6);
+    expect_lost(lost, MANY);
     expect_exit(worker.d.pid, 1);
     expect_exit(worker.workers[0], 1);
     expect_exit(server.workers[0], 1);
@@ -322,6 +325,45 @@ static void test_strangers(void **state) {
     assert_int_equal(rmdir(c.d.dir), 0);
 }
 
+/* Everything that a rank says of itself has to agree; the server ends with the first that does not. */
+static void test_hellos(void **state) {
+    (void)state;
+    static const enum status want[] = {ST_UNSUPPORTED, ST_CONFLICT, ST_CONFLICT,
+                                       ST_CONFLICT,    ST_CONFLICT, ST_INVALID};
+    struct moe_identity self;
+    struct error e = {0};
+    assert_ok(moe_identify(TINY_MODEL, &e, &self), &e);
+    for (int kind = 0; kind < 6; kind++) {
+        struct cluster c;
+        cluster_start(&c, 1, "replica");
+        struct rank_hello h = {
+            .version = MOED_VERSION, .kind = "cpu", .launched_rank = -1, .model = self};
+        if (kind == 0) h.version[0]++;
+        if (kind == 1) h.kind[2] = 'x';
+        if (kind == 2) h.model.shape.n_layers++;
+        if (kind == 3) h.model.fingerprint ^= 1;
+        if (kind == 4) h.launched_rank = 1;
+        uint8_t body[256];
+        struct pass p = pass_writer(body, sizeof body);
+        pass_hello(&p, &h);
+        assert_false(p.bad);
+        struct rank_link l;
+        struct rank_link_frame f;
+        assert_int_equal(rank_link_create(connect_raw(c.at), 4096, &l), ST_OK);
+        assert_ok(rank_link_send(&l, RANK_LINK_HELLO, body, kind == 5 ? 30 : p.at, &e), &e);
+        struct error why = {0};
+        assert_ok(next_frame(&l, &e, &f), &e);
+        assert_int_equal(f.type, RANK_LINK_REFUSED);
+        p = pass_reader(f.body, f.n);
+        pass_error(&p, &why);
+        assert_true(pass_done(&p));
+        assert_int_equal(why.code, want[kind]);
+        rank_link_close(&l);
+        expect_exit(c.d.pid, 2);
+        assert_int_equal(rmdir(c.d.dir), 0);
+    }
+}
+
 /* A server that sends steps which do not fit: the worker says so and ends. */
 static void serve_badly(struct rank_link *l, int kind) {
     uint8_t body[4096] = {0};
@@ -374,6 +416,8 @@ static void test_bad_server(void **state) {
         pass_welcome(&p, &w);
         assert_ok(rank_link_send(&l, RANK_LINK_WELCOME, body, p.at, &e), &e);
         expect_frame(&l, RANK_LINK_OPENED, &f);
+        for (int i = 0; i < 100; i++) /* answers to nothing */
+            assert_ok(rank_link_send(&l, RANK_LINK_REST, NULL, 0, &e), &e);
         serve_badly(&l, kind);
         expect_frame(&l, kind == 0 ? RANK_LINK_RESULT : RANK_LINK_LOST, &f);
         if (kind > 0) {
@@ -395,7 +439,8 @@ int main(void) {
         cmocka_unit_test(test_answers),       cmocka_unit_test(test_launched),
         cmocka_unit_test(test_killed_worker), cmocka_unit_test(test_stopped),
         cmocka_unit_test(test_server_gone),   cmocka_unit_test(test_misfits),
-        cmocka_unit_test(test_strangers),     cmocka_unit_test(test_bad_server),
+        cmocka_unit_test(test_strangers),     cmocka_unit_test(test_hellos),
+        cmocka_unit_test(test_bad_server),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
