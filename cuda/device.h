@@ -137,6 +137,7 @@ struct cuda {
     int n_graphs;
     struct cuda_exchange *exchange; /* NULL: no group */
     bool together; /* this step's experts are computed by the group */
+    uint32_t n_exchanged; /* layers of such steps; the same on every rank */
     struct norm_args pending; /* y != NULL: products of experts_down that the next norm will add */
     struct rope_args rope; /* rope_pending: what attention will do on its way */
     bool rope_pending;

@@ -39,7 +39,7 @@ static enum status enable_peers(struct cuda *c, struct error *e) {
  * rank to join sees all others. */
 static enum status check_sharing(struct cuda *c, struct error *e) {
     const struct cuda_exchange *g = c->exchange;
-    int n = 0, most = (c->queue.n_sm - 1) / EXCHANGE_BLOCKS + 1;
+    int n = 0, most = (c->queue.n_sm - 1) / EXCHANGE_FEW + 1;
     for (int r = 0; r < exchange_n_ranks(g->x->group); r++) {
         const struct cuda_exchange *peer = exchange_peer(g->x, r);
         n += peer && peer->device == c->device;
@@ -123,10 +123,10 @@ static enum status create_buffers(struct cuda *c, struct error *e) {
         {MEMORY_ACTIVATIONS, own * row, &g->x_own},
         {MEMORY_ACTIVATIONS, t * row, &a->inputs},
         {MEMORY_STEP, 2 * MOE_MAX_RANKS * sizeof *g->flags, (void **)&g->flags},
-        {MEMORY_STEP, sizeof *a->epoch, (void **)&a->epoch},
         {MEMORY_STEP, sizeof *a->tokens, (void **)&a->tokens},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->group_ids},
-        {MEMORY_STEP, EXCHANGE_BLOCKS * experts * sizeof(int32_t), (void **)&a->chunk_counts},
+        {MEMORY_STEP, t * used, (void **)&a->rank_of},
+        {MEMORY_STEP, EXCHANGE_MANY * experts * sizeof(int32_t), (void **)&a->chunk_counts},
         {MEMORY_STEP, t * used * sizeof(int32_t), (void **)&a->lists.token_of},
         {MEMORY_STEP, N_WIDTHS * sizeof(int32_t), (void **)&a->lists.n_items},
         {MEMORY_STEP, layers * experts * sizeof *g->homes, (void **)&g->homes},
@@ -161,8 +161,10 @@ enum status exchange_ready(struct cuda *c, struct error *e) {
     a->n_cols = c->shape.n_embd;
     a->n_experts = c->shape.n_experts;
     a->n_used = c->shape.n_experts_used;
-    a->stop = g->stop;
-    a->timeout_ns = exchange_timeout_ns(g->x);
+    a->meeting.rank = a->rank;
+    a->meeting.n_ranks = a->n_ranks;
+    a->meeting.stop = g->stop;
+    a->meeting.timeout_ns = exchange_timeout_ns(g->x);
     a->homes = g->homes;
     a->lists.row_of = c->lists.row_of;
     a->counts = g->counts;
@@ -257,7 +259,8 @@ enum status exchange_begin_step(struct cuda *c, int32_t n_tokens, struct bucket 
         const struct cuda_exchange *peer = exchange_peer(g->x, r);
         g->args.ids[r] = peer->ids;
         g->args.x[r] = peer->x_own;
-        g->args.flags[r] = peer->flags;
+        g->args.meeting.flags[r] = peer->flags;
+        if (r != g->args.rank && peer->device == c->device) g->shares_gpu = true;
     }
     g->peers_known = true;
     return ST_OK;
@@ -288,11 +291,15 @@ enum status exchange_collect(struct cuda *c, uint64_t parity) {
 
 /* ---- a layer -------------------------------------------------------------------------------- */
 
+enum { FEW_TOKENS = 512 };
+
 /* args, of a layer. */
 static struct exchange_args layer_args(const struct cuda *c, int layer) {
     struct exchange_args a = c->exchange->args;
     size_t at = (size_t)layer * (size_t)c->shape.n_experts;
-    a.header = c->view.header;
+    a.header = a.meeting.header = c->view.header;
+    a.meeting.layer = (uint32_t)layer + 1;
+    a.n_chunks = c->bucket.n_group > FEW_TOKENS && !c->exchange->shares_gpu ? EXCHANGE_MANY : EXCHANGE_FEW;
     a.homes += at;
     a.load += at;
     a.rows += (size_t)layer * (size_t)a.n_ranks;
@@ -326,8 +333,8 @@ static enum status find_products(struct cuda *c, const struct buf *y) {
     g->y = y->p;
     TRY(exchange_meet(g->x));
     for (int r = 0; r < g->args.n_ranks; r++)
-        g->products[r] = ((const struct cuda_exchange *)exchange_peer(g->x, r))->y;
-    g->products_known = true;
+        g->all_y[r] = ((const struct cuda_exchange *)exchange_peer(g->x, r))->y;
+    g->products[0] = g->y;
     return ST_OK;
 }
 
@@ -340,11 +347,20 @@ static enum status return_products(struct cuda *c, const struct exchange_args *a
     return nccl_return(g->nccl, c->bucket.n_most);
 }
 
-enum status exchange_end_layer(struct cuda *c, int layer, const struct buf *y) {
+enum status exchange_down(struct cuda *c, int layer, struct gemm_args *p, const struct buf *y) {
     struct cuda_exchange *g = c->exchange;
     const struct exchange_args a = layer_args(c, layer);
-    if (g->nccl) return return_products(c, &a, y);
-    if (!g->products_known) TRY(find_products(c, y));
+    if (g->nccl) {
+        TRY(exchange_grouped(c, p));
+        return return_products(c, &a, y);
+    }
+    if (!g->y) TRY(find_products(c, y));
     CHECK(g->y == y->p);
-    return device_check(c, cuda_exchange_end(&a, &c->queue));
+    p->rank_of = a.rank_of;
+    memcpy(p->out_of_rank, g->all_y, sizeof p->out_of_rank);
+    TRY(exchange_grouped(c, p));
+    /* The norm's waiting blocks are all of its, and must not keep out those that they wait for. */
+    bool by_norm = c->bucket.n_tokens > 0 && c->bucket.n_tokens <= c->queue.n_sm && !g->shares_gpu;
+    g->due = by_norm ? a.meeting : (struct exchange_meeting){.header = NULL};
+    return by_norm ? ST_OK : device_check(c, cuda_exchange_end(&a.meeting, &c->queue));
 }

@@ -5,13 +5,15 @@
  *                      own; then brings in all tokens' ids and x, rank after rank, as if they were one step's
  *   k_exchange_place   sorts the pairs of all tokens by expert; the same on every rank, but for the work lists, which
  *                      have only what is computed here
- *   ... the expert products, over those lists; a pair's product stands at the pair's row, on the rank that computes it ...
- *   k_exchange_meet    says "my products are there" and waits for the others'
- * and the norm that follows reads each product from the rank that has it, and adds them in the order that it has alone.
+ *   ... the expert products, over those lists; a pair's product is written at the pair's row, on the rank whose token it is of ...
+ *   k_exchange_meet    says "my products are there" and waits for the others'; with few tokens, and a GPU to each rank, the
+ *                      norm does so itself
+ * and the norm that follows adds a token's products in the order that it has alone. Products are written far away, not read
+ * from there: a product's kernel does not wait for its stores.
  *
  * Two waits a layer are enough. ids and x are overwritten by the next layer's router, after this rank's second wait, when
- * all ranks have gathered: each said so by its second flag. Products are overwritten by the next layer's, after this rank's
- * first wait there, when all ranks' norms have read them: each said so by the first flag that followed. A flag is
+ * all ranks have gathered: each said so by its second flag. Products are overwritten by the next layer's, after their writer's
+ * first wait there, when all ranks' norms have read theirs: each said so by the first flag that followed. A flag is
  * therefore never ahead of what is waited for.
  *
  * Ranks whose memory this GPU does not see (cuda/nccl.h) have their ids and x brought here by collectives, whole, before
@@ -22,6 +24,7 @@
  * is worth nothing, but stays within its buffers. Waiting kernels let the next kernel start only when their wait is
  * over and have few blocks, so that ranks may share a GPU: a kernel that waits never keeps its peer's from running. */
 #include "cuda/common.cuh"
+#include "cuda/meeting.cuh"
 #include "cuda/route_sort.cuh"
 
 enum : int {
@@ -33,44 +36,6 @@ enum : int {
 };
 
 static_assert((int)PLACE_THREADS >= (int)MAX_EXPERTS, "a thread has an expert");
-
-/* ---- flags --------------------------------------------------------------------------------------------- */
-
-static DEVICE uint64_t time_ns() {
-    uint64_t t;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-    return t;
-}
-static DEVICE uint64_t load_flag(const uint64_t *p) {
-    uint64_t v;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
-}
-static DEVICE void store_flag(uint64_t *p, uint64_t v) {
-    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
-}
-
-/* In every other rank's flags, lane r in rank r's: what this GPU wrote until here is there. */
-static DEVICE void say(const struct exchange_args &a, int first, uint32_t epoch, int n) {
-    int r = (int)threadIdx.x;
-    if (r < a.n_ranks && r != a.rank) {
-        __threadfence_system();
-        store_flag(a.flags[r] + first + a.rank, (uint64_t)epoch << 32 | (uint32_t)n);
-    }
-    __syncwarp();
-}
-
-/* Until the other rank has said `epoch` in this flag: the tokens that it has. 0 if it does not come, or will not. */
-static DEVICE int hear(const struct exchange_args &a, const uint64_t *flag, uint32_t epoch) {
-    uint64_t begun = time_ns();
-    for (int n = 1;; n++) {
-        uint64_t v = load_flag(flag);
-        if ((int32_t)((uint32_t)(v >> 32) - epoch) >= 0) return min((int)(uint32_t)v, a.max_tokens);
-        if (n % 256 != 0) continue;
-        if (*(volatile uint32_t *)a.stop != 0) return 0;
-        if (time_ns() - begun > a.timeout_ns) *(volatile uint32_t *)a.stop = 1;
-    }
-}
 
 /* ---- all ranks' tokens --------------------------------------------------------------------------------- */
 
@@ -120,9 +85,9 @@ static DEVICE void gather_ids(const struct exchange_args &a, const int *first, i
 }
 
 /* Tokens of a block: chunks of the same size, the last ones smaller or empty. */
-static DEVICE void chunk_of(int block, int n, int &begin, int &end) {
-    int size = (n + EXCHANGE_BLOCKS - 1) / EXCHANGE_BLOCKS;
-    begin = min(block * size, n), end = min(begin + size, n);
+static DEVICE void chunk_of(const struct exchange_args &a, int n, int &begin, int &end) {
+    int size = (n + a.n_chunks - 1) / a.n_chunks;
+    begin = min((int)blockIdx.x * size, n), end = min(begin + size, n);
 }
 
 static __global__ void __launch_bounds__(COPY_THREADS + 32)
@@ -130,16 +95,16 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
     __shared__ int first[MOE_MAX_RANKS + 1], counts[MAX_EXPERTS];
     int tid = (int)threadIdx.x;
     for (int e = tid; e < a.n_experts; e += COPY_THREADS + 32) counts[e] = 0;
+    int n_own = a.header->n_tokens;
+    uint32_t epoch = epoch_of(a.meeting);
     depend_wait();
     if (tid < 32) {
         int n = 0;
         if (a.arrived) {
             if (tid < a.n_ranks) n = __ldcg(a.arrived + tid);
         } else {
-            uint32_t epoch = __ldcg(a.epoch) + 1;
-            int n_own = a.header->n_tokens;
-            if (blockIdx.x == 0) say(a, 0, epoch, n_own);
-            if (tid < a.n_ranks) n = tid == a.rank ? n_own : hear(a, a.flags[a.rank] + tid, epoch);
+            if (blockIdx.x == 0) say(a.meeting, 0, epoch, n_own);
+            if (tid < a.n_ranks) n = tid == a.rank ? n_own : min(hear(a.meeting, 0, tid, epoch), a.max_tokens);
         }
         __syncwarp();
         int sum = n; /* of this rank's and those before */
@@ -152,12 +117,13 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
     }
     __syncthreads();
     depend_release();
-    int begin, end, n = first[a.n_ranks], n_own = first[a.rank + 1] - first[a.rank];
-    chunk_of((int)blockIdx.x, n, begin, end);
+    int begin, end, n = first[a.n_ranks];
+    chunk_of(a, n, begin, end);
     if (tid >= COPY_THREADS) gather_ids(a, first, begin, end, counts, tid - COPY_THREADS);
     else gather_inputs(a, first, begin, end);
     if (blockIdx.x == 0 && tid == 0) {
-        *a.tokens = {n, first[a.rank], n_own};
+        a.tokens->n = n, a.tokens->first_own = first[a.rank], a.tokens->n_own = n_own;
+        for (int r = 0; r <= a.n_ranks; r++) a.tokens->first[r] = first[r];
         atomicAdd((unsigned long long *)a.counts + COUNT_FAR, (unsigned long long)(n - n_own));
     }
 }
@@ -193,12 +159,12 @@ static DEVICE void add_chunks(const struct exchange_args &a, struct place_shared
     int tid = (int)threadIdx.x, n_experts = a.n_experts, parts = PLACE_THREADS / n_experts;
     int e = tid % n_experts, part = tid / n_experts, all = 0, before = 0;
     if (part >= parts) return;
-    for (int c0 = part; c0 < EXCHANGE_BLOCKS; c0 += 2 * BATCH * parts) {
+    for (int c0 = part; c0 < a.n_chunks; c0 += 2 * BATCH * parts) {
         int n[2 * BATCH];
 #pragma unroll
         for (int j = 0; j < 2 * BATCH; j++) {
             int c = c0 + parts * j;
-            n[j] = c < EXCHANGE_BLOCKS ? __ldcg(a.chunk_counts + c * n_experts + e) : 0;
+            n[j] = c < a.n_chunks ? __ldcg(a.chunk_counts + c * n_experts + e) : 0;
         }
 #pragma unroll
         for (int j = 0; j < 2 * BATCH; j++) {
@@ -270,31 +236,43 @@ static DEVICE void count_owned(const struct exchange_args &a, const struct place
     atomicAdd((unsigned long long *)a.counts + COUNT_ROWS, (unsigned long long)rows);
 }
 
-/* By one warp: the rows of the block's pairs, in their order. */
-static DEVICE void place_chunk(const struct exchange_args &a, struct place_shared &s, struct group_tokens t, int lane) {
-    int begin, end, far = 0;
-    chunk_of((int)blockIdx.x, t.n, begin, end);
-    int stop = end * a.n_used, first_own = t.first_own * a.n_used, n_own = t.n_own * a.n_used;
-    for (int i0 = begin * a.n_used + lane; i0 - lane < stop; i0 += 32 * BATCH) {
-        int e[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) e[j] = i0 + 32 * j < stop ? __ldcg(a.group_ids + i0 + 32 * j) : -1;
+/* The pairs of a block, for one warp: the first 32 * BATCH of their experts are fetched before they are needed. */
+struct chunk_pairs {
+    int begin, end;
+    int e[BATCH]; /* -1: no pair */
+
+    DEVICE void fetch(const struct exchange_args &a, int from, int lane) {
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            if (i0 - lane + 32 * j >= stop) break;
-            int pair = i0 + 32 * j, own = pair - first_own;
-            uint32_t same = __match_any_sync(ALL_LANES, e[j]), below = same & ((1u << lane) - 1u);
-            int before = e[j] >= 0 ? s.before[e[j]] : 0;
+            int pair = from + 32 * j + lane;
+            e[j] = pair < end ? __ldcg(a.group_ids + pair) : -1;
+        }
+    }
+};
+
+/* Their rows, in their order. */
+static DEVICE void place_chunk(const struct exchange_args &a, struct place_shared &s, struct chunk_pairs &c, int lane) {
+    const struct group_tokens *t = a.tokens;
+    int first_own = t->first_own * a.n_used, n_own = t->n_own * a.n_used, far = 0;
+    for (int from = c.begin; from < c.end; from += 32 * BATCH) {
+        if (from > c.begin) c.fetch(a, from, lane);
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (from + 32 * j >= c.end) break;
+            int pair = from + 32 * j + lane, own = pair - first_own, e = c.e[j];
+            uint32_t same = __match_any_sync(ALL_LANES, e), below = same & ((1u << lane) - 1u);
+            int before = e >= 0 ? s.before[e] : 0;
             __syncwarp();
-            if (e[j] >= 0 && below == 0) s.before[e[j]] = before + __popc(same);
+            if (e >= 0 && below == 0) s.before[e] = before + __popc(same);
             __syncwarp();
-            int row = e[j] >= 0 ? s.first[e[j]] + before + __popc(below) : s.n_rows;
+            int row = e >= 0 ? s.first[e] + before + __popc(below) : s.n_rows;
             if (row >= s.n_rows) continue; /* none, or the group is lost */
-            int owner = s.owner[e[j]];
+            int owner = s.owner[e];
             a.lists.token_of[row] = pair / a.n_used;
             if (a.all_rows) a.all_rows[pair] = row | owner << OWNER_SHIFT;
+            else a.rank_of[row] = (uint8_t)rank_of(t->first, pair / a.n_used);
             if (own < 0 || own >= n_own) continue;
-            a.lists.row_of[own] = (a.all_rows && owner != a.rank ? own : row) | owner << OWNER_SHIFT;
+            a.lists.row_of[own] = a.all_rows ? (owner != a.rank ? own : row) | owner << OWNER_SHIFT : row;
             far += owner != a.rank;
         }
     }
@@ -315,7 +293,13 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
     if (tid == 0) s.n_shared = 0;
     __syncthreads();
     depend_wait();
-    struct group_tokens t = *a.tokens;
+    struct chunk_pairs pairs;
+    int n_tokens = a.tokens->n;
+    if (warp == PLACE_WARPS - 1) {
+        chunk_of(a, n_tokens, pairs.begin, pairs.end);
+        pairs.begin *= a.n_used, pairs.end *= a.n_used;
+        pairs.fetch(a, pairs.begin, lane);
+    }
     add_chunks(a, s);
     __syncthreads();
     find_owners(a, s);
@@ -334,25 +318,21 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
         count_owned(a, s, lane);
     }
     __syncthreads();
-    if (s.n_rows != t.n * a.n_used) { /* some blocks heard a rank, others not: the group is lost */
+    if (s.n_rows != n_tokens * a.n_used) { /* some blocks heard a rank, others not: the group is lost */
         if (blockIdx.x == 0 && tid < N_WIDTHS) a.lists.n_items[tid] = 0;
         return;
     }
     if (blockIdx.x == 0) write_lists(a, s);
-    if (warp == PLACE_WARPS - 1) place_chunk(a, s, t, lane);
+    if (warp == PLACE_WARPS - 1) place_chunk(a, s, pairs, lane);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------ */
 
-static __global__ void __launch_bounds__(32) k_exchange_meet_u64(const __grid_constant__ struct exchange_args a) {
-    int lane = (int)threadIdx.x;
+static __global__ void __launch_bounds__(32) k_exchange_meet_u64(const __grid_constant__ struct exchange_meeting m) {
+    uint32_t epoch = epoch_of(m);
     depend_wait();
-    uint32_t epoch = __ldcg(a.epoch) + 1;
-    say(a, MOE_MAX_RANKS, epoch, 0);
-    if (lane < a.n_ranks && lane != a.rank) hear(a, a.flags[a.rank] + MOE_MAX_RANKS + lane, epoch);
-    __syncwarp();
+    meet_for_products(m, epoch);
     depend_release();
-    if (lane == 0) *a.epoch = epoch;
 }
 
 /* A warp takes a pair. */
@@ -381,7 +361,7 @@ static __global__ void __launch_bounds__(PACK_THREADS)
 /* ---- launching ----------------------------------------------------------------------------------------- */
 
 cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q) {
-    dim3 grid(EXCHANGE_BLOCKS, 1, 1);
+    dim3 grid((unsigned)a->n_chunks, 1, 1);
     cudaError_t e = launch(k_exchange_gather_f16, grid, COPY_THREADS + 32, 0, q, *a);
     return e != cudaSuccess ? e : launch(k_exchange_place_i32, grid, PLACE_THREADS, 0, q, *a);
 }
@@ -392,8 +372,8 @@ cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, voi
                   (uint4 *)send, rank_rows);
 }
 
-cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q) {
-    return launch(k_exchange_meet_u64, dim3(1, 1, 1), 32, 0, q, *a);
+cudaError_t cuda_exchange_end(const struct exchange_meeting *m, const struct cuda_queue *q) {
+    return launch(k_exchange_meet_u64, dim3(1, 1, 1), 32, 0, q, *m);
 }
 
 cudaError_t exchange_prepare(void) {

@@ -32,16 +32,18 @@ struct cuda_exchange {
     struct moe_counters counters;   /* of what the device counts, and what moved */
     uint64_t moved_bytes;
     uint32_t *stop;                 /* pinned */
-    /* Read, and in the case of flags written, by the others: */
+    /* Read, and flags and y written, by the others: */
     int device;
     int32_t *ids;    /* [T][K], c->lists' */
     void *x_own;     /* f16 [T][D] */
     uint64_t *flags; /* [2 * MOE_MAX_RANKS] */
-    const void *y;   /* f16 [R * T * K][D], NULL before the first step */
+    void *y;         /* f16 [R * T * K][D] products of this rank's tokens, at their rows; NULL before the first step */
     /* What the kernels are told; homes and load are those of layer 0. peers_known: pointers of others too. */
     struct exchange_args args;
-    const void *products[MOE_MAX_RANKS]; /* each rank's y */
-    bool peers_known, products_known;
+    void *all_y[MOE_MAX_RANKS]; /* each rank's */
+    const void *products[MOE_MAX_RANKS]; /* what the norm adds up: see struct route_lists */
+    struct exchange_meeting due; /* what the norm has to wait for; header NULL: nothing */
+    bool peers_known, shares_gpu; /* with another rank */
     struct nccl *nccl; /* NULL: peer memory */
 };
 
@@ -75,8 +77,8 @@ enum status exchange_collect(struct cuda *c, uint64_t parity);
 enum status exchange_begin_layer(struct cuda *c, int layer);
 /* The product of what this rank computes; the group's inputs unless a->x is set. */
 enum status exchange_grouped(struct cuda *c, struct gemm_args *a);
-/* After this rank's products in y: meet. Where products then are, by rank: c->exchange->products; see struct route_lists
- * and exchange_args.all_rows for which is whose. */
-enum status exchange_end_layer(struct cuda *c, int layer, const struct buf *y);
+/* The last product, by which y gets those of this rank's tokens, and the meeting after it. c->exchange->products: where they
+ * then are. */
+enum status exchange_down(struct cuda *c, int layer, struct gemm_args *p, const struct buf *y);
 
 #endif

@@ -153,7 +153,7 @@ DEVICE void store_rows(const struct gemm_args &a, const struct gemm_segment &s, 
             if (row + i < s.n_rows) out[i] = a.epilogue == GEMM_ADD_F32 ? out[i] + f[i] : f[i];
         return;
     }
-    uint16_t *out = (uint16_t *)s.out + to;
+    uint16_t *out = (uint16_t *)(a.rank_of ? a.out_of_rank[a.rank_of[token]] : s.out) + to;
     if (whole) {
         *(uint2 *)out = make_uint2(h2_pack(v.x, v.y), h2_pack(v.z, v.w));
         return;

@@ -38,8 +38,8 @@ enum {
     ROUTE_TILE_EXPERTS = 128,
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
-    EXCHANGE_BLOCKS = 48,   /* of the kernel that waits for other GPUs, and pieces of their tokens: see exchange.cu */
-    OWNER_SHIFT = 27,       /* of a routed row, below the rank that computes it: struct route_lists */
+    EXCHANGE_FEW = 48, EXCHANGE_MANY = 128, /* blocks of the kernel that waits for other GPUs, and pieces of the tokens */
+    OWNER_SHIFT = 27,       /* of a row of products, below the rank whose they are: struct route_lists */
     N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
@@ -57,6 +57,7 @@ struct step_header {
     int32_t n_pieces, n_tiles; /* attention work */
     int32_t by_blocks;         /* a piece is a block's, not a warp's */
     int32_t result;            /* 0 or 1: where the rows' results go */
+    uint32_t n_exchanged;      /* layers that this rank's group exchanged before this step */
     int32_t pieces_at, tiles_at, blocks_at; /* 4-byte words from the header */
 };
 
@@ -115,13 +116,25 @@ struct embed_args {
 };
 cudaError_t cuda_embed(const struct embed_args *a, int bucket, const struct cuda_queue *q);
 
+/* Where ranks meet on their devices. By rank; this rank's own among them: a flag is epoch << 32 | tokens; flags[r][i] is
+ * written by rank i, once its ids and x of a layer are there, flags[r][MOE_MAX_RANKS + i] once its products are. */
+struct exchange_meeting {
+    uint64_t *flags[MOE_MAX_RANKS]; /* [2 * MOE_MAX_RANKS] */
+    int32_t rank, n_ranks;
+    const struct step_header *header; /* NULL: there is no meeting */
+    uint32_t layer;      /* from 1: an epoch is header->n_exchanged + layer */
+    uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
+    uint64_t timeout_ns;
+};
+
 /* Optionally h[t] += sum of weights[t][k] * y[row_of[t][k]], in rank order; then optionally x = rmsnorm(h). */
 struct norm_args {
     const int32_t *n_rows;       /* in the header */
     const struct head_row *rows; /* x[r] is made from h[rows[r].token]; NULL: from h[r] */
     float *h;                    /* [T][D] */
     int32_t n_cols;
-    const void *y[MOE_MAX_RANKS]; /* f16 [rows][D] of each rank, alone: of rank 0; y[0] NULL: nothing to add */
+    const void *y[MOE_MAX_RANKS]; /* f16 [rows][D], by the top of row_of; y[0] NULL: nothing to add */
+    struct exchange_meeting meeting; /* before y is read, if there is one; a block per row, all at once, waits in it */
     const int32_t *row_of;       /* [T][K]: see struct route_lists */
     const float *weights;        /* [T][K] */
     int32_t n_used;              /* K */
@@ -167,6 +180,9 @@ struct gemm_args {
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
     const int32_t *n_items;
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
+    /* f16 rows go to out_of_rank[rank_of[row]], maybe in another GPU's memory, instead of the segment's out; NULL: not so. */
+    const uint8_t *rank_of;
+    void *out_of_rank[MOE_MAX_RANKS];
 };
 
 /* Which kernel, and how many warps to a block. */
@@ -229,7 +245,7 @@ struct route_lists {
     float *weights;        /* [T][K] */
     int32_t *expert_first; /* [E + 1] */
     int32_t *token_of;     /* [T * K] routed row -> token */
-    int32_t *row_of;       /* [T][K] -> routed row; in a group, rank << OWNER_SHIFT on top, of the rank that computes it */
+    int32_t *row_of;       /* [T][K] -> row of the products; rank << OWNER_SHIFT on top, if a rank's lie elsewhere */
     struct gemm_item *items[N_WIDTHS];
     int32_t *n_items;      /* [N_WIDTHS] */
 };
@@ -278,6 +294,7 @@ enum { EXPERT_COST = 32 };
 /* A layer's tokens: those of all ranks, in the order of the ranks. */
 struct group_tokens {
     int32_t n, first_own, n_own;
+    int32_t first[MOE_MAX_RANKS + 1]; /* of each rank; then n */
 };
 
 /* What a rank counts; behind it rows of the group by expert, [L][E], and by who computed them, [L][R]. */
@@ -286,24 +303,23 @@ enum { COUNT_READS /* groups of rows computed here */, COUNT_ROWS /* rows comput
 
 struct exchange_args {
     const struct step_header *header;
-    /* By rank; this rank's own among them. A flag is epoch << 32 | tokens; flags[r][i] is written by rank i, once its
-     * ids and x of a layer are there, flags[r][MOE_MAX_RANKS + i] once its products are. */
+    /* By rank; this rank's own among them. */
     const int32_t *ids[MOE_MAX_RANKS]; /* [T][K] */
     const void *x[MOE_MAX_RANKS];      /* f16 [T][D] */
-    uint64_t *flags[MOE_MAX_RANKS];    /* [2 * MOE_MAX_RANKS] */
+    struct exchange_meeting meeting;
     int32_t rank, n_ranks, max_tokens; /* max_tokens: of a rank */
     int32_t n_cols, n_experts, n_used;
-    uint32_t *epoch;     /* layers exchanged so far */
-    uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
-    uint64_t timeout_ns;
+    int32_t n_chunks;    /* EXCHANGE_FEW; or EXCHANGE_MANY, which only ranks with a GPU each may have */
     /* Or ids and x of all ranks were brought here: [R] how many tokens each has; there are no flags then. NULL: flags say. */
     const int32_t *arrived;
     int32_t *all_rows; /* then: [tokens][K], row_of of all ranks' tokens; row_of of a product from elsewhere is its pair */
+    /* Else: [rows of the group] whose token a routed row is of, so that its product is written there. */
+    uint8_t *rank_of;
     /* Written. R * T tokens at most: */
     struct group_tokens *tokens;
     int32_t *group_ids;    /* [tokens][K] */
     void *inputs;          /* f16 [tokens][D] */
-    int32_t *chunk_counts; /* [EXCHANGE_BLOCKS][E] */
+    int32_t *chunk_counts; /* [EXCHANGE_MANY][E] */
     const struct expert_home *homes; /* [E] of this layer */
     struct route_lists lists; /* row_of: of this rank's tokens; items: of the rows computed here; no ids, weights, expert_first */
     uint64_t *counts;      /* [N_COUNTS] */
@@ -316,7 +332,7 @@ cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda
 cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, void *send, size_t rank_rows,
                                const struct cuda_queue *q);
 /* Products are there; wait until all ranks' are. */
-cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q);
+cudaError_t cuda_exchange_end(const struct exchange_meeting *m, const struct cuda_queue *q);
 
 /* ---- sampling ------------------------------------------------------------------------------------------------ */
 

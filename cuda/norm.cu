@@ -2,6 +2,7 @@
  * normalises it for the next product. One block per row and a fixed number of threads, so that a row's sum of
  * squares is taken in one order. */
 #include "cuda/common.cuh"
+#include "cuda/meeting.cuh"
 #include "cuda/panel.h"
 
 enum : int {
@@ -70,11 +71,12 @@ static DEVICE float4 combine(const struct norm_args &a, int row, int i, float4 h
 template <int QUADS>
 static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
     k_norm_f16(const __grid_constant__ struct norm_args a) {
-    depend_release();
+    if (!a.meeting.header) depend_release();
     int r = (int)blockIdx.x, n = a.n_cols / 4;
     if (r >= *a.n_rows) return;
     int row = a.rows ? a.rows[r].token : r;
     float4 v[QUADS], norm[QUADS];
+    uint32_t epoch = a.meeting.header ? epoch_of(a.meeting) : 0;
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {
         int i = (int)threadIdx.x + THREADS * j;
@@ -82,12 +84,21 @@ static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
     }
     depend_wait();
     float4 *h = (float4 *)(a.h + (size_t)row * (size_t)a.n_cols);
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        int i = (int)threadIdx.x + THREADS * j;
+        if (i < n) v[j] = h[i];
+    }
+    if (a.meeting.header) { /* what comes next may fill the GPU, and is let in when nobody waits */
+        if (threadIdx.x < 32) meet_for_products(a.meeting, epoch);
+        __syncthreads();
+        depend_release();
+    }
     float squares = 0.0f;
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {
         int i = (int)threadIdx.x + THREADS * j;
         if (i >= n) break;
-        v[j] = h[i];
         if (a.y[0]) h[i] = v[j] = combine(a, row, i, v[j]);
         squares += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
     }

@@ -248,8 +248,7 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                           .x = op->act->p,
                           .n_cols = op->down->n_cols};
     a.segments[0] = segment(op->down, op->y);
-    TRY(grouped(c, &a));
-    if (c->together) TRY(exchange_end_layer(c, op->layer, op->y));
+    TRY(c->together ? exchange_down(c, op->layer, &a, op->y) : grouped(c, &a));
     if (c->n_tokens == 0) return ST_OK;
     c->pending = (struct norm_args){.n_rows = &c->view.header->n_tokens,
                                     .h = op->h->p,
@@ -258,7 +257,9 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                                     .row_of = c->lists.row_of,
                                     .weights = c->lists.weights,
                                     .n_used = c->shape.n_experts_used};
-    if (c->together) memcpy(c->pending.y, c->exchange->products, sizeof c->pending.y);
+    if (!c->together) return ST_OK;
+    memcpy(c->pending.y, c->exchange->products, sizeof c->pending.y);
+    c->pending.meeting = c->exchange->due;
     return ST_OK;
 }
 

@@ -241,6 +241,7 @@ enum status step_begin(struct backend *b, const struct moe_step *step, bool *iss
     f->n_tokens = step->n_tokens;
     f->together = c->together;
     size_t n = upload_fill(c, step, f->upload);
+    if (c->together) c->n_exchanged += (uint32_t)c->shape.n_layers;
     TRY(device_check(c, cudaEventRecord(f->begun, c->queue.stream)));
     TRY(device_check(c, cudaMemcpyAsync(c->upload, f->upload, n, cudaMemcpyHostToDevice,
                                         c->queue.stream)));

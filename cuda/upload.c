@@ -201,7 +201,7 @@ size_t upload_fill(struct cuda *c, const struct moe_step *step, uint8_t *dst) {
     struct bucket b = upload_bucket(c, step);
     struct step_view v = upload_view(&b, dst);
     struct step_header *h = (struct step_header *)(void *)dst;
-    *h = (struct step_header){.n_tokens = step->n_tokens, .result = (int32_t)(c->n_begun & 1)};
+    *h = (struct step_header){.n_tokens = step->n_tokens, .result = (int32_t)(c->n_begun & 1), .n_exchanged = c->n_exchanged};
     /* The view's arrays are const for the kernels; here they lie in dst. */
     int32_t *ids = (int32_t *)(uintptr_t)v.ids, *pos = (int32_t *)(uintptr_t)v.pos;
     int32_t *seq = (int32_t *)(uintptr_t)v.seq, *slot = (int32_t *)(uintptr_t)v.slot;

@@ -97,7 +97,7 @@ static void world_open(struct world *w, bool several) {
                                 .n_cols = w->n_cols,
                                 .n_experts = w->n_experts,
                                 .n_used = w->n_used,
-                                .timeout_ns = UINT64_C(10000000000)};
+                                .meeting = {.n_ranks = w->n_ranks, .timeout_ns = UINT64_C(10000000000)}};
     for (int r = 0; r < w->n_ranks; r++) {
         size_t at = (size_t)w->first[r];
         w->ids[r] = device((size_t)w->max_tokens * used * sizeof(int32_t));
@@ -106,16 +106,16 @@ static void world_open(struct world *w, bool several) {
         to_device(w->x[r], w->inputs + at * cols, (size_t)w->n[r] * cols * 2);
         a->ids[r] = w->ids[r];
         a->x[r] = w->x[r];
-        a->flags[r] = device(2 * MOE_MAX_RANKS * sizeof(uint64_t));
+        a->meeting.flags[r] = device(2 * MOE_MAX_RANKS * sizeof(uint64_t));
     }
     w->header = device(sizeof *w->header);
-    a->header = w->header;
-    a->epoch = device(sizeof *a->epoch);
-    ok(cudaHostAlloc((void **)&a->stop, sizeof *a->stop, cudaHostAllocDefault));
+    a->header = a->meeting.header = w->header;
+    ok(cudaHostAlloc((void **)&a->meeting.stop, sizeof *a->meeting.stop, cudaHostAllocDefault));
     a->tokens = device(sizeof *a->tokens);
+    a->rank_of = device(most * used);
     a->group_ids = device(most * used * sizeof(int32_t));
     a->inputs = device(most * cols * 2);
-    a->chunk_counts = device(EXCHANGE_BLOCKS * experts * sizeof(int32_t));
+    a->chunk_counts = device(EXCHANGE_MANY * experts * sizeof(int32_t));
     a->homes = device(experts * sizeof *a->homes);
     to_device((void *)(uintptr_t)a->homes, w->homes, experts * sizeof *a->homes);
     a->lists.token_of = device(most * used * sizeof(int32_t));
@@ -134,14 +134,14 @@ static void world_close(struct world *w) {
     for (int r = 0; r < w->n_ranks; r++) {
         ok(cudaFree(w->ids[r]));
         ok(cudaFree(w->x[r]));
-        ok(cudaFree(a->flags[r]));
+        ok(cudaFree(a->meeting.flags[r]));
     }
-    void *const all[] = {w->header,    a->epoch,          a->tokens,       a->group_ids,      a->inputs,
+    void *const all[] = {w->header,    a->rank_of, a->tokens,       a->group_ids,      a->inputs,
                          a->chunk_counts, (void *)(uintptr_t)a->homes, a->lists.token_of, a->lists.row_of,
                          a->lists.n_items, a->counts,      a->load,           a->rows};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ok(cudaFree(all[i]));
     for (int i = 0; i < N_WIDTHS; i++) ok(cudaFree(a->lists.items[i]));
-    ok(cudaFreeHost(a->stop));
+    ok(cudaFreeHost(a->meeting.stop));
     ok(cudaStreamDestroy(w->q.stream));
     free(w->group_ids);
     free(w->inputs);
@@ -150,11 +150,11 @@ static void world_close(struct world *w) {
 
 /* Everybody but `absent` (-1: nobody) has said that its ids and products are there. */
 static void as_rank(struct world *w, int rank, int absent) {
-    const uint32_t epoch = EPOCH;
-    w->a.rank = rank;
-    *w->a.stop = 0;
-    to_device(w->header, &(struct step_header){.n_tokens = w->n[rank]}, sizeof *w->header);
-    to_device(w->a.epoch, &epoch, sizeof epoch);
+    w->a.rank = w->a.meeting.rank = rank;
+    w->a.n_chunks = rank % 2 ? EXCHANGE_MANY : EXCHANGE_FEW; /* rows do not depend on it */
+    *w->a.meeting.stop = 0;
+    to_device(w->header, &(struct step_header){.n_tokens = w->n[rank], .n_exchanged = EPOCH - 4}, sizeof *w->header);
+    w->a.meeting.layer = 5;
     ok(cudaMemset(w->a.counts, 0, N_COUNTS * sizeof(uint64_t)));
     ok(cudaMemset(w->a.rows, 0, MOE_MAX_RANKS * sizeof(uint64_t)));
     ok(cudaMemset(w->a.load, 0, (size_t)w->n_experts * sizeof(uint64_t)));
@@ -165,7 +165,7 @@ static void as_rank(struct world *w, int rank, int absent) {
             flags[q] = layer << 32 | (uint64_t)w->n[q];
             flags[MOE_MAX_RANKS + q] = layer << 32;
         }
-        to_device(w->a.flags[r], flags, sizeof flags);
+        to_device(w->a.meeting.flags[r], flags, sizeof flags);
     }
 }
 
@@ -249,17 +249,15 @@ static void check_rank(struct world *w, const struct expected *x, int rank) {
     size_t pairs = (size_t)n * (size_t)w->n_used, input_bytes = (size_t)n * (size_t)w->n_cols * 2;
     as_rank(w, rank, -1);
     ok(cuda_exchange_begin(&w->a, &w->q));
-    ok(cuda_exchange_end(&w->a, &w->q));
+    ok(cuda_exchange_end(&w->a.meeting, &w->q));
     ok(cudaStreamSynchronize(w->q.stream));
-    assert_int_equal(*w->a.stop, 0);
+    assert_int_equal(*w->a.meeting.stop, 0);
     struct group_tokens *t = to_host(w->a.tokens, sizeof *t);
     assert_int_equal(t->n, n);
     assert_int_equal(t->first_own, w->first[rank]);
     assert_int_equal(t->n_own, w->n[rank]);
-    uint32_t *epoch = to_host(w->a.epoch, sizeof *epoch);
-    assert_int_equal(*epoch, EPOCH + 1);
     for (int r = 0; r < w->n_ranks; r++) {
-        uint64_t *flags = to_host(w->a.flags[r], 2 * MOE_MAX_RANKS * sizeof *flags);
+        uint64_t *flags = to_host(w->a.meeting.flags[r], 2 * MOE_MAX_RANKS * sizeof *flags);
         uint64_t said = (uint64_t)(EPOCH + 1) << 32;
         assert_int_equal(flags[rank], said | (uint64_t)w->n[rank]);
         assert_int_equal(flags[MOE_MAX_RANKS + rank], said);
@@ -272,15 +270,19 @@ static void check_rank(struct world *w, const struct expected *x, int rank) {
     assert_memory_equal(inputs, w->inputs, input_bytes);
     assert_memory_equal(token_of, x->token_of, pairs * sizeof *ids);
     uint64_t n_far = (uint64_t)(n - w->n[rank]);
+    uint8_t *rank_of = to_host(w->a.rank_of, pairs);
+    for (int r = 0; r < w->n_ranks; r++)
+        for (int p = w->first[r] * w->n_used; p < w->first[r + 1] * w->n_used; p++)
+            assert_int_equal(rank_of[x->row_of[p]], r);
+    free(rank_of);
     for (int p = 0; p < n_own; p++) {
         int owner = x->owner[w->group_ids[first + p]];
-        assert_int_equal(row_of[p], x->row_of[first + p] | owner << OWNER_SHIFT);
+        assert_int_equal(row_of[p], x->row_of[first + p]);
         n_far += owner != rank;
     }
     check_counts(w, x, n_far);
     for (int i = 0; i < N_WIDTHS; i++) check_items(w, x, i);
     free(t);
-    free(epoch);
     free(ids);
     free(token_of);
     free(row_of);
@@ -307,7 +309,7 @@ static void check_packed(struct world *w, const struct expected *x, int rank) {
     ok(cuda_exchange_begin(&a, &w->q));
     ok(cuda_exchange_pack(&a, device_y, send, rank_rows, &w->q));
     ok(cudaStreamSynchronize(w->q.stream));
-    assert_int_equal(*w->a.stop, 0);
+    assert_int_equal(*w->a.meeting.stop, 0);
     uint16_t *sent = to_host(send, sent_bytes);
     int32_t *row_of = to_host(a.lists.row_of, (size_t)w->n[rank] * (size_t)w->n_used * sizeof *row_of);
     for (int r = 0; r < w->n_ranks; r++)
@@ -368,10 +370,10 @@ static void test_all_tokens(void **state) {
 static void check_lost(struct world *w) {
     for (int layer = 0; layer < 20; layer++) {
         ok(cuda_exchange_begin(&w->a, &w->q));
-        ok(cuda_exchange_end(&w->a, &w->q));
+        ok(cuda_exchange_end(&w->a.meeting, &w->q));
     }
     ok(cudaStreamSynchronize(w->q.stream));
-    assert_true(*w->a.stop != 0);
+    assert_true(*w->a.meeting.stop != 0);
     struct group_tokens *t = to_host(w->a.tokens, sizeof *t);
     assert_int_equal(t->n, w->n[0]);
     free(t);
@@ -382,12 +384,12 @@ static void test_lost(void **state) {
     struct world w = {
         .rng = 9, .n_ranks = 2, .n_experts = 128, .n_used = 8, .n_cols = 256, .max_tokens = 64, .n = {20, 30}};
     world_open(&w, false);
-    w.a.timeout_ns = UINT64_C(2000000000);
+    w.a.meeting.timeout_ns = UINT64_C(2000000000);
     as_rank(&w, 0, 1);
     check_lost(&w);
-    w.a.timeout_ns = UINT64_C(3600000000000);
+    w.a.meeting.timeout_ns = UINT64_C(3600000000000);
     as_rank(&w, 0, 1);
-    *w.a.stop = 1;
+    *w.a.meeting.stop = 1;
     check_lost(&w);
     world_close(&w);
 }
