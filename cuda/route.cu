@@ -1,13 +1,14 @@
 /* route: the experts' input x, and which experts each token goes to: logits in true f32, softmax, top-k, and the sort
  * of the pairs by expert (route_sort.cuh).
  *
- * The columns are cut into ROUTE_PLANES planes of two chains. A chain is summed first to last, with fused multiply-adds of
- * h and (router * norm); chains, then planes are added as neighbours in a tree, and the sum is multiplied with
- * 1 / rms, whose squares are summed by planes too. A block has a tile of tokens, TILE_EXPERTS experts and one plane: how
- * many tokens a tile has changes no sum.
+ * Chain l of 32 has columns 128 j + 4 l + {0 … 3} for all j, summed in that order with fused multiply-adds of h and
+ * (router * norm); the chains' sums are added as neighbours in a tree, and multiplied with 1 / rms, whose squares are
+ * summed the same way. Small steps: a lane of a warp has a chain (k_route_few). Larger ones: a block has a tile of
+ * tokens, TILE_EXPERTS experts and one plane, which is two chains (k_route_logits). The same sums either way.
  *
- * Small steps are one launch: the last block of a tile of ROUTE_CHUNK tokens (a chunk) chooses, one token per warp, and
- * the last chunk sorts. Larger ones choose in a launch of their own, and the largest sort in a third. */
+ * Small steps are one launch: a block has WARPS experts and ROUTE_CHUNK tokens (a chunk), the last block of a chunk
+ * chooses, one token per warp, and the last chunk sorts. Larger ones choose in a launch of their own, and the largest
+ * sort in a third. */
 #include "cuda/common.cuh"
 #include "cuda/route_sort.cuh"
 
@@ -18,6 +19,7 @@ enum : int {
     CHAIN_QUADS = 16, /* quads of a chain that are in shared memory at a time: all of 2048 columns */
     ROW = 2 * 4 * CHAIN_QUADS + 4, /* floats of a row there, padded */
     FEW_TOKENS = 64,  /* of a step that is one launch */
+    HELD = 16,        /* float4 of a row in a lane's registers */
     WIDE_TOKENS = 512,
     PLACE_WARPS = 16
 };
@@ -38,6 +40,16 @@ static DEVICE float dot(float4 h, float4 w, float sum) {
 
 static DEVICE int pitch_of(const struct route_args &a) { return route_pitch(a.n_experts); }
 
+/* The lanes' sums, neighbours first: a tree that begins with planes. */
+static DEVICE float chain_sum(float x) {
+    for (int d = 1; d < 32; d <<= 1) x += __shfl_xor_sync(ALL_LANES, x, d);
+    return x;
+}
+static DEVICE float square(float4 v) { return v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w); }
+static DEVICE float inverse_of(const struct route_args &a, float squares) {
+    return 1.0f / sqrtf(squares / (float)a.n_cols + a.eps);
+}
+
 /* Sums of squares: [T][ROUTE_PLANES] behind the logits' planes. */
 static DEVICE float *squares_of(const struct route_args &a) {
     return a.partials + (size_t)ROUTE_PLANES * (size_t)a.header->n_tokens * (size_t)pitch_of(a);
@@ -48,14 +60,14 @@ static DEVICE float *squares_of(const struct route_args &a) {
 /* A block: TT tokens. Half of its warps have one chain, half the other; a warp has 32 experts, a lane TM tokens
  * tt + LT i and TN experts te + LE j of them. */
 template <int TT> struct logit_tile {
-    static constexpr int LT = TT < 4 ? 1 : 4, LE = 32 / LT, TM = TT / LT, TN = 32 / LE;
+    static constexpr int LT = 4, LE = 32 / LT, TM = TT / LT, TN = 32 / LE;
     float w[TILE_EXPERTS][ROW], x[TT][ROW];
 
     /* Which float4 of a row of n_cols this lane brings: quad `lane` of the piece of the plane. */
     static DEVICE int column(const struct route_args &a, int piece, int lane, bool &real) {
         int quads = a.n_cols / (8 * ROUTE_PLANES), at = piece * CHAIN_QUADS + lane % CHAIN_QUADS; /* of a chain */
         real = at < quads;
-        return real ? (2 * (int)blockIdx.z + lane / CHAIN_QUADS) * quads + at : 0;
+        return real ? 32 * at + 2 * (int)blockIdx.z + lane / CHAIN_QUADS : 0;
     }
 
     DEVICE void fetch_weights(const struct route_args &a, int piece, int lane, int warp) {
@@ -183,84 +195,84 @@ static DEVICE void choose(const struct route_args &a, int t, const float (&p)[PE
 }
 
 /* A token's logits, but for 1 / rms, from the planes: p[i] of expert_at(i, lane). */
-template <int PER_LANE> static DEVICE void add_planes(const struct route_args &a, int t, int lane, float (&p)[PER_LANE]) {
+template <int PLANES, int PER_LANE>
+static DEVICE void add_planes(const struct route_args &a, int t, int lane, float (&p)[PER_LANE]) {
     int pitch = pitch_of(a);
     size_t plane = (size_t)a.header->n_tokens * (size_t)(pitch / 4);
     const float4 *logits = (const float4 *)a.partials + (size_t)t * (size_t)(pitch / 4) + lane;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i += 4) {
         if (i > 0) asm volatile("" ::: "memory"); /* registers are for one round of loads */
-        float4 s[ROUTE_PLANES];
+        float4 s[PLANES];
 #pragma unroll
-        for (int k = 0; k < ROUTE_PLANES; k++)
+        for (int k = 0; k < PLANES; k++)
             s[k] = 32 * i < pitch ? __ldcg(logits + k * plane + 8 * i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int d = 1; d < ROUTE_PLANES; d *= 2)
+        for (int d = 1; d < PLANES; d *= 2)
 #pragma unroll
-            for (int k = 0; k < ROUTE_PLANES; k += 2 * d) s[k] = add(s[k], s[k + d]);
+            for (int k = 0; k < PLANES; k += 2 * d) s[k] = add(s[k], s[k + d]);
         p[i] = s[0].x, p[i + 1] = s[0].y, p[i + 2] = s[0].z, p[i + 3] = s[0].w;
     }
 }
 
-/* Experts and weights of token t from the sums; returns 1 / rms. */
-template <int PER_LANE> static DEVICE float finish_token(const struct route_args &a, int t, int *ids, int lane) {
-    float p[PER_LANE], squares = __ldcg(squares_of(a) + (size_t)t * ROUTE_PLANES + lane % ROUTE_PLANES);
-    add_planes<PER_LANE>(a, t, lane, p);
-    for (int d = 1; d < ROUTE_PLANES; d <<= 1) squares += __shfl_xor_sync(ALL_LANES, squares, d);
-    float inverse = 1.0f / sqrtf(squares / (float)a.n_cols + a.eps);
+/* Experts and weights of token t from the sums. */
+template <int PLANES, int PER_LANE>
+static DEVICE void finish_token(const struct route_args &a, int t, float inverse, int *ids, int lane) {
+    float p[PER_LANE];
+    add_planes<PLANES, PER_LANE>(a, t, lane, p);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) p[i] = expert_at(i, lane) < a.n_experts ? p[i] * inverse : -INFINITY;
     choose<PER_LANE>(a, t, p, ids, lane);
-    return inverse;
 }
 
-/* x of n tokens, at most N. No load waits for a store of before: a thread has two quads of each token at once. */
-template <int N> static DEVICE void write_rows(const struct route_args &a, int t0, int n, const float *inverse) {
+static DEVICE uint2 normed(float4 v, float inverse, float4 w) {
+    return make_uint2(h2_pack(v.x * inverse * w.x, v.y * inverse * w.y),
+                      h2_pack(v.z * inverse * w.z, v.w * inverse * w.w));
+}
+
+/* x of a chunk of n tokens. No load waits for a store of before: a thread has two quads of each token at once. */
+static DEVICE void write_rows(const struct route_args &a, int t0, int n, const float *inverse) {
     int quads = a.n_cols / 4;
     const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads, *norm = (const float4 *)a.norm;
     uint2 *x = (uint2 *)a.x + (size_t)t0 * (size_t)quads;
     for (int first = (int)threadIdx.x; first < quads; first += 2 * THREADS) {
-        float4 v[2][N], w[2];
+        float4 v[2][ROUTE_CHUNK], w[2];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             int i = first + THREADS * j;
             w[j] = load_if(i < quads, norm + i);
 #pragma unroll
-            for (int t = 0; t < N; t++) v[j][t] = load_if(i < quads && t < n, h + (size_t)t * (size_t)quads + i);
+            for (int t = 0; t < ROUTE_CHUNK; t++) v[j][t] = load_if(i < quads && t < n, h + (size_t)t * (size_t)quads + i);
         }
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
-            for (int t = 0; t < N; t++) {
+            for (int t = 0; t < ROUTE_CHUNK; t++) {
                 int i = first + THREADS * j;
                 float r = inverse[t];
                 if (i < quads && t < n)
-                    x[(size_t)t * (size_t)quads + i] =
-                        make_uint2(h2_pack(v[j][t].x * r * w[j].x, v[j][t].y * r * w[j].y),
-                                   h2_pack(v[j][t].z * r * w[j].z, v[j][t].w * r * w[j].w));
+                    x[(size_t)t * (size_t)quads + i] = normed(v[j][t], r, w[j]);
             }
     }
 }
 
 /* ---- chunks ----------------------------------------------------------------------------------------------------- */
 
-/* Chooses for the tokens t0 … of a chunk, at most N, and marks their experts. The last chunk sorts, if there are not too
- * many. x comes last: who sorts is waited for. */
-template <int N> static DEVICE void finish_chunk(const struct route_args &a, int t0) {
-    __shared__ int ids[ROUTE_CHUNK * MAX_EXPERTS_USED];
-    __shared__ float inverse[ROUTE_CHUNK];
-    __shared__ bool last;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    int n_tokens = a.header->n_tokens, n = min(n_tokens - t0, (int)ROUTE_CHUNK);
-    uint32_t *memory = (uint32_t *)shared_bytes;
+/* For token t0 + warp of a chunk of n; the block meets. */
+template <int PLANES>
+static DEVICE void choose_chunk(const struct route_args &a, int t0, int n, float inverse, int *ids, int lane, int warp) {
     if (warp < n) {
-        int *own = ids + warp * a.n_used;
-        float r = a.n_experts <= 128 ? finish_token<4>(a, t0 + warp, own, lane)
-                                     : finish_token<MAX_EXPERTS / 32>(a, t0 + warp, own, lane);
-        if (lane == 0) inverse[warp] = r;
+        if (a.n_experts <= 128) finish_token<PLANES, 4>(a, t0 + warp, inverse, ids + warp * a.n_used, lane);
+        else finish_token<PLANES, MAX_EXPERTS / 32>(a, t0 + warp, inverse, ids + warp * a.n_used, lane);
     }
     __syncthreads();
-    if (a.unsorted) return write_rows<N>(a, t0, n, inverse);
+}
+
+/* Marks the experts of a chunk's n tokens. The last chunk sorts, if there are not too many. */
+static DEVICE void sort_chunk(const struct route_args &a, int t0, int n, const int *ids) {
+    __shared__ bool last;
+    int n_tokens = a.header->n_tokens;
+    uint32_t *memory = (uint32_t *)shared_bytes;
     route_mark<THREADS>(a, ids, n * a.n_used, memory);
     bool alone = n_tokens <= ROUTE_CHUNK, one_block = n_tokens <= SORT_TOKENS;
     if (!alone) save_marks<THREADS>(a, memory, t0 / ROUTE_CHUNK);
@@ -269,20 +281,113 @@ template <int N> static DEVICE void finish_chunk(const struct route_args &a, int
         last = alone || (one_block && draw_last(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK));
     __syncthreads();
     if (last) route_sort<THREADS>(a, alone ? ids : NULL, memory);
-    write_rows<N>(a, t0, n, inverse);
 }
+
+/* ---- few tokens: everything at once ------------------------------------------------------------------------- */
+
+static DEVICE void fetch_router(const struct route_args &a, int e, int first, int lane, float4 (&w)[HELD]) {
+    int quads = a.n_cols / 4;
+    const float4 *row = (const float4 *)a.router + (size_t)e * (size_t)quads + first + lane;
+    const float4 *norm = (const float4 *)a.norm + first + lane;
+#pragma unroll
+    for (int j = 0; j < HELD; j++) w[j] = load_if(first + 32 * j < quads && e < a.n_experts, row + 32 * j);
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+        float4 n = load_if(first + 32 * j < quads, norm + 32 * j);
+        w[j] = make_float4(w[j].x * n.x, w[j].y * n.y, w[j].z * n.z, w[j].w * n.w);
+    }
+}
+
+/* Logits of expert e for the n tokens at h, N at most, written by lane i for token i. */
+template <int N>
+static DEVICE void few_logits(const struct route_args &a, const float4 *h, int n, int e, float *out, int lane) {
+    constexpr int at_once = N == 1 ? HELD : 1; /* float4 of each token */
+    int quads = a.n_cols / 4;
+    float sums[N] = {};
+    for (int first = 0; first < quads; first += 32 * HELD) {
+        float4 w[HELD];
+        fetch_router(a, e, first, lane, w);
+        depend_wait(); /* at once, but for the first time */
+#pragma unroll
+        for (int j0 = 0; j0 < HELD; j0 += at_once) {
+            float4 v[at_once][N];
+#pragma unroll
+            for (int j = 0; j < at_once; j++)
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    int at = first + 32 * (j0 + j);
+                    v[j][i] = load_if(at < quads, h + min(i, n - 1) * quads + at + lane);
+                }
+#pragma unroll
+            for (int j = 0; j < at_once; j++)
+#pragma unroll
+                for (int i = 0; i < N; i++) sums[i] = dot(v[j][i], w[j0 + j], sums[i]);
+        }
+    }
+    float logit = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float sum = chain_sum(sums[i]);
+        if (lane == i) logit = sum;
+    }
+    if (lane < n && e < a.n_experts) __stcg(out + (size_t)lane * (size_t)pitch_of(a) + (size_t)e, logit);
+}
+
+/* 1 / rms of a row. */
+static DEVICE float row_inverse(const struct route_args &a, const float4 *h, int lane) {
+    float squares = 0.0f;
+    for (int first = 0; first < a.n_cols / 4; first += 32 * HELD) {
+        float4 v[HELD];
+#pragma unroll
+        for (int j = 0; j < HELD; j++) v[j] = load_if(first + 32 * j < a.n_cols / 4, h + first + 32 * j + lane);
+#pragma unroll
+        for (int j = 0; j < HELD; j++) squares += square(v[j]);
+    }
+    return inverse_of(a, chain_sum(squares));
+}
+
+/* N: tokens of a block, 1 or ROUTE_CHUNK. All blocks of a chunk write a part of its x. */
+template <int N>
+static __global__ void __launch_bounds__(THREADS, 1)
+    k_route_few_f32(const __grid_constant__ struct route_args a) {
+    __shared__ int ids[ROUTE_CHUNK * MAX_EXPERTS_USED];
+    __shared__ bool last;
+    depend_release();
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, quads = a.n_cols / 4;
+    int e = (int)blockIdx.x * WARPS + warp, t0 = (int)blockIdx.y * N, n_tokens = a.header->n_tokens;
+    if (t0 >= n_tokens) return;
+    const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads;
+    int n = min(n_tokens - t0, N);
+    few_logits<N>(a, h, n, e, a.partials + (size_t)t0 * (size_t)pitch_of(a), lane);
+    __syncthreads();
+    if (threadIdx.x == 0) last = draw_last(a.tickets + 1 + blockIdx.y, (int)gridDim.x);
+    float inverse = 0.0f;
+    if (warp < n) {
+        const float4 *row = h + (size_t)warp * (size_t)quads, *norm = (const float4 *)a.norm;
+        uint2 *x = (uint2 *)a.x + (size_t)(t0 + warp) * (size_t)quads;
+        inverse = row_inverse(a, row, lane);
+        for (int i = 32 * (int)blockIdx.x + lane; i < quads; i += 32 * (int)gridDim.x)
+            x[i] = normed(row[i], inverse, norm[i]);
+    }
+    __syncthreads();
+    if (!last) return;
+    choose_chunk<1>(a, t0, n, inverse, ids, lane, warp);
+    if (!a.unsorted) sort_chunk(a, t0, n, ids);
+}
+
+/* ---- many tokens -------------------------------------------------------------------------------------------------- */
 
 template <int TT>
 static __global__ void __launch_bounds__(THREADS, 2)
     k_route_logits_f32(const __grid_constant__ struct route_args a) {
     typedef logit_tile<TT> tile;
-    __shared__ bool last;
     tile &b = *(tile *)shared_bytes;
     depend_release();
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     int t0 = (int)blockIdx.x * TT, n_tokens = a.header->n_tokens, quads = a.n_cols / (8 * ROUTE_PLANES);
     if (t0 >= n_tokens) return;
-    float acc[tile::TM][tile::TN] = {}, squares[(TT + WARPS - 1) / WARPS] = {};
+    float acc[tile::TM][tile::TN] = {}, squares = 0.0f; /* thread 2 i + c: of token i, chain c */
+    const float *own = &b.x[(int)threadIdx.x / 2 % TT][(int)threadIdx.x % 2 * (4 * CHAIN_QUADS)];
     b.fetch_weights(a, 0, lane, warp);
     depend_wait();
     for (int first = 0; first < quads; first += CHAIN_QUADS) {
@@ -293,39 +398,38 @@ static __global__ void __launch_bounds__(THREADS, 2)
         b.fetch_inputs(a, first / CHAIN_QUADS, t0, lane, warp);
         copy_wait<0>();
         __syncthreads();
-        b.add_piece(min(quads - first, (int)CHAIN_QUADS), lane, warp, acc);
-        if (blockIdx.y == 0)
-#pragma unroll
-            for (int i = 0; i < (TT + WARPS - 1) / WARPS; i++) {
-                float4 v = warp + WARPS * i < TT ? *(const float4 *)&b.x[warp + WARPS * i][4 * lane]
-                                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                squares[i] += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
-            }
+        int n = min(quads - first, (int)CHAIN_QUADS);
+        b.add_piece(n, lane, warp, acc);
+        if (blockIdx.y == 0 && threadIdx.x < 2 * TT)
+            for (int k = 0; k < n; k++) squares += square(*(const float4 *)(own + 4 * k));
     }
-    if (blockIdx.y == 0)
-#pragma unroll
-        for (int i = 0; i < (TT + WARPS - 1) / WARPS; i++) {
-            float sum = warp_sum(squares[i]);
-            int t = t0 + warp + WARPS * i;
-            if (lane == 0 && warp + WARPS * i < TT && t < n_tokens)
-                __stcg(squares_of(a) + (size_t)t * ROUTE_PLANES + blockIdx.z, sum);
-        }
+    squares += __shfl_xor_sync(ALL_LANES, squares, 1);
+    int t = t0 + (int)threadIdx.x / 2;
+    if (blockIdx.y == 0 && threadIdx.x < 2 * TT && threadIdx.x % 2 == 0 && t < n_tokens)
+        __stcg(squares_of(a) + (size_t)t * ROUTE_PLANES + blockIdx.z, squares);
     __syncthreads();
     b.store(a, t0, lane, warp, acc);
-    if constexpr (TT <= ROUTE_CHUNK) {
-        __syncthreads();
-        if (threadIdx.x == 0) last = draw_last(a.tickets + 1 + blockIdx.x, (int)(gridDim.y * gridDim.z));
-        __syncthreads();
-        if (last) finish_chunk<TT>(a, t0);
-    }
 }
 
 static __global__ void __launch_bounds__(THREADS, 2)
     k_route_choose_f32(const __grid_constant__ struct route_args a) {
+    __shared__ int ids[ROUTE_CHUNK * MAX_EXPERTS_USED];
+    __shared__ float inverses[ROUTE_CHUNK];
     depend_release();
-    if ((int)blockIdx.x * ROUTE_CHUNK >= a.header->n_tokens) return;
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int t0 = (int)blockIdx.x * ROUTE_CHUNK, n = min(a.header->n_tokens - t0, (int)ROUTE_CHUNK);
+    if (n <= 0) return;
     depend_wait();
-    finish_chunk<ROUTE_CHUNK>(a, (int)blockIdx.x * ROUTE_CHUNK);
+    float inverse = 0.0f;
+    if (warp < n) {
+        float squares = __ldcg(squares_of(a) + (size_t)(t0 + warp) * ROUTE_PLANES + lane % ROUTE_PLANES);
+        for (int d = 1; d < ROUTE_PLANES; d <<= 1) squares += __shfl_xor_sync(ALL_LANES, squares, d);
+        inverse = inverse_of(a, squares);
+        if (lane == 0) inverses[warp] = inverse;
+    }
+    choose_chunk<ROUTE_PLANES>(a, t0, n, inverse, ids, lane, warp);
+    if (!a.unsorted) sort_chunk(a, t0, n, ids);
+    write_rows(a, t0, n, inverses); /* last: who sorts is waited for */
 }
 
 static __global__ void __launch_bounds__(32 * PLACE_WARPS)
@@ -362,8 +466,7 @@ static size_t sort_bytes(const struct route_args *a, int bucket) {
 template <int TT>
 static cudaError_t launch_logits(const struct route_args *a, int bucket, const struct cuda_queue *q) {
     dim3 grid((unsigned)((bucket + TT - 1) / TT), (unsigned)(route_pitch(a->n_experts) / TILE_EXPERTS), ROUTE_PLANES);
-    size_t shared = sizeof(logit_tile<TT>), sort = sort_bytes(a, bucket);
-    return launch(k_route_logits_f32<TT>, grid, THREADS, TT <= ROUTE_CHUNK && sort > shared ? sort : shared, q, *a);
+    return launch(k_route_logits_f32<TT>, grid, THREADS, sizeof(logit_tile<TT>), q, *a);
 }
 
 static cudaError_t launch_place(const struct route_args *a, unsigned chunks, const struct cuda_queue *q) {
@@ -371,14 +474,12 @@ static cudaError_t launch_place(const struct route_args *a, unsigned chunks, con
     return launch(k_route_place_i32, dim3((chunks + PLACE_WARPS - 1) / PLACE_WARPS, 1, 1), 32 * PLACE_WARPS, shared, q, *a);
 }
 
-/* With what finish_chunk declares. */
-enum : size_t { wide_bytes = sizeof(logit_tile<64>) + 2048 };
-
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q) {
-    if (bucket == 1) return launch_logits<1>(a, bucket, q);
-    if (bucket <= FEW_TOKENS) return launch_logits<ROUTE_CHUNK>(a, bucket, q);
     unsigned chunks = (unsigned)((bucket + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
-    bool wide = bucket > WIDE_TOKENS && wide_bytes <= q->max_shared;
+    dim3 few((unsigned)((a->n_experts + WARPS - 1) / WARPS), chunks, 1);
+    if (bucket == 1) return launch(k_route_few_f32<1>, few, THREADS, sort_bytes(a, bucket), q, *a);
+    if (bucket <= FEW_TOKENS) return launch(k_route_few_f32<ROUTE_CHUNK>, few, THREADS, sort_bytes(a, bucket), q, *a);
+    bool wide = bucket > WIDE_TOKENS && sizeof(logit_tile<64>) <= q->max_shared;
     cudaError_t e = wide            ? launch_logits<64>(a, bucket, q)
                     : bucket <= 128 ? launch_logits<16>(a, bucket, q)
                                     : launch_logits<32>(a, bucket, q);
@@ -402,11 +503,11 @@ template <typename K> static cudaError_t allow_shared(K *kernel, size_t n) {
 cudaError_t route_prepare(size_t max_shared) {
     const size_t sort = route_sort_bytes(SORT_TOKENS, MAX_EXPERTS);
     const cudaError_t all[] = {
-        allow_shared(k_route_logits_f32<1>, sizeof(logit_tile<1>)),
-        allow_shared(k_route_logits_f32<ROUTE_CHUNK>, sizeof(logit_tile<ROUTE_CHUNK>)),
+        allow_shared(k_route_few_f32<1>, sort),
+        allow_shared(k_route_few_f32<ROUTE_CHUNK>, sort),
         allow_shared(k_route_logits_f32<16>, sizeof(logit_tile<16>)),
         allow_shared(k_route_logits_f32<32>, sizeof(logit_tile<32>)),
-        wide_bytes <= max_shared ? allow_shared(k_route_logits_f32<64>, sizeof(logit_tile<64>)) : cudaSuccess,
+        sizeof(logit_tile<64>) <= max_shared ? allow_shared(k_route_logits_f32<64>, sizeof(logit_tile<64>)) : cudaSuccess,
         allow_shared(k_route_choose_f32, sort),
         allow_shared(k_route_mark_i32, sort),
         allow_shared(k_route_sort_i32, sort),
