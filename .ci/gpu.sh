@@ -26,7 +26,7 @@ build() {
   cmake --build --preset cuda -j "$(nproc)" >"$OUT/build.log" 2>&1 || { grep -E -A5 'error|Error' "$OUT/build.log" | head -60; return 1; }
 }
 
-tests() { ctest --test-dir build/cuda -L gpu --output-on-failure --timeout 300 >"$OUT/test.log" 2>&1; r=$?; tail -60 "$OUT/test.log"; return $r; }
+tests() { ctest --test-dir build/cuda -L '^gpu$' --output-on-failure --timeout 300 >"$OUT/test.log" 2>&1; r=$?; tail -60 "$OUT/test.log"; return $r; }
 
 sanitize() {
   local t r=0

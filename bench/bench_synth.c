@@ -62,6 +62,7 @@ struct options {
     const char *vocab, *out;
     uint64_t seed;
     int n_threads;
+    double skew;
 };
 
 /* ---- metadata ----------------------------------------------------------------------------------- */
@@ -286,6 +287,7 @@ struct tensor {
     uint64_t ne[3];
     uint64_t n_bytes, offset; /* from the beginning of the data */
     float std; /* 0: all ones */
+    const float *row_std; /* [ne1] factors of an f32 tensor's rows; NULL: 1 */
 };
 
 struct plan {
@@ -457,9 +459,10 @@ static void fill_blocks(const struct tensor *t, const struct block_heads *h, uin
         }
         return;
     default: /* F32: the sum of four uniforms is bell-shaped enough for a router */
-        for (; dst < end; dst += sizeof(float)) {
+        for (size_t i = 0; dst < end; dst += sizeof(float), i++) {
             double u = uniform(&rng) + uniform(&rng) + uniform(&rng) + uniform(&rng) - 2;
             float v = t->std > 0 ? (float)(u * sqrt(3.0)) * t->std : 1;
+            if (t->row_std) v *= t->row_std[i / t->ne[0]];
             memcpy(dst, &v, sizeof v);
         }
     }
@@ -569,8 +572,34 @@ static struct out make_metadata(const struct options *c, const struct plan *p) {
     return head;
 }
 
+/* How much longer the router's rows are than others, so that experts are in demand by Zipf's law: a row of length s gives
+ * normal logits of deviation s, which are above 1, say, with probability Q(1 / s). That is at most a half, so the first
+ * experts are less in demand than the law says. Every other expert comes first, so that a table which deals experts out
+ * to two devices in turn is as wrong as can be. */
+static float *make_row_stds(uint32_t n_experts, uint32_t n_used, double exponent) {
+    float *std = need(calloc(n_experts, sizeof *std));
+    double sum = 0;
+    for (uint32_t i = 0; i < n_experts; i++) sum += pow(i + 1, -exponent);
+    for (uint32_t i = 0; i < n_experts; i++) {
+        double p = fmin(n_used * pow(i + 1, -exponent) / sum, 0.4), lo = 0.05, hi = 10;
+        for (int k = 0; k < 50; k++) {
+            double s = (lo + hi) / 2;
+            if (0.5 * erfc(sqrt(0.5) / s) < p) lo = s;
+            else hi = s;
+        }
+        std[i * 2 % n_experts + i * 2 / n_experts] = (float)lo;
+    }
+    return std;
+}
+
 static void write_file(const struct options *c) {
     struct plan p = make_plan(c);
+    float *row_std = c->skew > 0 ? make_row_stds(c->shape.n_experts, c->shape.n_experts_used, c->skew) : NULL;
+    for (size_t i = 0; i < p.n && row_std; i++) {
+        if (strstr(p.tensors[i].name, "ffn_gate_inp") == NULL) continue;
+        CHECK(p.tensors[i].n_bytes <= CHUNK_BYTES); /* rows are counted from the start of a chunk */
+        p.tensors[i].row_std = row_std;
+    }
     struct out meta = make_metadata(c, &p);
     uint64_t total = meta.n + p.data_bytes, start = clock_now_ns();
     char *part = need(malloc(strlen(c->out) + sizeof ".part"));
@@ -598,6 +627,7 @@ static void write_file(const struct options *c) {
     free(part);
     free(meta.p);
     free(p.tensors);
+    free(row_std);
 }
 
 /* ---- options ------------------------------------------------------------------------------------- */
@@ -614,6 +644,7 @@ static const char help[] =
     "  --vocab FILE     copy the tokenizer of this GGUF file; none (default): a synthetic "
     "byte-level one\n"
     "  --seed N         of the weights (default 1)\n"
+    "  --skew X         experts are in demand by Zipf's law with this exponent (default 0: all alike)\n"
     "  --threads N      default: one per CPU; the file does not depend on it\n"
     "  --help           this text\n";
 
@@ -624,6 +655,13 @@ static uint64_t parse_number(const char *name, const char *s, uint64_t lo, uint6
     if (s[0] < '0' || s[0] > '9' || *end || errno || v < lo || v > hi)
         die(2, "%s %s: a number from %llu to %llu is needed", name, s, (unsigned long long)lo,
             (unsigned long long)hi);
+    return v;
+}
+
+static double parse_exponent(const char *s) {
+    char *end;
+    double v = strtod(s, &end);
+    if (end == s || *end || !(v >= 0 && v <= 4)) die(2, "--skew %s: a number from 0 to 4 is needed", s);
     return v;
 }
 
@@ -638,7 +676,8 @@ static struct options parse_options(int argc, char **argv) {
         {"shape", required_argument, NULL, 's'},  {"type", required_argument, NULL, 't'},
         {"layers", required_argument, NULL, 'l'}, {"vocab", required_argument, NULL, 'v'},
         {"seed", required_argument, NULL, 'r'},   {"threads", required_argument, NULL, 'j'},
-        {"help", no_argument, NULL, 'h'},         {NULL, 0, NULL, 0}};
+        {"skew", required_argument, NULL, 'z'},   {"help", no_argument, NULL, 'h'},
+        {NULL, 0, NULL, 0}};
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);
     struct options c = {.seed = 1, .n_threads = cpus > 0 && cpus < 64 ? (int)cpus : 1};
     uint32_t n_layers = 0;
@@ -654,6 +693,7 @@ static struct options parse_options(int argc, char **argv) {
         case 'v': c.vocab = strcmp(optarg, "none") == 0 ? NULL : optarg; break;
         case 'r': c.seed = parse_number("--seed", optarg, 0, UINT64_MAX); break;
         case 'j': c.n_threads = (int)parse_number("--threads", optarg, 1, 64); break;
+        case 'z': c.skew = parse_exponent(optarg); break;
         case 'o': c.out = optarg; break;
         case 'h': fputs(help, stdout); exit(0);
         default: fputs(help, stderr); exit(2);

@@ -55,6 +55,12 @@ DEVICE h2 h2_pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
 }
+/* Of values that f16 holds without saturating. */
+DEVICE h2 h2_pack_small(float low, float high) {
+    h2 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
 DEVICE float h2_low_f32(h2 a) {
     float f;
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(a));
@@ -79,6 +85,16 @@ DEVICE float exp2_fast(float x) {
 }
 
 /* ---- matrix units ------------------------------------------------------------------------------- */
+
+/* Four 8 x 8 matrices of halves from shared memory, transposed: lanes 8 i … 8 i + 7 name the rows of matrix i; d[i] of
+ * lane 4 g + t is column g, rows 2 t and 2 t + 1. */
+DEVICE void load_transposed(h2 (&d)[4], const void *row) {
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(at)
+                 : "memory");
+}
 
 /* d[16][8] += a[16][16] * b[16][8]; fragments as the PTX manual has them for mma.m16n8k16. */
 DEVICE void mma_f16(float (&d)[4], const h2 (&a)[4], h2 b0, h2 b1) {
@@ -263,8 +279,9 @@ static cudaError_t launch(void (*kernel)(P...), dim3 grid, int block, size_t sha
 /* Per file: load its kernels (the driver would do it at their first launch, which must not allocate) and let
  * them have the shared memory they may ask for. */
 cudaError_t load_prepare(void);
+cudaError_t exchange_prepare(void);
 cudaError_t rope_prepare(void);
-cudaError_t attn_prepare(void);
+cudaError_t attn_prepare(size_t max_shared);
 cudaError_t sample_prepare(void);
 cudaError_t norm_prepare(void);
 cudaError_t route_prepare(size_t max_shared);

@@ -1,5 +1,6 @@
 /* device: opening, memory, errors, and the op table. See device.h. */
-#include "cuda/device.h"
+#include "cuda/exchange.h"
+#include "cuda/nccl.h"
 #include "cuda/panel.h"
 
 #include <math.h>
@@ -18,7 +19,13 @@ enum status device_check(struct cuda *c, cudaError_t e) {
         log_event(LOG_ERROR, "cuda", "device_lost", "device=%d error=%s text=\"%s\"", c->device,
                   cudaGetErrorName(e), cudaGetErrorString(e));
     c->lost = true;
+    c->lost_by = e;
     return ST_ENGINE_LOST;
+}
+
+enum status device_status(const struct cuda *c, enum status st, struct error *e) {
+    if (st != ST_ENGINE_LOST || !c->lost) return st;
+    return error_set(e, st, "GPU %d is lost: %s", c->device, cudaGetErrorString(c->lost_by));
 }
 
 /* ---- memory ------------------------------------------------------------------------------------- */
@@ -49,13 +56,15 @@ enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what
                          c->device, what, n / MIB);
     }
     if (err == cudaSuccess) err = cudaMemsetAsync(*out, 0, n, c->queue.stream);
-    if (err != cudaSuccess) {
-        device_check(c, err);
-        return error_set(e, ST_ENGINE_LOST, "GPU %d: %s", c->device, cudaGetErrorString(err));
-    }
+    if (err != cudaSuccess) return device_status(c, device_check(c, err), e);
     c->allocations[c->n_allocations++] = *out;
     c->used[kind] += n;
     return ST_OK;
+}
+
+/* Tokens of one step that this GPU may compute experts for. */
+static int32_t max_work_tokens(const struct cuda *c) {
+    return c->exchange ? exchange_max_tokens(c->exchange->x) : c->limits.max_batch_tokens;
 }
 
 static enum status buf_create(struct backend *b, enum buf_rows rows, enum buf_kind kind,
@@ -69,7 +78,7 @@ static enum status buf_create(struct backend *b, enum buf_rows rows, enum buf_ki
     f->n_cols = n_cols;
     f->n_rows = rows == BUF_HEAD     ? c->limits.max_rows
                 : rows == BUF_TOKENS ? c->limits.max_batch_tokens
-                                     : c->limits.max_batch_tokens * c->shape.n_experts_used;
+                                     : max_work_tokens(c) * c->shape.n_experts_used;
     size_t n = (size_t)f->n_rows * (size_t)n_cols * (kind == BUF_EXACT ? sizeof(float) : 2);
     enum status st = device_alloc(c, MEMORY_ACTIVATIONS, "an activation buffer", n, NULL, &f->p);
     if (st != ST_OK) {
@@ -114,10 +123,11 @@ static enum status ready(struct backend *b, struct error *e, int32_t *n_blocks) 
     struct cuda *c = of(b);
     if (c->lost) return ST_ENGINE_LOST;
     enum status st = cuda_step_create(c, e);
+    if (st == ST_OK) st = exchange_ready(c, e);
     if (st == ST_OK) st = create_kv(c, e, n_blocks);
     if (st == ST_OK) st = device_check(c, cudaStreamSynchronize(c->queue.stream));
     c->ready = st == ST_OK;
-    return st;
+    return device_status(c, st, e);
 }
 
 /* ---- for people ---------------------------------------------------------------------------------------- */
@@ -141,13 +151,27 @@ static int memory(const struct backend *b, struct moe_memory_line *dst, int cap)
     return n;
 }
 
-static void counters(const struct backend *b, struct moe_counters *out) { *out = of_const(b)->counters; }
+static void counters(const struct backend *b, struct moe_counters *out) {
+    const struct cuda *c = of_const(b);
+    *out = c->counters;
+    if (!c->exchange) return;
+    const struct moe_counters *together = &c->exchange->counters;
+    out->expert_reads += together->expert_reads;
+    out->expert_rows = together->expert_rows;
+    out->exchange_bytes = together->exchange_bytes;
+    out->n_replans = together->n_replans;
+    out->n_moved = together->n_moved;
+}
 
 /* ---- life ------------------------------------------------------------------------------------------------- */
 
 static void close_backend(struct backend *b) {
     struct cuda *c = of(b);
+    exchange_abandon(c);
+    cuda_graphs_destroy(c);
+    exchange_disconnect(c);
     if (c->queue.stream) (void)cudaStreamSynchronize(c->queue.stream);
+    exchange_leave(c); /* before any memory goes that others may read */
     cuda_step_destroy(c);
     for (int i = 0; i < c->n_allocations; i++) (void)cudaFree(c->allocations[i]);
     for (int i = 0; i < 2; i++) {
@@ -288,6 +312,8 @@ static enum status start_device(struct cuda *c, double share, struct error *e) {
     return st;
 }
 
+enum status backend_cuda_unique_id(struct error *e, struct moe_unique_id *out) { return nccl_unique_id(e, out); }
+
 enum status backend_cuda_open(const struct backend_config *config, struct error *e,
                               struct backend **out) {
     *out = NULL;
@@ -298,8 +324,6 @@ enum status backend_cuda_open(const struct backend_config *config, struct error 
     double share = config->gpu_memory_utilization;
     if (!(share > 0.0 && share <= 1.0))
         return error_set(e, ST_INVALID, "gpu_memory_utilization is %g: it must lie in (0, 1]", share);
-    if (config->group)
-        return error_set(e, ST_UNSUPPORTED, "the CUDA backend has no expert parallelism: use replicas");
     struct cuda *c = calloc(1, sizeof *c);
     if (c) c->allocations = calloc(MAX_ALLOCATIONS, sizeof *c->allocations);
     if (!c || !c->allocations) {
@@ -313,6 +337,7 @@ enum status backend_cuda_open(const struct backend_config *config, struct error 
     CHECK(1 << c->block_shift == c->limits.block_tokens);
     st = find_device(c, config->device, e);
     if (st == ST_OK) st = start_device(c, share, e);
+    if (st == ST_OK) st = exchange_join(c, config, e);
     if (st != ST_OK) {
         close_backend((struct backend *)(void *)c);
         return st;

@@ -21,7 +21,7 @@ enum {
     MAX_GRAPHS = 96,
     N_STARTS = 16,           /* slot starts on their way to the device */
     STAGING_BYTES = 8 << 20, /* of pinned and device memory, twice, for loading and looking inside */
-    MAX_PARTIALS = 8192      /* attention splits whose results may wait for their siblings */
+    MAX_PARTIALS = 8192      /* attention pieces whose results may wait for their siblings */
 };
 
 struct weight {
@@ -43,6 +43,8 @@ struct buf {
 /* A bound for the sizes of a step, and with it the launches that serve it. */
 struct bucket {
     int32_t n_tokens, n_seqs, n_rows; /* at most so many */
+    int32_t n_group;                  /* tokens of all ranks that compute this step together; 0: alone */
+    int32_t n_most;                   /* of each of them, where collectives must know it; else 0 */
     bool tiles;                       /* attention takes prefill tiles too */
 };
 
@@ -57,6 +59,7 @@ struct flight { /* a step between begin and collect */
     cudaEvent_t begun, done;
     uint8_t *upload; /* pinned */
     int32_t n_rows, n_tokens;
+    bool together;
 };
 
 struct start { /* a slot start between the call and its copies */
@@ -66,6 +69,8 @@ struct start { /* a slot start between the call and its copies */
 };
 
 enum memory_kind { MEMORY_WEIGHTS, MEMORY_KV, MEMORY_ACTIVATIONS, MEMORY_STEP, MEMORY_SAMPLER, N_MEMORY };
+
+struct cuda_exchange; /* cuda/exchange.h */
 
 struct cuda {
     const struct backend_ops *ops; /* first: struct backend */
@@ -77,6 +82,7 @@ struct cuda {
     uint64_t used[N_MEMORY];
     struct cuda_queue queue;
     bool lost, ready;
+    cudaError_t lost_by;
 
     void **allocations;
     int n_allocations;
@@ -102,8 +108,9 @@ struct cuda {
     uint32_t *attn_tickets;
     float *router_partials;
     struct route_lists lists;
+    uint32_t widths; /* of the lists that the last routing has */
     uint32_t *route_tickets;
-    int32_t *chunk_counts;
+    uint8_t *route_marks;
     uint64_t *n_reads;      /* device */
     uint64_t *host_reads;   /* pinned [2]: n_reads after a step */
 
@@ -128,6 +135,8 @@ struct cuda {
     struct step_view view;
     struct graph graphs[MAX_GRAPHS];
     int n_graphs;
+    struct cuda_exchange *exchange; /* NULL: no group */
+    bool together; /* this step's experts are computed by the group */
     struct norm_args pending; /* y != NULL: products of experts_down that the next norm will add */
     struct rope_args rope; /* rope_pending: what attention will do on its way */
     bool rope_pending;
@@ -141,6 +150,8 @@ static inline const struct cuda *of_const(const struct backend *b) {
 
 /* device.c. Any CUDA error after opening means the device is lost. */
 enum status device_check(struct cuda *c, cudaError_t e);
+/* st; and if the device is lost, a sentence that says by what. */
+enum status device_status(const struct cuda *c, enum status st, struct error *e);
 /* Zeroed device memory within the budget, freed by close. ST_NO_MEMORY with what is missing, and for what. */
 enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what, size_t n,
                          struct error *e, void **out);
@@ -153,6 +164,7 @@ enum status load_weight(struct backend *b, const struct weight_source *source, s
 
 /* step.c */
 enum status cuda_step_create(struct cuda *c, struct error *e);
+void cuda_graphs_destroy(struct cuda *c); /* they may be running */
 void cuda_step_destroy(struct cuda *c);
 enum status step_slot_start(struct backend *b, const struct moe_slot_start *start);
 enum status step_begin(struct backend *b, const struct moe_step *step, bool *issue);
@@ -166,6 +178,8 @@ size_t upload_fill(struct cuda *c, const struct moe_step *step, uint8_t *dst);
 struct bucket upload_bucket(const struct cuda *c, const struct moe_step *step);
 struct step_view upload_view(const struct bucket *b, uint8_t *base);
 int32_t upload_rows(const struct moe_step *step);
+/* The size of a bucket for n things, at most `most`. */
+int32_t upload_round_up(int32_t n, int32_t most);
 
 /* ops.c */
 enum status ops_embed(struct backend *b, const struct op_embed *op);

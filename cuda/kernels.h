@@ -27,15 +27,19 @@ extern "C" {
 
 enum {
     HEAD_DIM = 128,
-    SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
+    SPAN_KEYS = 64, SPLIT_KEYS = 256, /* keys whose sums attention merges: fixed, so that none depends on the batch */
+    ATTN_WARPS = SPLIT_KEYS / SPAN_KEYS, /* of a block of decoding attention */
     TILE_TOKENS = 16,       /* consecutive tokens of one sequence that attention takes together */
     MIN_TILE_TOKENS = 2,    /* of a sequence in a step, for attention to do so */
     MAX_EMBD = 16384,
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
-    ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
+    ROUTE_PLANES = 16,      /* partial sums of a router's logit */
+    ROUTE_TILE_EXPERTS = 128,
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
+    EXCHANGE_BLOCKS = 48,   /* of the kernel that waits for other GPUs, and pieces of their tokens: see exchange.cu */
+    OWNER_SHIFT = 27,       /* of a routed row, below the rank that computes it: struct route_lists */
     N_WIDTHS = 5            /* token tiles of 8, 16, 32, 64 and 128 */
 };
 
@@ -50,18 +54,19 @@ struct cuda_queue {
 
 struct step_header {
     int32_t n_tokens, n_rows;
-    int32_t n_splits, n_tiles; /* attention work */
+    int32_t n_pieces, n_tiles; /* attention work */
+    int32_t by_blocks;         /* a piece is a block's, not a warp's */
     int32_t result;            /* 0 or 1: where the rows' results go */
-    int32_t splits_at, tiles_at, blocks_at; /* 4-byte words from the header */
+    int32_t pieces_at, tiles_at, blocks_at; /* 4-byte words from the header */
 };
 
-/* One token against SPLIT_KEYS keys; split -1: against all, one after the other. */
-struct attn_split {
-    int32_t token, split, n_splits;
-    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: none, because
-                        split is -1 */
-    int32_t end;     /* keys 0 … end - 1 are the token's */
-    int32_t table;   /* its block table, in 4-byte words from the header */
+/* Spans of one token: all, or if the token is cut, those of a split. */
+struct attn_piece {
+    int32_t token, end;      /* keys 0 … end - 1 are the token's */
+    int32_t table;           /* its block table, in 4-byte words from the header */
+    int32_t span, n_spans;   /* of the piece */
+    int32_t piece, n_pieces; /* of the token */
+    int32_t partial;         /* where the piece's result goes; the token's first is partial - piece. -1: it is whole */
 };
 
 struct attn_tile {
@@ -116,8 +121,8 @@ struct norm_args {
     const struct head_row *rows; /* x[r] is made from h[rows[r].token]; NULL: from h[r] */
     float *h;                    /* [T][D] */
     int32_t n_cols;
-    const void *y;               /* f16 [T * K][D]; NULL: nothing to add */
-    const int32_t *row_of;       /* [T][K] */
+    const void *y[MOE_MAX_RANKS]; /* f16 [rows][D] of each rank, alone: of rank 0; y[0] NULL: nothing to add */
+    const int32_t *row_of;       /* [T][K]: see struct route_lists */
     const float *weights;        /* [T][K] */
     int32_t n_used;              /* K */
     const float *norm;           /* [D]; NULL: no x */
@@ -199,6 +204,7 @@ struct attn_args {
     void *out;     /* f16 [T][H][128] written */
     void *kv;      /* read; fused: the step's own keys and values are written */
     int32_t n_heads, n_kv_heads, block_shift;
+    int32_t per_kv, octets; /* query heads of a KV head; attn_octets() */
     bool fused;    /* every sequence of the step has one token, and what rope says is done on the way; q is rope's,
                       and stays as it is */
     struct rope_args rope;
@@ -212,7 +218,7 @@ KERNEL_FN int attn_octets(int n_heads, int n_kv_heads) {
 KERNEL_FN size_t attn_partial_floats(int n_heads, int n_kv_heads) {
     return (size_t)n_kv_heads * (size_t)attn_octets(n_heads, n_kv_heads) * 8 * (HEAD_DIM + 2);
 }
-cudaError_t cuda_attn_splits(const struct attn_args *a, const struct cuda_queue *q);
+cudaError_t cuda_attn_splits(const struct attn_args *a, int bucket, const struct cuda_queue *q);
 cudaError_t cuda_attn_tiles(const struct attn_args *a, const struct cuda_queue *q);
 
 /* ---- routing ----------------------------------------------------------------------------------------------- */
@@ -223,7 +229,7 @@ struct route_lists {
     float *weights;        /* [T][K] */
     int32_t *expert_first; /* [E + 1] */
     int32_t *token_of;     /* [T * K] routed row -> token */
-    int32_t *row_of;       /* [T][K] -> routed row */
+    int32_t *row_of;       /* [T][K] -> routed row; in a group, rank << OWNER_SHIFT on top, of the rank that computes it */
     struct gemm_item *items[N_WIDTHS];
     int32_t *n_items;      /* [N_WIDTHS] */
 };
@@ -237,15 +243,80 @@ struct route_args {
     int32_t n_cols, n_experts, n_used;
     bool renormalize;
     void *x;             /* f16 [T][D] written */
-    float *partials;     /* [ROUTE_GROUPS][T][E] */
+    float *partials;     /* of route_partial_floats() */
     struct route_lists lists;
     uint32_t *tickets;   /* [1 + chunks of ROUTE_CHUNK tokens], zero between launches */
-    int32_t *chunk_counts; /* [chunks][E] */
-    uint64_t *n_reads;   /* groups so far */
+    uint8_t *marks;      /* [chunks][route_pitch(E)] */
+    uint32_t used_inverse; /* route_inverse() */
+    uint32_t widths;     /* bit i: list i is wanted */
+    uint64_t *n_reads;   /* groups so far; NULL: they are not counted */
+    bool unsorted;       /* ids and weights only: the group sorts */
 };
+/* Sums of logits are kept for whole tiles of experts. */
+KERNEL_FN int route_pitch(int n_experts) {
+    return (n_experts + ROUTE_TILE_EXPERTS - 1) / ROUTE_TILE_EXPERTS * ROUTE_TILE_EXPERTS;
+}
+/* 2^32 / n_used, rounded up, for quotients of numbers below 2^22. */
+KERNEL_FN uint32_t route_inverse(int n_used) { return UINT32_MAX / (uint32_t)n_used + 1u; }
+KERNEL_FN size_t route_partial_floats(size_t n_tokens, int n_experts) {
+    return ROUTE_PLANES * n_tokens * (size_t)(route_pitch(n_experts) + 1);
+}
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
-/* Only the sort, of ids and weights already in place; reads are not counted. */
-cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue *q);
+/* Only the sort, of ids and weights already in place. */
+cudaError_t cuda_route_sort(const struct route_args *a, int bucket, const struct cuda_queue *q);
+
+/* ---- experts shared with other GPUs --------------------------------------------------------------------------- */
+
+/* Which ranks hold an expert of a layer, and where its weights lie in this rank's stacks. */
+struct expert_home {
+    uint16_t holders; /* a bit for each rank; of several, a step's counts decide which computes it */
+    int16_t place;    /* -1: not here */
+};
+/* Dealing experts out: what one costs a rank, in rows. Below it the weights are what takes time. */
+enum { EXPERT_COST = 32 };
+
+/* A layer's tokens: those of all ranks, in the order of the ranks. */
+struct group_tokens {
+    int32_t n, first_own, n_own;
+};
+
+/* What a rank counts; behind it rows of the group by expert, [L][E], and by who computed them, [L][R]. */
+enum { COUNT_READS /* groups of rows computed here */, COUNT_ROWS /* rows computed here */,
+       COUNT_FAR /* inputs and products that came from other ranks */, N_COUNTS };
+
+struct exchange_args {
+    const struct step_header *header;
+    /* By rank; this rank's own among them. A flag is epoch << 32 | tokens; flags[r][i] is written by rank i, once its
+     * ids and x of a layer are there, flags[r][MOE_MAX_RANKS + i] once its products are. */
+    const int32_t *ids[MOE_MAX_RANKS]; /* [T][K] */
+    const void *x[MOE_MAX_RANKS];      /* f16 [T][D] */
+    uint64_t *flags[MOE_MAX_RANKS];    /* [2 * MOE_MAX_RANKS] */
+    int32_t rank, n_ranks, max_tokens; /* max_tokens: of a rank */
+    int32_t n_cols, n_experts, n_used;
+    uint32_t *epoch;     /* layers exchanged so far */
+    uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
+    uint64_t timeout_ns;
+    /* Or ids and x of all ranks were brought here: [R] how many tokens each has; there are no flags then. NULL: flags say. */
+    const int32_t *arrived;
+    int32_t *all_rows; /* then: [tokens][K], row_of of all ranks' tokens; row_of of a product from elsewhere is its pair */
+    /* Written. R * T tokens at most: */
+    struct group_tokens *tokens;
+    int32_t *group_ids;    /* [tokens][K] */
+    void *inputs;          /* f16 [tokens][D] */
+    int32_t *chunk_counts; /* [EXCHANGE_BLOCKS][E] */
+    const struct expert_home *homes; /* [E] of this layer */
+    struct route_lists lists; /* row_of: of this rank's tokens; items: of the rows computed here; no ids, weights, expert_first */
+    uint64_t *counts;      /* [N_COUNTS] */
+    uint64_t *load;        /* [E] of this layer */
+    uint64_t *rows;        /* [R] of this layer */
+};
+/* Show ids and x, wait for all ranks, bring in theirs, and sort the pairs of all: lists for what is computed here. */
+cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q);
+/* After products with `arrived`: those of other ranks' tokens, each at its pair in send + r * rank_rows rows. */
+cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, void *send, size_t rank_rows,
+                               const struct cuda_queue *q);
+/* Products are there; wait until all ranks' are. */
+cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q);
 
 /* ---- sampling ------------------------------------------------------------------------------------------------ */
 

@@ -1,6 +1,6 @@
 /* load: tensors of the file to panels on the device, in pieces of whole 16-row blocks: read into pinned memory while
  * the piece before is copied and repacked. */
-#include "cuda/device.h"
+#include "cuda/exchange.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -53,6 +53,11 @@ static enum status load_vector(struct cuda *c, const struct weight_source *s, in
     return device_check(c, cudaEventRecord(c->staged[0], c->queue.stream));
 }
 
+/* An expert stack of which a group's ranks hold shares. */
+static bool is_shared(const struct cuda *c, const struct weight_source *s) {
+    return c->exchange && s->n_experts > 1;
+}
+
 /* All rows of all experts; an expert's last row block is filled up with zeros. */
 static enum status load_rows(struct cuda *c, const struct weight_source *s, int source,
                              struct weight *w) {
@@ -63,7 +68,10 @@ static enum status load_rows(struct cuda *c, const struct weight_source *s, int 
     int i = 0;
     uint8_t *dst = w->panels;
     enum status st = device_check(c, cudaMemsetAsync(c->d_max, 0, sizeof *c->d_max, c->queue.stream));
+    size_t expert = (size_t)((s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS) * block;
     for (int32_t x = 0; x < s->n_experts && st == ST_OK; x++) {
+        /* What another rank holds is read too: the scale is that of the whole stack, on every rank. */
+        if (is_shared(c, s)) dst = w->panels + (size_t)exchange_place(c, s->layer, x) * expert;
         for (int32_t r = 0; r < s->n_rows && st == ST_OK; r += most, i ^= 1) {
             int32_t n = s->n_rows - r < most ? s->n_rows - r : most;
             size_t offset = ((size_t)x * (size_t)s->n_rows + (size_t)r) * row;
@@ -93,7 +101,8 @@ static enum status load_matrix(struct cuda *c, const struct weight_source *s, in
                          "tensor %s: rows of %d values: the CUDA backend needs a multiple of %d",
                          s->name, (int)s->n_cols, PANEL_K);
     w->type = panel_of_source(source);
-    size_t n_blocks = (size_t)s->n_experts * (size_t)((s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS);
+    int32_t n_places = is_shared(c, s) ? c->exchange->n_places + 1 : s->n_experts;
+    size_t n_blocks = (size_t)n_places * (size_t)((s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS);
     size_t bytes = n_blocks * (size_t)(s->n_cols / PANEL_K) * (size_t)panel_bytes(w->type);
     void *p;
     enum status st = device_alloc(c, MEMORY_WEIGHTS, s->name, bytes, e, &p);
@@ -102,6 +111,10 @@ static enum status load_matrix(struct cuda *c, const struct weight_source *s, in
     if (source == SOURCE_F32) { /* the router reads it as it is */
         if ((st = device_alloc(c, MEMORY_WEIGHTS, s->name, s->n_bytes, e, &p)) != ST_OK) return st;
         w->f32 = p;
+    }
+    if (is_shared(c, s)) {
+        st = exchange_add_stack(c, s->layer, w->panels, bytes / (size_t)n_places);
+        if (st != ST_OK) return error_set(e, st, "tensor %s: no memory", s->name);
     }
     if ((st = load_rows(c, s, source, w)) != ST_OK) return st;
     uint32_t bits = 0;
@@ -119,7 +132,7 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
                         struct weight **out) {
     struct cuda *c = of(b);
     *out = NULL;
-    if (c->lost) return ST_ENGINE_LOST;
+    if (c->lost) return device_status(c, ST_ENGINE_LOST, e);
     CHECK(s->n_experts > 0 && s->n_rows > 0 && s->n_cols > 0 && !c->ready);
     int source = source_of(s->type);
     if (source < 0)
@@ -136,5 +149,5 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
     enum status st = s->n_rows == 1 && s->n_experts == 1 ? load_vector(c, s, source, e, w)
                                                          : load_matrix(c, s, source, e, w);
     if (st == ST_OK) *out = w;
-    return st;
+    return device_status(c, st, e);
 }

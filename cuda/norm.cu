@@ -43,7 +43,6 @@ static DEVICE float block_sum(float x) {
 /* h[4 i … 4 i + 3] of row `row` plus the experts' products in rank order. */
 static DEVICE float4 combine(const struct norm_args &a, int row, int i, float4 h) {
     float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const uint2 *products = (const uint2 *)a.y + i;
     for (int first = 0; first < a.n_used; first += RANKS) {
         int of = row * a.n_used + first, n = min(a.n_used - first, (int)RANKS);
         float w[RANKS];
@@ -51,8 +50,10 @@ static DEVICE float4 combine(const struct norm_args &a, int row, int i, float4 h
 #pragma unroll
         for (int k = 0; k < RANKS; k++) { /* no branches: all loads are to be under way at once */
             w[k] = k < n ? a.weights[of + k] : 0.0f;
-            size_t from = k < n ? (size_t)a.row_of[of + k] : 0;
-            y[k] = k < n ? products[from * (size_t)(a.n_cols / 4)] : make_uint2(0, 0);
+            int at = k < n ? a.row_of[of + k] : 0;
+            const uint2 *products = (const uint2 *)a.y[at >> OWNER_SHIFT] + i; /* of another GPU, it may be: past L1 */
+            size_t from = (size_t)(at & ((1 << OWNER_SHIFT) - 1)) * (size_t)(a.n_cols / 4);
+            y[k] = k < n ? __ldcg(products + from) : make_uint2(0, 0);
         }
 #pragma unroll
         for (int k = 0; k < RANKS; k++) {
@@ -87,7 +88,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
         int i = (int)threadIdx.x + THREADS * j;
         if (i >= n) break;
         v[j] = h[i];
-        if (a.y) h[i] = v[j] = combine(a, row, i, v[j]);
+        if (a.y[0]) h[i] = v[j] = combine(a, row, i, v[j]);
         squares += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
     }
     if (!a.norm) return;

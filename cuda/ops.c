@@ -2,7 +2,9 @@
  * norm that reads the result next (c->pending), the residual is added where the product that follows it is
  * written, and in a step of single tokens rope_store is left to attention (c->rope). Anything else that comes first
  * launches what was put off by itself (ops_flush). */
-#include "cuda/device.h"
+#include "cuda/exchange.h"
+
+#include <string.h>
 
 #include "cuda/panel.h"
 
@@ -23,9 +25,9 @@ enum status ops_flush(struct cuda *c) {
         c->rope_pending = false;
         TRY(device_check(c, cuda_rope_store(&c->rope, c->bucket.n_tokens, &c->queue)));
     }
-    if (!c->pending.y) return ST_OK;
+    if (!c->pending.y[0]) return ST_OK;
     struct norm_args a = c->pending;
-    c->pending.y = NULL;
+    c->pending.y[0] = NULL;
     return device_check(c, cuda_norm(&a, c->bucket.n_tokens, &c->queue));
 }
 
@@ -45,9 +47,9 @@ static enum status dense(struct cuda *c, struct gemm_args *a, int32_t bucket) {
 static enum status norm(struct cuda *c, const struct buf *h, const struct weight *norm, float eps, void *x) {
     CHECK(h->kind == BUF_EXACT && norm->f32 && norm->n_cols == h->n_cols);
     struct norm_args a = {0};
-    if (c->pending.y && c->pending.h == h->p) {
+    if (c->pending.y[0] && c->pending.h == h->p) {
         a = c->pending;
-        c->pending.y = NULL;
+        c->pending.y[0] = NULL;
     }
     TRY(ops_flush(c));
     a.n_rows = &c->view.header->n_tokens;
@@ -129,11 +131,13 @@ enum status ops_attention(struct backend *b, const struct op_attention *op) {
                                 .n_heads = c->shape.n_heads,
                                 .n_kv_heads = c->shape.n_kv_heads,
                                 .block_shift = c->block_shift,
+                                .per_kv = c->shape.n_heads / c->shape.n_kv_heads,
+                                .octets = attn_octets(c->shape.n_heads, c->shape.n_kv_heads),
                                 .fused = fused,
                                 .rope = c->rope,
                                 .partials = c->attn_partials,
                                 .tickets = c->attn_tickets};
-    TRY(device_check(c, cuda_attn_splits(&a, &c->queue)));
+    TRY(device_check(c, cuda_attn_splits(&a, c->bucket.n_tokens, &c->queue)));
     if (!c->bucket.tiles) return ST_OK;
     return device_check(c, cuda_attn_tiles(&a, &c->queue));
 }
@@ -152,6 +156,23 @@ enum status ops_linear_add(struct backend *b, const struct op_linear_add *op) {
     return dense(c, &a, c->bucket.n_tokens);
 }
 
+/* The work lists that an expert product may walk in this bucket, whatever the types of its weights. */
+static uint32_t widths_of(const struct cuda *c) {
+    const struct model_shape *m = &c->shape;
+    uint32_t widths = 0;
+    for (int type = 0; type < PANEL_N_TYPES; type++) {
+        struct gemm_args up = {.n_segments = 2, .epilogue = GEMM_SILU_F16, .n_cols = m->n_embd};
+        struct gemm_args down = {.n_segments = 1, .epilogue = GEMM_STORE_F16, .n_cols = m->n_ff_expert};
+        up.segments[0].type = up.segments[1].type = down.segments[0].type = type;
+        up.segments[0].n_rows = up.segments[1].n_rows = m->n_ff_expert;
+        down.segments[0].n_rows = m->n_embd;
+        struct gemm_args *const all[] = {&up, &down};
+        for (int i = 0; i < 2; i++)
+            widths |= 1u << cuda_gemm_plan(all[i], c->bucket.n_tokens, m->n_experts, m->n_experts_used, &c->queue).width;
+    }
+    return widths;
+}
+
 enum status ops_route(struct backend *b, const struct op_route *op) {
     struct cuda *c = of(b);
     TRY(begin_op(c));
@@ -167,20 +188,27 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .n_experts = c->shape.n_experts,
                                    .n_used = c->shape.n_experts_used,
                                    .renormalize = op->renormalize,
-                                   .x = op->x->p,
+                                   .x = c->together ? c->exchange->x_own : op->x->p,
                                    .partials = c->router_partials,
                                    .lists = c->lists,
                                    .tickets = c->route_tickets,
-                                   .chunk_counts = c->chunk_counts,
-                                   .n_reads = c->n_reads};
-    return device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue));
+                                   .marks = c->route_marks,
+                                   .used_inverse = route_inverse(c->shape.n_experts_used),
+                                   .widths = c->widths = widths_of(c),
+                                   .n_reads = c->n_reads,
+                                   .unsorted = c->together};
+    if (c->n_tokens > 0) TRY(device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue)));
+    return c->together ? exchange_begin_layer(c, op->layer) : ST_OK;
 }
 
 /* A product of every expert's group. */
 static enum status grouped(struct cuda *c, struct gemm_args *a) {
+    if (c->together) return exchange_grouped(c, a);
     int32_t n_tokens = c->bucket.n_tokens, used = c->shape.n_experts_used;
+    if (n_tokens == 0) return ST_OK;
     int32_t n_pairs = n_tokens * used, experts = c->shape.n_experts;
     struct gemm_plan p = cuda_gemm_plan(a, n_tokens, experts, used, &c->queue);
+    CHECK(c->widths >> p.width & 1);
     a->items = c->lists.items[p.width];
     a->n_items = c->lists.n_items + p.width;
     /* A group has at most one tile that is not full. */
@@ -201,7 +229,7 @@ enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
     }
     struct gemm_args a = {.n_segments = 2,
                           .epilogue = GEMM_SILU_F16,
-                          .x = op->x->p,
+                          .x = c->together ? NULL : op->x->p, /* the group's inputs */
                           .n_cols = op->gate->n_cols,
                           .token_of = c->lists.token_of};
     a.segments[0] = segment(op->gate, op->act);
@@ -221,13 +249,16 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                           .n_cols = op->down->n_cols};
     a.segments[0] = segment(op->down, op->y);
     TRY(grouped(c, &a));
+    if (c->together) TRY(exchange_end_layer(c, op->layer, op->y));
+    if (c->n_tokens == 0) return ST_OK;
     c->pending = (struct norm_args){.n_rows = &c->view.header->n_tokens,
                                     .h = op->h->p,
                                     .n_cols = op->h->n_cols,
-                                    .y = op->y->p,
+                                    .y = {op->y->p},
                                     .row_of = c->lists.row_of,
                                     .weights = c->lists.weights,
                                     .n_used = c->shape.n_experts_used};
+    if (c->together) memcpy(c->pending.y, c->exchange->products, sizeof c->pending.y);
     return ST_OK;
 }
 

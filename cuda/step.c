@@ -1,5 +1,5 @@
 /* step: slot starts, and steps from begin to collect; graphs. See device.h. */
-#include "cuda/device.h"
+#include "cuda/exchange.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -78,7 +78,7 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
          (void **)&c->attn_partials},
         {MEMORY_ACTIVATIONS, "attention tickets", t * (size_t)m->n_kv_heads * octets * sizeof(uint32_t),
          (void **)&c->attn_tickets},
-        {MEMORY_ACTIVATIONS, "router sums", ROUTE_GROUPS * t * experts * sizeof(float),
+        {MEMORY_ACTIVATIONS, "router sums", route_partial_floats(t, m->n_experts) * sizeof(float),
          (void **)&c->router_partials},
         {MEMORY_STEP, "routing", n_pairs * sizeof(int32_t), (void **)&c->lists.ids},
         {MEMORY_STEP, "routing", n_pairs * sizeof(float), (void **)&c->lists.weights},
@@ -87,7 +87,7 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
         {MEMORY_STEP, "routing", n_pairs * sizeof(int32_t), (void **)&c->lists.row_of},
         {MEMORY_STEP, "routing", N_WIDTHS * sizeof(int32_t), (void **)&c->lists.n_items},
         {MEMORY_STEP, "routing", (2 + t / ROUTE_CHUNK) * sizeof(uint32_t), (void **)&c->route_tickets},
-        {MEMORY_STEP, "routing", (1 + t / ROUTE_CHUNK) * experts * sizeof(int32_t), (void **)&c->chunk_counts},
+        {MEMORY_STEP, "routing", (1 + t / ROUTE_CHUNK) * (size_t)route_pitch(m->n_experts), (void **)&c->route_marks},
         {MEMORY_STEP, "counters", sizeof(uint64_t), (void **)&c->n_reads},
         {MEMORY_STEP, "uploads", c->upload_cap, (void **)&c->upload},
         {MEMORY_SAMPLER, "sampling slots", slots * sizeof(struct slot_state), (void **)&c->slots},
@@ -133,8 +133,12 @@ enum status cuda_step_create(struct cuda *c, struct error *e) {
     return ST_OK;
 }
 
-void cuda_step_destroy(struct cuda *c) {
+void cuda_graphs_destroy(struct cuda *c) {
     for (int i = 0; i < c->n_graphs; i++) (void)cudaGraphExecDestroy(c->graphs[i].exec);
+    c->n_graphs = 0;
+}
+
+void cuda_step_destroy(struct cuda *c) {
     for (int i = 0; i < MOE_MAX_IN_FLIGHT; i++) {
         struct flight *f = &c->flights[i];
         if (f->upload) (void)cudaFreeHost(f->upload);
@@ -178,6 +182,7 @@ enum status step_slot_start(struct backend *b, const struct moe_slot_start *star
     if (c->lost) return ST_ENGINE_LOST;
     CHECK(c->ready && c->mode == STEP_NONE);
     check_start(c, start);
+    TRY(device_check(c, cudaSetDevice(c->device))); /* the caller's thread may be another than before */
     struct start *s = &c->starts[c->n_starts++ % N_STARTS];
     TRY(device_check(c, cudaEventSynchronize(s->copied)));
     const struct moe_sampling *p = &start->sampling;
@@ -212,7 +217,7 @@ enum status step_slot_start(struct backend *b, const struct moe_slot_start *star
 
 static bool same_bucket(const struct bucket *a, const struct bucket *b) {
     return a->n_tokens == b->n_tokens && a->n_seqs == b->n_seqs && a->n_rows == b->n_rows &&
-           a->tiles == b->tiles;
+           a->n_group == b->n_group && a->n_most == b->n_most && a->tiles == b->tiles;
 }
 
 static struct graph *find_graph(struct cuda *c) {
@@ -225,17 +230,22 @@ enum status step_begin(struct backend *b, const struct moe_step *step, bool *iss
     struct cuda *c = of(b);
     if (c->lost) return ST_ENGINE_LOST;
     CHECK(c->ready && c->mode == STEP_NONE && c->n_begun - c->n_collected < MOE_MAX_IN_FLIGHT);
+    TRY(device_check(c, cudaSetDevice(c->device)));
     struct flight *f = &c->flights[c->n_begun % MOE_MAX_IN_FLIGHT];
+    c->together = c->exchange && exchange_in_use(c->exchange->x);
     c->bucket = upload_bucket(c, step);
+    if (c->together) TRY(exchange_begin_step(c, step->n_tokens, &c->bucket));
     c->view = upload_view(&c->bucket, c->upload);
     c->n_tokens = step->n_tokens;
     f->n_rows = upload_rows(step);
     f->n_tokens = step->n_tokens;
+    f->together = c->together;
     size_t n = upload_fill(c, step, f->upload);
     TRY(device_check(c, cudaEventRecord(f->begun, c->queue.stream)));
     TRY(device_check(c, cudaMemcpyAsync(c->upload, f->upload, n, cudaMemcpyHostToDevice,
                                         c->queue.stream)));
-    if (*issue || (!find_graph(c) && c->n_graphs == MAX_GRAPHS)) {
+    bool any = step->n_tokens > 0 || c->together;
+    if (*issue || !any || (!find_graph(c) && c->n_graphs == MAX_GRAPHS)) {
         c->mode = STEP_EAGER;
     } else if (find_graph(c)) {
         c->mode = STEP_REPLAY;
@@ -244,7 +254,8 @@ enum status step_begin(struct backend *b, const struct moe_step *step, bool *iss
         TRY(device_check(c, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeRelaxed)));
     }
     *issue = c->mode != STEP_REPLAY;
-    return ST_OK;
+    /* No device waits for others before these can come: it might keep them from what they do first. */
+    return c->together && c->mode == STEP_EAGER ? exchange_meet(c->exchange->x) : ST_OK;
 }
 
 static enum status finish_capture(struct cuda *c) {
@@ -267,11 +278,13 @@ enum status step_end(struct backend *b) {
     if (c->mode == STEP_CAPTURE) TRY(finish_capture(c));
     if (c->mode != STEP_EAGER) {
         const struct graph *g = find_graph(c);
+        if (c->together) TRY(exchange_meet(c->exchange->x));
         TRY(device_check(c, cudaGraphLaunch(g->exec, c->queue.stream)));
     }
     struct flight *f = &c->flights[c->n_begun % MOE_MAX_IN_FLIGHT];
     TRY(device_check(c, cudaMemcpyAsync(c->host_reads + (c->n_begun & 1), c->n_reads, sizeof *c->n_reads,
                                         cudaMemcpyDeviceToHost, c->queue.stream)));
+    if (c->together) TRY(exchange_end_step(c, c->n_begun & 1));
     TRY(device_check(c, cudaEventRecord(f->done, c->queue.stream)));
     c->n_begun++;
     c->mode = STEP_NONE;
@@ -285,6 +298,7 @@ enum status step_collect(struct backend *b, struct moe_result *out) {
     uint64_t parity = c->n_collected & 1;
     struct flight *f = &c->flights[c->n_collected % MOE_MAX_IN_FLIGHT];
     TRY(device_check(c, cudaEventSynchronize(f->done)));
+    if (f->together) TRY(exchange_collect(c, parity));
     float ms = 0.0f;
     TRY(device_check(c, cudaEventElapsedTime(&ms, f->begun, f->done)));
     c->n_collected++;

@@ -151,6 +151,16 @@ void shares_record(struct shares *s, int32_t layer, const int32_t *counts, const
     }
 }
 
+void shares_record_sums(struct shares *s, int32_t layer, const uint64_t *counts, const uint64_t *rows) {
+    double *load = s->load + (size_t)layer * (size_t)s->n_experts;
+    uint64_t *sum = s->rows + (size_t)layer * (size_t)s->n_ranks;
+    for (int32_t e = 0; e < s->n_experts; e++) load[e] += (double)counts[e];
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        sum[r] += rows[r];
+        s->window_rows += rows[r];
+    }
+}
+
 /* ---- plans ---------------------------------------------------------------------------------- */
 
 double shares_imbalance(const struct shares *s) {

@@ -51,6 +51,8 @@ void shares_assign(const struct shares *s, int32_t layer, const int32_t *counts,
 
 /* Remember a layer of a step. */
 void shares_record(struct shares *s, int32_t layer, const int32_t *counts, const int32_t *rows);
+/* Or of several: counts[E], and rows[n_ranks] that each rank computed of them. */
+void shares_record_sums(struct shares *s, int32_t layer, const uint64_t *counts, const uint64_t *rows);
 
 /* Most loaded rank over the mean in this window, over all layers' sums of their most loaded ranks, since
  * layers run one after the other; 1: even, or no load. */

@@ -38,8 +38,8 @@ EDGES = {
     "bench": ALL_DOORS,
 }
 
-# The one file that chooses among the implementers of moe/backend.h.
-EXTRA = {"moe/model.c": {"cuda/cuda_backend.h"}}
+# The one file that chooses among the implementers of moe/backend.h, and the one through which cuda/ meets other ranks.
+EXTRA = {"moe/model.c": {"cuda/cuda_backend.h"}, "cuda/exchange.h": {"moe/exchange.h"}}
 
 # Libraries, by the start of the header's name, and the files that may see them.
 LIBRARIES = (
@@ -47,6 +47,7 @@ LIBRARIES = (
     ("protobuf-c/", r"proto/wire\w*\.c$"),
     ("zmq", r"(daemon|clients|tests)/"),
     ("cuda", r"(cuda/|tests/test_cuda)"),
+    ("nccl", r"cuda/nccl\.c$"),
 )
 
 MAX_LINES = 800

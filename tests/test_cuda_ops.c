@@ -285,7 +285,7 @@ static void test_experts(void **state) {
                                                 {TENSOR_Q6_K, TENSOR_Q5_K},
                                                 {TENSOR_Q5_K, TENSOR_Q8_0},
                                                 {TENSOR_Q8_0, TENSOR_F16}};
-    enum { MAX = 136 };
+    enum { MAX = 300 };
     static int32_t ids[4 * MAX];
     static float weights[4 * MAX];
     for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
@@ -293,7 +293,7 @@ static void test_experts(void **state) {
         double worst = 0;
         bool common = t < 2;
         /* Random groups; the expert count leaves some of them empty. */
-        static const int32_t tokens[] = {1, 2, 8, 11, 16, 30, 64, 100, MAX};
+        static const int32_t tokens[] = {1, 2, 8, 11, 16, 30, 64, 100, 136, 250, 257, MAX};
         for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k += common ? 1 : 3) {
             random_routing(&s.p.rng, tokens[k], k % 2 ? 20 : 7, ids, weights);
             run_experts(&s, tokens[k], ids, weights, types[t][0], &worst);
@@ -332,8 +332,8 @@ static void test_group_sizes(void **state) {
 /* Logits in true f32: the same experts as the reference wherever its margin is above f32's own noise, weights to
  * 1e-5, and the same sort. */
 static void run_route(int32_t n_experts, int32_t n_embd, int32_t used, bool renormalize) {
-    static const int32_t tokens[] = {1, 5, 33, 64, 65, 100, 300};
-    enum { MAX = 300 };
+    static const int32_t tokens[] = {1, 5, 33, 64, 65, 130, 256, 300, 600};
+    enum { MAX = 600 };
     struct model_shape shape = small;
     shape.n_experts = n_experts;
     shape.n_embd = n_embd;
@@ -389,6 +389,58 @@ static void test_route(void **state) {
     run_route(128, 2048, 8, true);
     run_route(20, 512, 4, false);
     run_route(500, 256, 12, true);
+    run_route(128, 2304, 8, true); /* longer rows than one pass of the kernels takes */
+}
+
+/* A token's experts, weights and x, bit for bit, alone and among as many as each kernel takes. */
+static void test_route_alone(void **state) {
+    (void)state;
+    enum { E = 128, D = 2304, K = 8, MAX = 1100 };
+    static const int32_t tokens[] = {MAX, 1, 7, 8, 9, 64, 65, 129, 256, 257, 513};
+    static int32_t ids[2][MAX * K];
+    static float weights[2][MAX * K];
+    struct model_shape shape = small;
+    shape.n_experts = E;
+    shape.n_embd = D;
+    shape.n_experts_used = K;
+    struct moe_limits l = limits_of(MAX);
+    shape.n_ctx_train = l.max_seq_tokens = MAX;
+    struct pair p = pair_open(&shape, &l);
+    const struct backend_ops *gpu = pair_ops(&p, GPU);
+    struct weights norm = pair_norm(&p, D);
+    struct weights router = pair_weights(&p, TENSOR_F32, 1, E, D, 1.0f);
+    struct bufs h = pair_bufs(&p, BUF_TOKENS, BUF_EXACT, D);
+    struct bufs x = pair_bufs(&p, BUF_TOKENS, BUF_INNER, D);
+    pair_ready(&p);
+    pair_fill(&p, &h, MAX, 3.0f);
+    float *rows = pair_read(&p, GPU, &h, MAX), *all = NULL;
+    for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k++) {
+        int32_t n = tokens[k], from = MAX - n;
+        assert_int_equal(gpu->buf_write(p.b[GPU], h.b[GPU], 0, n, rows + (size_t)from * D), ST_OK);
+        pair_begin(&p, 0, n, MOE_ROWS_NONE);
+        const struct op_route op = {.h = h.b[GPU],
+                                    .norm = norm.w[GPU],
+                                    .eps = 1e-6f,
+                                    .router = router.w[GPU],
+                                    .renormalize = true,
+                                    .x = x.b[GPU]};
+        assert_int_equal(gpu->route(p.b[GPU], &op), ST_OK);
+        assert_int_equal(gpu->route_read(p.b[GPU], ids[k > 0], weights[k > 0], NULL), ST_OK);
+        float *own = pair_read(&p, GPU, &x, n);
+        pair_end(&p);
+        if (k == 0) {
+            all = own;
+            continue;
+        }
+        size_t pairs = (size_t)n * K;
+        assert_memory_equal(ids[1], ids[0] + (size_t)from * K, pairs * sizeof *ids[0]);
+        assert_memory_equal(weights[1], weights[0] + (size_t)from * K, pairs * sizeof *weights[0]);
+        assert_memory_equal(own, all + (size_t)from * D, (size_t)n * D * sizeof *own);
+        free(own);
+    }
+    free(all);
+    free(rows);
+    pair_close(&p);
 }
 
 /* ---- embedding and head ------------------------------------------------------------------------------------- */
@@ -431,7 +483,7 @@ int main(void) {
         cmocka_unit_test(test_weight_sizes),
         cmocka_unit_test(test_norm_linear), cmocka_unit_test(test_experts),
         cmocka_unit_test(test_group_sizes), cmocka_unit_test(test_route),
-        cmocka_unit_test(test_embed_and_head),
+        cmocka_unit_test(test_route_alone), cmocka_unit_test(test_embed_and_head),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

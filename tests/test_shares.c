@@ -191,11 +191,40 @@ static void test_little_moves(void **state) {
     shares_destroy(&s);
 }
 
+/* Steps remembered one by one, or what they come to. */
+static void test_sums(void **state) {
+    (void)state;
+    struct trace t = {
+        .shape = {.n_layers = 2, .n_experts = 32, .n_experts_used = 4}, .exponent = 1.0, .stride = 4};
+    struct shares one, sums;
+    struct shares_scratch scratch;
+    assert_int_equal(shares_create(&t.shape, 4, 0, NULL, &one), ST_OK);
+    assert_int_equal(shares_create(&t.shape, 4, 0, NULL, &sums), ST_OK);
+    for (int32_t l = 0; l < 2; l++) {
+        uint64_t all_counts[32] = {0}, all_rows[4] = {0};
+        for (int step = 0; step < 5; step++) {
+            int32_t counts[32], rows[32 * 4];
+            route(&t, 64, counts);
+            shares_assign(&one, l, counts, &scratch, rows);
+            shares_record(&one, l, counts, rows);
+            for (int e = 0; e < 32; e++) all_counts[e] += (uint64_t)counts[e];
+            for (int i = 0; i < 32 * 4; i++) all_rows[i % 4] += (uint64_t)rows[i];
+        }
+        shares_record_sums(&sums, l, all_counts, all_rows);
+    }
+    assert_int_equal(one.window_rows, sums.window_rows);
+    assert_true(shares_imbalance(&one) == shares_imbalance(&sums));
+    assert_true(shares_replan(&one, 1, 1.0) && shares_replan(&sums, 1, 1.0));
+    assert_memory_equal(one.next, sums.next, 2 * 32 * sizeof *one.next);
+    shares_destroy(&one);
+    shares_destroy(&sums);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_skew),           cmocka_unit_test(test_known_load),
         cmocka_unit_test(test_all_everywhere), cmocka_unit_test(test_calm),
-        cmocka_unit_test(test_little_moves),
+        cmocka_unit_test(test_little_moves),   cmocka_unit_test(test_sums),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

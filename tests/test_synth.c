@@ -330,6 +330,7 @@ static void test_failures(void **state) {
     run_fails("", "--shape tiny --layers 0 -o x.gguf", 2, "--layers 0: a number from 1 to 512");
     run_fails("", "--shape tiny --layers 1x -o x.gguf", 2, "--layers 1x: a number");
     run_fails("", "--shape tiny --seed -1 -o x.gguf", 2, "--seed -1: a number");
+    run_fails("", "--shape tiny --skew -1 -o x.gguf", 2, "--skew -1: a number from 0 to 4");
     run_fails("", "--shape tiny -o x.gguf surplus", 2, "surplus: not an option");
     run_fails("", "--nonsense", 2, "usage: moed-synth");
     run_fails("", "--shape tiny --vocab absent.gguf -o x.gguf", 1,
