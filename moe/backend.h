@@ -57,6 +57,8 @@ struct backend_config {
     double gpu_memory_utilization; /* share of the GPU's memory that may be used, 0 … 1 */
     struct moe_group *group; /* NULL, or whom to share experts with: moe/exchange.h */
     int rank;
+    int32_t offload_experts;     /* as in struct moe_options */
+    const uint64_t *expert_load; /* [L][E], NULL: not known; borrowed until plan returns */
 };
 
 /* A tensor of the file: n_experts matrices of n_rows x n_cols, row-major (GGUF ne = [n_cols,
@@ -183,8 +185,12 @@ struct op_sample {
 struct backend_ops {
     const char *kind; /* "reference", "cpu", "cuda" */
 
-    /* -- life: open, load every weight, create every buf, ready, steps, close -- */
+    /* -- life: open, create every buf, plan, load every weight, ready, steps, close -- */
     void (*close)(struct backend *b); /* frees everything, weights and bufs included */
+    /* What will be loaded, each tensor once (read and ctx are not to be used): does it fit, and what goes where? May be
+     * NULL, and a caller with few weights may leave it out. ST_NO_MEMORY names what is missing. */
+    enum status (*plan)(struct backend *b, const struct weight_source *all, size_t n, struct error *e,
+                        struct moe_offload *out);
     /* Load one tensor. ST_UNSUPPORTED with the tensor and type named if this backend cannot;
      * ST_NO_MEMORY; or what source->read returned. */
     enum status (*weight_load)(struct backend *b, const struct weight_source *source,

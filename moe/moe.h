@@ -19,7 +19,8 @@ enum {
     MOE_MAX_BIASES = 128,
     MOE_MAX_STOP_IDS = 24, /* ids banned until min_tokens */
     MOE_MAX_IN_FLIGHT = 2, /* steps between submit and collect */
-    MOE_MAX_RANKS = 16     /* devices that serve one model */
+    MOE_MAX_RANKS = 16,    /* devices that serve one model */
+    MOE_OFFLOAD_AUTO = -1  /* as many experts as it takes */
 };
 
 /* What the file's metadata says, range-checked by the loader (fields: model-math, GGUF keys). */
@@ -58,6 +59,12 @@ struct moe_options {
     int rank;            /* in the group; each once */
     const char *cpu_isa; /* NULL = auto */
     double gpu_memory_utilization;
+    /* Experts, of all layers together, that a GPU reads from page-locked host memory: coldest first; 0: a model that does
+     * not fit is refused (ST_NO_MEMORY says what it would take). Not in a group. */
+    int32_t offload_experts; /* or MOE_OFFLOAD_AUTO */
+    const uint64_t *expert_load; /* [n_expert_load] tokens of each (layer, expert), measured before; NULL: not known.
+                                    Borrowed until the model is open */
+    size_t n_expert_load; /* L * E, else opening says ST_INVALID */
 };
 
 /* Ranks of this process that compute one model's experts together (expert parallel): each has its own
@@ -96,6 +103,13 @@ struct moe_devices {
 /* ST_INVALID names the word that is no device. All must be of one kind (cpu, reference or cuda). */
 enum status moe_devices_parse(const char *list, struct error *e, struct moe_devices *out);
 
+/* Experts in host memory, and what a step is expected to read of them over PCIe. */
+struct moe_offload {
+    int32_t n_experts; /* 0: all weights are on the device */
+    uint64_t host_bytes;
+    double alone_bytes, full_bytes; /* in a step of one token, and of one for each of max_seqs sequences */
+};
+
 struct moe_info {
     char name[128];         /* general.name */
     char architecture[32];
@@ -105,6 +119,7 @@ struct moe_info {
     struct moe_limits limits; /* as in force: n_blocks filled */
     uint64_t weight_bytes;      /* in the file */
     uint64_t kv_bytes_per_token;
+    struct moe_offload offload;
     int32_t eos_id;         /* -1 if the file names none */
 };
 
@@ -119,6 +134,7 @@ struct moe_counters {
     uint64_t expert_reads;         /* non-empty (layer, expert) groups */
     uint64_t expert_reads_ungrouped; /* what serving each token alone would have read: sum of T*K */
     uint64_t busy_ns;              /* in steps */
+    uint64_t offload_bytes;        /* of experts, read from host memory */
     /* In a group: */
     uint64_t expert_rows; /* (token, expert) pairs that this rank computed */
     uint64_t exchange_bytes; /* rows that came from other ranks */
