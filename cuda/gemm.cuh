@@ -78,8 +78,17 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     w.first_row = (tile << w.rows_shift) * PANEL_ROWS;
     w.block += tile << w.rows_shift;
     w.n_panels = n_panels >> (w.n_parts - 1);
-    w.w = s.w + (((size_t)expert * (size_t)w.n_blocks + (size_t)w.block) * (size_t)n_panels +
-                 (size_t)(w.part * w.n_panels)) * (size_t)panel_bytes(s.type);
+    size_t block_bytes = (size_t)n_panels * (size_t)panel_bytes(s.type);
+    if (s.experts) {
+        struct expert_panels at = s.experts[expert];
+        w.w = at.panels;
+        if (at.host_bytes > 0 && blockIdx.x == 0 && threadIdx.x == 0)
+            atomicAdd((unsigned long long *)a.host_bytes,
+                      (unsigned long long)at.host_bytes * (a.epilogue == GEMM_SILU_F16 ? 2u : 1u)); /* and up's */
+    } else {
+        w.w = s.w + (size_t)expert * (size_t)w.n_blocks * block_bytes;
+    }
+    w.w += (size_t)w.block * block_bytes + (size_t)(w.part * w.n_panels) * (size_t)panel_bytes(s.type);
     return true;
 }
 

@@ -137,8 +137,15 @@ enum gemm_epilogue {
     GEMM_SILU_F16   /* segments are gate and up: out f16 = silu(gate) * up */
 };
 
+/* Where an expert's panels lie, if not all experts lie in order on the device. */
+struct expert_panels {
+    const uint8_t *panels; /* on the device or in page-locked host memory */
+    uint64_t host_bytes;   /* 0: on the device */
+};
+
 struct gemm_segment {
     const uint8_t *w; /* panels */
+    const struct expert_panels *experts; /* [E]; NULL: w has them all, in order */
     void *out;        /* [rows][n_rows] */
     int32_t type;     /* enum panel_type */
     int32_t n_rows;   /* of the matrix */
@@ -163,6 +170,7 @@ struct gemm_args {
     /* Expert products; all NULL when dense: */
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
     const int32_t *n_items;
+    uint64_t *host_bytes;           /* raised by what is read from host memory; used with segments' experts only */
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
 };
 

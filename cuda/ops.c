@@ -32,9 +32,9 @@ enum status ops_flush(struct cuda *c) {
 }
 
 static struct gemm_segment segment(const struct weight *w, const struct buf *out) {
-    CHECK(w->panels && out->n_cols == w->n_rows);
+    CHECK((w->panels || w->experts) && out->n_cols == w->n_rows);
     return (struct gemm_segment){
-        .w = w->panels, .out = out->p, .type = w->type, .n_rows = w->n_rows, .scale = w->scale};
+        .w = w->panels, .experts = w->experts, .out = out->p, .type = w->type, .n_rows = w->n_rows, .scale = w->scale};
 }
 
 /* x [n][n_cols] times the segments; n is read through n_rows on the device and bounded by `bucket`. */
@@ -174,7 +174,7 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .lists = c->lists,
                                    .tickets = c->route_tickets,
                                    .chunk_counts = c->chunk_counts,
-                                   .n_reads = c->n_reads,
+                                   .n_reads = c->n_reads + READS_EXPERTS,
                                    .unsorted = c->together};
     if (c->n_tokens > 0) TRY(device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue)));
     return c->together ? exchange_begin_layer(c, op->layer) : ST_OK;
@@ -189,6 +189,7 @@ static enum status grouped(struct cuda *c, struct gemm_args *a) {
     struct gemm_plan p = cuda_gemm_plan(a, n_tokens, experts, used, &c->queue);
     a->items = c->lists.items[p.width];
     a->n_items = c->lists.n_items + p.width;
+    a->host_bytes = c->n_reads + READS_HOST_BYTES;
     /* A group has at most one tile that is not full. */
     int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / (8 << p.width);
     return device_check(c, cuda_gemm(a, p, n_tokens, max_items, &c->queue));

@@ -29,7 +29,8 @@ const char config_help[] =
     "                            once. More give room for copies of those in demand\n"
     "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
     "and\n"
-    "                            write what was measured to it at the end (CSV)\n"
+    "                            write what was measured to it at the end (CSV); with\n"
+    "                            --offload-experts: read it\n"
     "  --threads N               CPU threads, for all devices together; default: all cores\n"
     "  --cpu-isa NAME            avx2, avx512 or amx instead of the best that there is\n"
     "  --chat-template NAME      chatml, qwen2.5, qwen3 or qwq, whatever the file says; default: "
@@ -55,6 +56,11 @@ const char config_help[] =
     "  --kv-blocks N             blocks in the KV pool; default: what memory allows\n"
     "  --block-tokens N          tokens in a KV block, a power of two (16)\n"
     "  --gpu-memory-utilization F  share of a GPU's memory to use (0.90)\n"
+    "  --offload-experts auto|N  keep experts in host memory, page-locked, those least in demand\n"
+    "                            first: as many as the GPU has no room for beside --kv-blocks (or\n"
+    "                            one sequence of --max-seq-tokens), or N of all layers together. A\n"
+    "                            step reads what it needs of them over PCIe, some 50 GB/s: --check\n"
+    "                            says how much. Default 0: a model that does not fit is refused\n"
     "\n"
     "Load\n"
     "  --max-queue N             requests that may wait; more are refused (1024)\n"
@@ -80,6 +86,7 @@ enum flag {
     F_DEVICE,
     F_PARALLEL,
     F_EXPERT_LOAD,
+    F_OFFLOAD,
     F_CPU_ISA,
     F_CHAT_TEMPLATE,
     F_GPU_MEMORY,
@@ -121,6 +128,7 @@ static const struct option words[] = {
     {"device", required_argument, NULL, F_DEVICE},
     {"parallel", required_argument, NULL, F_PARALLEL},
     {"expert-load", required_argument, NULL, F_EXPERT_LOAD},
+    {"offload-experts", required_argument, NULL, F_OFFLOAD},
     {"cpu-isa", required_argument, NULL, F_CPU_ISA},
     {"chat-template", required_argument, NULL, F_CHAT_TEMPLATE},
     {"gpu-memory-utilization", required_argument, NULL, F_GPU_MEMORY},
@@ -166,6 +174,17 @@ static enum status set_share(const char *arg, struct error *e, struct config *c)
     return ST_OK;
 }
 
+static enum status set_offload(const char *arg, struct error *e, int32_t *out) {
+    char *end;
+    errno = 0;
+    long long v = strtoll(arg, &end, 10);
+    bool automatic = strcmp(arg, "auto") == 0, whole = *arg != '\0' && *end == '\0' && errno == 0;
+    if (!automatic && (!whole || v < 0 || v > INT32_MAX))
+        return error_set(e, ST_INVALID, "--offload-experts %s: must be auto or a number of experts", arg);
+    *out = automatic ? MOE_OFFLOAD_AUTO : (int32_t)v;
+    return ST_OK;
+}
+
 static enum status set_devices(const char *list, struct error *e, struct moe_devices *out) {
     if (moe_devices_parse(list, NULL, out) == ST_OK) return ST_OK;
     return error_set(e, ST_INVALID,
@@ -195,6 +214,7 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
     case F_DEVICE: return set_devices(arg, e, &c->devices);
     case F_PARALLEL: return set_parallel(arg, e, &c->parallel);
     case F_EXPERT_LOAD: c->expert_load = arg; return ST_OK;
+    case F_OFFLOAD: return set_offload(arg, e, &c->offload_experts);
     case F_CPU_ISA: c->cpu_isa = arg; return ST_OK;
     case F_CHAT_TEMPLATE: c->chat_template = arg; return ST_OK;
     case F_GPU_MEMORY: return set_share(arg, e, c);
@@ -216,8 +236,11 @@ static enum status check_together(const struct config *c, struct error *e) {
                          c->block_tokens);
     if (c->experts_per_device > 0 && c->parallel != PARALLEL_EXPERT)
         return error_set(e, ST_INVALID, "--experts-per-device is for --parallel expert");
-    if (c->expert_load && c->parallel != PARALLEL_EXPERT)
-        return error_set(e, ST_INVALID, "--expert-load is for --parallel expert");
+    if (c->offload_experts != 0 &&
+        (c->parallel != PARALLEL_REPLICA || strncmp(c->devices.names[0], "cuda", 4) != 0))
+        return error_set(e, ST_INVALID, "--offload-experts is for GPUs with --parallel replica");
+    if (c->expert_load && c->parallel != PARALLEL_EXPERT && c->offload_experts == 0)
+        return error_set(e, ST_INVALID, "--expert-load is for --parallel expert and --offload-experts");
     return ST_OK;
 }
 

@@ -17,6 +17,7 @@ struct config {
     struct moe_devices devices;
     enum config_parallel parallel; /* what several devices do */
     int32_t experts_per_device; /* of a layer; 0: as few as hold each once */
+    int32_t offload_experts; /* in host memory, or MOE_OFFLOAD_AUTO */
     const char *expert_load; /* NULL, or where the measured load is kept */
     const char *cpu_isa; /* NULL: the best this machine has */
     const char *chat_template; /* NULL: recognise the model's own */

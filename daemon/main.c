@@ -52,23 +52,6 @@ static void report_progress(void *ctx, uint64_t done, uint64_t total) {
               (unsigned long long)total);
 }
 
-static struct moe_options model_options(const struct config *c, struct moe_group *group, int rank) {
-    return (struct moe_options){.model_path = c->model,
-                                .device = c->devices.names[rank],
-                                .n_ranks = c->devices.n,
-                                .group = group,
-                                .rank = rank,
-                                .limits = {.max_batch_tokens = c->max_batch_tokens,
-                                           .max_seqs = c->max_seqs,
-                                           .max_rows = c->max_seqs,
-                                           .max_seq_tokens = c->max_seq_tokens,
-                                           .block_tokens = c->block_tokens,
-                                           .n_blocks = c->kv_blocks},
-                                .n_threads = c->threads,
-                                .cpu_isa = c->cpu_isa,
-                                .gpu_memory_utilization = c->gpu_memory_utilization};
-}
-
 static void log_model(const struct moe_info *i, int rank) {
     const struct model_shape *s = &i->shape;
     log_event(LOG_INFO, "daemon", "model",
@@ -99,7 +82,14 @@ static void print_check(const struct moe *m) {
     printf("backend   %s\n", i->backend);
     printf("capacity  %d sequences, %d tokens in a step, %d of one sequence\n", i->limits.max_seqs,
            i->limits.max_batch_tokens, i->limits.max_seq_tokens);
-    printf("kv pool   %d blocks of %d tokens\n\n", i->limits.n_blocks, i->limits.block_tokens);
+    printf("kv pool   %d blocks of %d tokens\n", i->limits.n_blocks, i->limits.block_tokens);
+    if (i->offload.n_experts > 0)
+        printf("offload   %d of %d experts in host memory; expected over PCIe: %.1f MiB in a step of one "
+               "token, %.1f MiB in one of %d sequences\n",
+               i->offload.n_experts, i->shape.n_layers * i->shape.n_experts,
+               i->offload.alone_bytes / 1048576.0, i->offload.full_bytes / 1048576.0,
+               i->limits.max_seqs);
+    putchar('\n');
     for (int k = 0; k < n; k++) {
         printf("%-48s %14.1f MiB\n", lines[k].what, (double)lines[k].n_bytes / 1048576.0);
         total += lines[k].n_bytes;
@@ -116,10 +106,31 @@ static int complain(const struct error *e) {
 struct devices {
     int n;
     struct moe_group *group; /* expert parallel, else NULL */
-    uint64_t *load; /* what the group began with, or NULL */
+    uint64_t *load; /* what --expert-load said, or NULL */
+    size_t n_load;
     struct engine_moe models[MOE_MAX_RANKS];
     struct engine *engines[MOE_MAX_RANKS];
 };
+
+static struct moe_options model_options(const struct config *c, const struct devices *d, int rank) {
+    return (struct moe_options){.model_path = c->model,
+                                .device = c->devices.names[rank],
+                                .n_ranks = c->devices.n,
+                                .group = d->group,
+                                .rank = rank,
+                                .limits = {.max_batch_tokens = c->max_batch_tokens,
+                                           .max_seqs = c->max_seqs,
+                                           .max_rows = c->max_seqs,
+                                           .max_seq_tokens = c->max_seq_tokens,
+                                           .block_tokens = c->block_tokens,
+                                           .n_blocks = c->kv_blocks},
+                                .n_threads = c->threads,
+                                .cpu_isa = c->cpu_isa,
+                                .gpu_memory_utilization = c->gpu_memory_utilization,
+                                .offload_experts = c->offload_experts,
+                                .expert_load = d->load,
+                                .n_expert_load = d->n_load};
+}
 
 /* The rank whose limits hold for all: pools may differ, and with them the longest sequence. */
 static const struct moe_info *common_info(const struct devices *d) {
@@ -177,24 +188,26 @@ static int serve(const struct config *c, struct text *text, struct net *net,
     }
     const struct model_shape shape = o.info->shape;
     server_destroy(serving);
-    if (c->expert_load && load_file_write(c->expert_load, d->group, &shape, &e) != ST_OK)
+    if (d->group && c->expert_load && load_file_write(c->expert_load, d->group, &shape, &e) != ST_OK)
         return complain(&e);
     return EXIT_SUCCESS;
 }
 
-static enum status create_group(const struct config *c, struct error *e, struct devices *d) {
-    size_t n_load = 0;
-    if (c->expert_load) {
-        enum status st = load_file_read(c->expert_load, e, &d->load, &n_load);
-        if (st != ST_OK) return st;
+static enum status read_load(const struct config *c, struct error *e, struct devices *d) {
+    if (!c->expert_load) return ST_OK;
+    enum status st = load_file_read(c->expert_load, e, &d->load, &d->n_load);
+    if (st == ST_OK)
         log_event(LOG_INFO, "daemon", "expert_load", "file=\"%s\" experts=%zu", c->expert_load,
-                  n_load);
-    }
+                  d->n_load);
+    return st;
+}
+
+static enum status create_group(const struct config *c, struct error *e, struct devices *d) {
     const struct moe_group_options o = {
         .n_ranks = c->devices.n,
         .experts_per_rank = c->parallel == PARALLEL_AUTO ? INT32_MAX : c->experts_per_device,
         .load = d->load,
-        .n_load = n_load};
+        .n_load = d->n_load};
     return moe_group_create(&o, e, &d->group);
 }
 
@@ -209,12 +222,14 @@ static bool may_share(const struct config *c) {
 static enum status open_models(const struct config *c, struct error *e, struct devices *d) {
     void *ctxs[MOE_MAX_RANKS];
     d->n = c->devices.n;
+    enum status st = read_load(c, e, d);
+    if (st != ST_OK) return st;
     if (c->parallel != PARALLEL_REPLICA && may_share(c)) {
-        enum status st = create_group(c, e, d);
+        st = create_group(c, e, d);
         if (st != ST_OK) return st;
     }
     for (int i = 0; i < d->n; i++) {
-        d->models[i] = (struct engine_moe){.options = model_options(c, d->group, i),
+        d->models[i] = (struct engine_moe){.options = model_options(c, d, i),
                                            .progress = i == 0 ? report_progress : NULL};
         ctxs[i] = &d->models[i];
     }

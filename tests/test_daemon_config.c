@@ -115,6 +115,10 @@ static void test_refusals(void **state) {
     refuse("--parallel", "both", "--parallel both");
     refuse("--experts-per-device", "3", "for --parallel expert");
     refuse("--expert-load", "x", "for --parallel expert");
+    refuse("--offload-experts", "auto", "for GPUs");
+    refuse("--offload-experts", "-1", "auto or a number");
+    refuse("--offload-experts", "3x", "auto or a number");
+    refuse("--offload-experts", "", "auto or a number");
     refuse("--block-tokens", "24", "power of two");
     refuse("--gpu-memory-utilization", "1.5", "between 0.05 and 1");
     refuse("--gpu-memory-utilization", "nan", "between 0.05 and 1");
@@ -151,6 +155,7 @@ static void test_actions(void **state) {
                                         "--parallel",
                                         "--experts-per-device",
                                         "--expert-load",
+                                        "--offload-experts",
                                         "--threads",
                                         "--cpu-isa",
                                         "--chat-template",
