@@ -209,6 +209,7 @@ static const struct backend_ops cuda_ops = {
     .kind = "cuda",
     .close = close_backend,
     .plan = offload_plan,
+    .expert_load = offload_load,
     .weight_load = load_weight,
     .buf_create = buf_create,
     .ready = ready,

@@ -89,6 +89,7 @@ struct cuda {
     const uint64_t *expert_load; /* until plan returns */
     bool *far;                   /* [L][E] experts that stay in host memory; NULL: none */
     uint64_t host_bytes;         /* of them */
+    uint64_t *load;              /* device [L][E], tokens since open; NULL: not counted */
 
     void **allocations;
     int n_allocations;
@@ -179,6 +180,7 @@ size_t device_block_bytes(const struct cuda *c);
 /* offload.c: whether the weights fit, and which experts stay in host memory if not. */
 enum status offload_plan(struct backend *b, const struct weight_source *all, size_t n, struct error *e,
                          struct moe_offload *out);
+enum status offload_load(struct backend *b, uint64_t *sum);
 
 /* step.c. Once; also what a plan subtracts from what is free. */
 enum status cuda_step_create(struct cuda *c, struct error *e);

@@ -39,6 +39,14 @@ struct gemm_work {
     const int32_t *token_of;
 };
 
+/* An item is counted by one thread. */
+DEVICE void count_item(const struct gemm_args &a, int expert, int n_tokens, struct expert_panels at) {
+    int n_matrices = a.epilogue == GEMM_SILU_F16 ? 2 : 1; /* up's are as large as gate's, and lie beside them */
+    if (at.host_bytes > 0)
+        atomicAdd((unsigned long long *)a.host_bytes, (unsigned long long)at.host_bytes * n_matrices);
+    if (a.load) atomicAdd((unsigned long long *)a.load + expert, (unsigned long long)n_tokens);
+}
+
 /* false: nothing to do. Dense work may be asked for before depend_wait, expert work only after. */
 DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w) {
     int tile, expert = 0;
@@ -82,9 +90,7 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     if (s.experts) {
         struct expert_panels at = s.experts[expert];
         w.w = at.panels;
-        if (at.host_bytes > 0 && blockIdx.x == 0 && threadIdx.x == 0)
-            atomicAdd((unsigned long long *)a.host_bytes,
-                      (unsigned long long)at.host_bytes * (a.epilogue == GEMM_SILU_F16 ? 2u : 1u)); /* and up's */
+        if (blockIdx.x == 0 && threadIdx.x == 0) count_item(a, expert, w.n, at);
     } else {
         w.w = s.w + (size_t)expert * (size_t)w.n_blocks * block_bytes;
     }

@@ -130,7 +130,7 @@ static enum status place_far(struct cuda *c, const struct weight_source *s, size
     if (st == ST_OK) st = device_alloc(c, MEMORY_WEIGHTS, s->name, n * sizeof *table, e, &p);
     if (st != ST_OK) return st;
     w->experts = p;
-    if (cudaHostAlloc(&w->host, n_far * expert_bytes, cudaHostAllocMapped) != cudaSuccess) {
+    if (n_far > 0 && cudaHostAlloc(&w->host, n_far * expert_bytes, cudaHostAllocMapped) != cudaSuccess) {
         (void)cudaGetLastError();
         w->host = NULL;
         return error_set(e, ST_NO_MEMORY,
@@ -149,14 +149,6 @@ static enum status place_far(struct cuda *c, const struct weight_source *s, size
                                            c->queue.stream));
 }
 
-static bool has_far(const struct cuda *c, const struct weight_source *s) {
-    if (!c->far || s->n_experts == 1) return false;
-    const bool *far = c->far + (size_t)s->layer * (size_t)s->n_experts;
-    for (int32_t x = 0; x < s->n_experts; x++)
-        if (far[x]) return true;
-    return false;
-}
-
 static enum status load_matrix(struct cuda *c, const struct weight_source *s, int source,
                                const struct weight_bytes *bytes, struct error *e, struct weight *w) {
     w->type = panel_of_source(source);
@@ -164,7 +156,7 @@ static enum status load_matrix(struct cuda *c, const struct weight_source *s, in
     struct expert_panels *at = NULL;
     enum status st;
     void *p;
-    if (has_far(c, s)) {
+    if (c->far && s->n_experts > 1) {
         st = place_far(c, s, bytes->expert, e, w, &at);
     } else {
         st = device_alloc(c, MEMORY_WEIGHTS, s->name, (size_t)n_places * bytes->expert, e, &p);

@@ -66,6 +66,12 @@ static enum status refuse(struct cuda *c, const struct offload_problem *p, size_
 static enum status decide(struct cuda *c, const struct demand *d, struct error *e, struct moe_offload *out) {
     const struct model_shape *m = &c->shape;
     const struct offload_problem p = {m->n_layers, m->n_experts, m->n_experts_used, d->expert, c->expert_load};
+    size_t n_load = (size_t)m->n_layers * (size_t)m->n_experts;
+    void *load = NULL;
+    enum status st = ST_OK;
+    if (c->offload_experts != 0)
+        st = device_alloc(c, MEMORY_STEP, "counts of routed tokens", n_load * sizeof *c->load, e, &load);
+    if (st != ST_OK) return st;
     size_t left = device_free_bytes(c), kv = device_rounded(device_least_blocks(c) * device_block_bytes(c));
     bool fits = d->whole + kv <= left;
     if (fits && c->offload_experts <= 0) return ST_OK;
@@ -77,7 +83,8 @@ static enum status decide(struct cuda *c, const struct demand *d, struct error *
                          (d->fixed + kv - left) / MIB + 1);
     size_t room = left - d->fixed - kv;
     if (c->offload_experts == 0) return refuse(c, &p, d->whole + kv - left, room, e);
-    enum status st = choose(c, &p, c->offload_experts, room, e, out);
+    c->load = load;
+    st = choose(c, &p, c->offload_experts, room, e, out);
     if (st != ST_OK) return st;
     uint64_t near = 0;
     for (int32_t l = 0; l < m->n_layers; l++) near += d->expert[l] * (uint64_t)m->n_experts;
@@ -110,5 +117,20 @@ enum status offload_plan(struct backend *b, const struct weight_source *all, siz
     if (st == ST_OK) st = decide(c, &d, e, out);
     free(d.expert);
     c->expert_load = NULL;
+    return st;
+}
+
+enum status offload_load(struct backend *b, uint64_t *sum) {
+    struct cuda *c = of(b);
+    size_t n = (size_t)c->shape.n_layers * (size_t)c->shape.n_experts;
+    if (!c->load) return ST_UNSUPPORTED;
+    if (c->lost) return ST_ENGINE_LOST;
+    uint64_t *load = calloc(n, sizeof *load);
+    if (!load) return ST_NO_MEMORY;
+    enum status st = device_check(c, cudaStreamSynchronize(c->queue.stream));
+    if (st == ST_OK)
+        st = device_check(c, cudaMemcpy(load, c->load, n * sizeof *load, cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n && st == ST_OK; i++) sum[i] += load[i];
+    free(load);
     return st;
 }

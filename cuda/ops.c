@@ -211,6 +211,7 @@ enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
                           .x = c->together ? NULL : op->x->p, /* the group's inputs */
                           .n_cols = op->gate->n_cols,
                           .token_of = c->lists.token_of};
+    if (c->load) a.load = c->load + (size_t)op->layer * (size_t)c->shape.n_experts;
     a.segments[0] = segment(op->gate, op->act);
     a.segments[1] = segment(op->up, op->act);
     return grouped(c, &a);

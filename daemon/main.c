@@ -142,9 +142,31 @@ static const struct moe_info *common_info(const struct devices *d) {
     return least;
 }
 
+/* The load that was measured, by the group or, while their engines stop, by the devices. */
+static enum status write_load(const struct config *c, struct devices *d, struct error *e) {
+    const struct model_shape shape = moe_info(d->models[0].moe)->shape;
+    size_t n = (size_t)shape.n_layers * (size_t)shape.n_experts;
+    uint64_t *load = calloc(n, sizeof *load);
+    uint16_t *held = calloc(n, sizeof *held);
+    enum status st = load && held ? ST_OK : error_set(e, ST_NO_MEMORY, "no memory for the measured load");
+    for (int i = 0; i < d->n && st == ST_OK && !d->group; i++) d->models[i].load = load;
+    server_destroy(serving);
+    for (size_t i = 0; i < n && st == ST_OK; i++) held[i] = (uint16_t)((1u << d->n) - 1u);
+    if (st == ST_OK && d->group) {
+        moe_group_load(d->group, load);
+        moe_group_held(d->group, held);
+    }
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n && st == ST_OK; i++) sum += load[i];
+    if (sum > 0) st = load_file_write(c->expert_load, &shape, load, held, e); /* else what is there is better */
+    free(load);
+    free(held);
+    return st;
+}
+
 /* The models are open; `net` holds the endpoint's lock. All are closed here. */
 static int serve(const struct config *c, struct text *text, struct net *net,
-                 const struct devices *d) {
+                 struct devices *d) {
     struct error e;
     bool together = d->group != NULL;
     if (together && c->parallel == PARALLEL_AUTO) {
@@ -186,10 +208,8 @@ static int serve(const struct config *c, struct text *text, struct net *net,
         server_abandon(serving);
         _exit(EXIT_LOST); /* whatever an engine is stuck in */
     }
-    const struct model_shape shape = o.info->shape;
+    if (c->expert_load) return write_load(c, d, &e) == ST_OK ? EXIT_SUCCESS : complain(&e);
     server_destroy(serving);
-    if (d->group && c->expert_load && load_file_write(c->expert_load, d->group, &shape, &e) != ST_OK)
-        return complain(&e);
     return EXIT_SUCCESS;
 }
 

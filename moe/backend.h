@@ -207,6 +207,8 @@ struct backend_ops {
      * worth, from which moe_info takes the bytes per token. */
     int (*memory)(const struct backend *b, struct moe_memory_line *dst, int cap);
     void (*counters)(const struct backend *b, struct moe_counters *out);
+    /* sum[L][E] += tokens routed to each (layer, expert) since open. NULL or ST_UNSUPPORTED: not counted. */
+    enum status (*expert_load)(struct backend *b, uint64_t *sum);
 
     /* -- sampling slots -- */
     enum status (*slot_start)(struct backend *b, const struct moe_slot_start *start);

@@ -420,6 +420,10 @@ void moe_counters(const struct moe *m, struct moe_counters *out) {
     m->ops->counters(m->forward.backend, out);
 }
 
+enum status moe_expert_load(struct moe *m, uint64_t *sum) {
+    return m->ops->expert_load ? m->ops->expert_load(m->forward.backend, sum) : ST_UNSUPPORTED;
+}
+
 /* ---- steps ---------------------------------------------------------------------------------- */
 
 enum status moe_slot_start(struct moe *m, const struct moe_slot_start *start) {

@@ -225,6 +225,9 @@ const struct moe_info *moe_info(const struct moe *m);
 /* Boot-time byte table: weights, KV, activations, sampler, …; returns the number of lines. */
 int moe_memory(const struct moe *m, struct moe_memory_line *dst, int cap);
 void moe_counters(const struct moe *m, struct moe_counters *out);
+/* sum[L][E] += tokens routed to each (layer, expert) since open. ST_UNSUPPORTED: only a model with experts in host
+ * memory counts them; a group has moe_group_load. No step may be out. */
+enum status moe_expert_load(struct moe *m, uint64_t *sum);
 
 enum status moe_slot_start(struct moe *m, const struct moe_slot_start *start);
 /* Start a step. CHECK: within limits, at most MOE_MAX_IN_FLIGHT uncollected. A CPU backend computes

@@ -153,6 +153,12 @@ static void test_all(void **state) {
     rig_run_one(&far, 0, prompt(0)->ids, 0, 1, MOE_ROWS_NONE);
     moe_counters(far.m, &c);
     assert_int_equal(c.expert_reads, m->n_layers * m->n_experts_used);
+    uint64_t *load = calloc((size_t)n_all(), sizeof *load), sum = 0;
+    for (int k = 0; k < 2; k++) assert_int_equal(moe_expert_load(far.m, load), ST_OK); /* added to what is there */
+    for (int32_t i = 0; i < n_all(); i++) sum += load[i];
+    assert_int_equal(sum, 2 * m->n_layers * m->n_experts_used);
+    assert_int_equal(moe_expert_load(whole.m, load), ST_UNSUPPORTED);
+    free(load);
     double expected = far.info->offload.alone_bytes;
     assert_true((double)c.offload_bytes > expected * 0.999999 && (double)c.offload_bytes < expected * 1.000001);
     rig_close(&far);
