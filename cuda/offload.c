@@ -8,7 +8,7 @@
 
 #include "moe/offload.h"
 
-enum { MIB = 1 << 20 };
+enum { MIB = 1 << 20, SEQ_TOKENS = 1024 /* of the KV pool, for each sequence that may run */, KV_SHARE = 4 /* a quarter */ };
 
 struct demand {
     size_t whole;    /* bytes of all weights, if all are on the device */
@@ -63,6 +63,17 @@ static enum status refuse(struct cuda *c, const struct offload_problem *p, size_
                      (int)c->limits.max_seqs);
 }
 
+/* KV blocks that experts leave room for, of `left` bytes: those asked for; else SEQ_TOKENS for each sequence, but no more than
+ * a share of what experts could have, and enough for one sequence. */
+static size_t kv_blocks(const struct cuda *c, size_t left) {
+    const struct moe_limits *l = &c->limits;
+    int32_t tokens = l->max_seq_tokens < SEQ_TOKENS ? l->max_seq_tokens : SEQ_TOKENS;
+    size_t least = device_least_blocks(c), most = left / KV_SHARE / device_block_bytes(c);
+    size_t n = (size_t)l->max_seqs * (size_t)((tokens + l->block_tokens - 1) / l->block_tokens);
+    if (n > most) n = most;
+    return l->n_blocks > 0 || n < least ? least : n;
+}
+
 static enum status decide(struct cuda *c, const struct demand *d, struct error *e, struct moe_offload *out) {
     const struct model_shape *m = &c->shape;
     const struct offload_problem p = {m->n_layers, m->n_experts, m->n_experts_used, d->expert, c->expert_load};
@@ -81,7 +92,7 @@ static enum status decide(struct cuda *c, const struct demand *d, struct error *
                          "blocks (%zu MiB) need %zu MiB more than the share allowed to this process has left",
                          c->device, d->fixed / MIB, device_least_blocks(c), kv / MIB,
                          (d->fixed + kv - left) / MIB + 1);
-    size_t room = left - d->fixed - kv;
+    size_t room = left - d->fixed - device_rounded(kv_blocks(c, left - d->fixed) * device_block_bytes(c));
     if (c->offload_experts == 0) return refuse(c, &p, d->whole + kv - left, room, e);
     c->load = load;
     st = choose(c, &p, c->offload_experts, room, e, out);
@@ -89,12 +100,12 @@ static enum status decide(struct cuda *c, const struct demand *d, struct error *
     uint64_t near = 0;
     for (int32_t l = 0; l < m->n_layers; l++) near += d->expert[l] * (uint64_t)m->n_experts;
     near -= out->host_bytes;
-    if (near > room)
+    if (near > left - d->fixed - kv)
         return error_set(e, ST_NO_MEMORY,
                          "GPU %d: with %d of %d experts in host memory the others need %llu MiB more than the share "
                          "allowed to this process has left: keep more there, or --offload-experts auto",
                          c->device, (int)out->n_experts, (int)(m->n_layers * m->n_experts),
-                         (unsigned long long)((near - room) / MIB + 1));
+                         (unsigned long long)((near - (left - d->fixed - kv)) / MIB + 1));
     log_event(LOG_WARN, "cuda", "offload",
               "device=%d experts=%d of=%d host_bytes=%llu load=%s expected_pcie_bytes_per_step=%.0f sequences=%d "
               "expected_pcie_bytes_per_step_of_one=%.0f",
