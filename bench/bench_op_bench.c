@@ -29,6 +29,7 @@ static const char usage[] =
     "\n"
     "  --device NAME           cpu, reference or cuda:N (default cpu)\n"
     "  --threads N             CPU threads (default 1)\n"
+    "  --cpu-isa NAME          CPU kernels: auto, avx2, avx512, amx (default auto)\n"
     "  --shape NAME            qwen3-30b-a3b or small (default qwen3-30b-a3b), Q4_K with the Q6_K "
     "of Q4_K_M\n"
     "  --layers N              layers (default 8)\n"
@@ -511,7 +512,7 @@ static void fill_cache(struct rig *r, int32_t n_seqs, int32_t n_positions) {
 /* ---- what is printed --------------------------------------------------------------------------------------- */
 
 struct options {
-    const char *device, *shape, *words;
+    const char *device, *isa, *shape, *words;
     int n_threads, n_layers, ctx, prefill, pp, n_repeat, gbps, tflops;
     int decode[MAX_WORKLOADS], n_decode;
 };
@@ -627,6 +628,7 @@ static void parse(int argc, char **argv, struct options *o) {
     enum {
         DEVICE = 1,
         THREADS,
+        ISA,
         SHAPE,
         LAYERS,
         DECODE,
@@ -639,14 +641,14 @@ static void parse(int argc, char **argv, struct options *o) {
         TFLOPS,
         HELP
     };
-    static const struct option longs[] = {{"device", 1, 0, DEVICE},   {"threads", 1, 0, THREADS},
-                                          {"shape", 1, 0, SHAPE},     {"layers", 1, 0, LAYERS},
-                                          {"decode", 1, 0, DECODE},   {"ctx", 1, 0, CTX},
-                                          {"prefill", 1, 0, PREFILL}, {"pp", 1, 0, PP},
-                                          {"ops", 1, 0, OPS},         {"repeat", 1, 0, REPEAT},
-                                          {"gbps", 1, 0, GBPS},       {"tflops", 1, 0, TFLOPS},
-                                          {"help", 0, 0, HELP},       {0, 0, 0, 0}};
+    static const struct option longs[] = {
+        {"device", 1, 0, DEVICE},   {"threads", 1, 0, THREADS}, {"shape", 1, 0, SHAPE},
+        {"layers", 1, 0, LAYERS},   {"decode", 1, 0, DECODE},   {"ctx", 1, 0, CTX},
+        {"prefill", 1, 0, PREFILL}, {"pp", 1, 0, PP},           {"ops", 1, 0, OPS},
+        {"repeat", 1, 0, REPEAT},   {"gbps", 1, 0, GBPS},       {"tflops", 1, 0, TFLOPS},
+        {"cpu-isa", 1, 0, ISA},     {"help", 0, 0, HELP},       {0, 0, 0, 0}};
     *o = (struct options){.device = "cpu",
+                          .isa = "auto",
                           .shape = "qwen3-30b-a3b",
                           .n_threads = 1,
                           .n_layers = 8,
@@ -662,6 +664,7 @@ static void parse(int argc, char **argv, struct options *o) {
         switch (c) {
         case DEVICE: o->device = optarg; break;
         case THREADS: o->n_threads = bench_int("threads", optarg, 1, 1024); break;
+        case ISA: o->isa = optarg; break;
         case SHAPE: o->shape = optarg; break;
         case LAYERS: o->n_layers = bench_int("layers", optarg, 1, MAX_LAYERS); break;
         case DECODE: decode = optarg; break;
@@ -687,7 +690,7 @@ static void open_backend(struct rig *r, const struct options *o) {
     struct backend_config c = {.shape = r->m,
                                .limits = r->limits,
                                .n_threads = o->n_threads,
-                               .cpu_isa = "auto",
+                               .cpu_isa = o->isa,
                                .gpu_memory_utilization = 0.9};
     struct error e = {0};
     enum status st = ST_UNSUPPORTED;

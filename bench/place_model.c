@@ -337,9 +337,11 @@ static enum status predict_resident(const struct place_shape *shape,
             struct sums sum;
             replay(shape, costs, trace, &p, &plan, &sum, mem);
             bool net = hosts > 1;
-            double bytes = (double)trace->batch * shape->n_embd * 2 * (n_devices - 1) / n_devices;
-            double exchange_ms = 2 * ((net ? costs->net_us : costs->link_us) * 1e-3 +
-                                      bytes / ((net ? costs->net_gbs : costs->link_gbs) * 1e6));
+            /* Rows of two bytes a value, of which 1 / n_devices are at home. */
+            double row = shape->n_embd * 2.0 * (n_devices - 1) / n_devices;
+            double bytes = row * trace->batch * (1 + (double)shape->n_used / n_devices);
+            double exchange_ms = 2 * (net ? costs->net_us : costs->link_us) * 1e-3 +
+                                 bytes / ((net ? costs->net_gbs : costs->link_gbs) * 1e6);
             if (n_devices == 1) exchange_ms = 0;
             double seqs = (double)trace->batch / n_devices;
             out->step_ms = sum.ms + shape->head_bytes / (costs->memory_gbs * 1e6) +
@@ -347,7 +349,7 @@ static enum status predict_resident(const struct place_shape *shape,
                                               exchange_ms + costs->layer_us * 1e-3);
             out->tokens_per_s = trace->batch / out->step_ms * 1e3;
             out->expert_gb = sum.expert_bytes / 1e9;
-            out->exchange_mb = n_devices == 1 ? 0 : shape->n_layers * 2 * bytes / 1e6;
+            out->exchange_mb = n_devices == 1 ? 0 : shape->n_layers * bytes / 1e6;
             out->imbalance = sum.imbalance;
         }
     } else {

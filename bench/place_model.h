@@ -5,9 +5,10 @@
  *   experts    the slowest device: max over devices of max(bytes of the experts it must read / memory bandwidth,
  *              its tokens * flops per token and expert / arithmetic rate); an expert with r replicas splits its
  *              tokens over them as evenly as whole tokens go
- *   exchange   two collectives (gather the B rows, scatter the sums): latency + bytes / link rate each, where
- *              the bytes a device sends and receives are B * D * 2 * (n-1)/n; devices of several hosts use the
- *              network's latency and rate
+ *   exchange   two meetings: every device gets the inputs of all B rows, then the products of its own B/n rows, K of
+ *              each, which are summed at home so that the bits are those of one device: latency + bytes / link rate
+ *              each, where a device receives B * D * 2 * (1 + K/n) * (n-1)/n bytes; devices of several hosts use
+ *              the network's latency and rate
  *   overhead   a fixed time per layer for launches and small kernels
  *   host       experts that fit no device stay in host memory, coldest first by the trace's first half; those that a
  *              step routes to cross PCIe, each to one device, all devices' links at once, before they can be used
@@ -62,7 +63,7 @@ void place_trace_free(struct place_trace *t);
 struct place_prediction {
     double step_ms, tokens_per_s;
     double expert_gb; /* read per step by the busiest device */
-    double exchange_mb; /* sent and received per step and device */
+    double exchange_mb; /* received per step and device */
     double pcie_gb; /* per step, of all devices: experts that are kept in host memory */
     double imbalance; /* max / mean device tokens, averaged over layers and steps */
 };

@@ -2,18 +2,15 @@
  * keys and values of a span through shared memory, two tokens to a warp.
  *
  * Here the queries are the rows of the products, eight heads of one token and then of the other, and keys or dims the
- * columns: so a lane reads its operands as they lie, and the scores of one product are the operand of the next. A
- * product's sum has the same order either way round. */
+ * columns: so the scores of one product are the operand of the next. A product's sum has the same order either way
+ * round. */
 #include "cuda/attention.cuh"
 
 enum : int { WARPS = 8, ROWS = 2 /* tokens of a warp */, COLUMNS = SPAN / 8 /* of keys, 8 wide */ };
 static_assert((int)WARPS * (int)ROWS == (int)TILE_TOKENS, "a block takes a tile");
 
-/* One span. Keys as operands: [8 keys][j][lane 4 g + t]: of key g, dims 32 j + 8 t … + 7. Values as they are, but piece
- * i of 8 dims of a key at i ^ (key & 7), so that eight keys' pieces lie in different banks. */
 struct span_buffer {
-    uint4 k[COLUMNS][4][32];
-    uint4 v[SPAN][HEAD_DIM / 8];
+    struct span_rows k, v;
 };
 
 /* A block's place in the work list: a tile, a unit of heads, a span. */
@@ -42,7 +39,7 @@ template <int BUFFERS> struct tiles_shared {
 /* Tiles come longest first: rounds of one for each block, to and fro. */
 static DEVICE void find_tile(const struct attn_args &a, struct tile_cursor &c) {
     const struct step_header *h = a.step.header;
-    int units = a.n_kv_heads * attn_octets(a.n_heads, a.n_kv_heads), n = (int)gridDim.x;
+    int units = a.n_kv_heads * a.octets, n = (int)gridDim.x;
     int at = c.round * n + (c.round & 1 ? n - 1 - (int)blockIdx.x : (int)blockIdx.x);
     c.valid = at < h->n_tiles * units;
     if (!c.valid) return;
@@ -63,7 +60,7 @@ static DEVICE struct tile_cursor after(const struct attn_args &a, const struct t
 /* The memory of a position, which: 0 key, 1 value. */
 static DEVICE const uint4 *row_of(const struct attn_args &a, const struct tile_cursor &c, int pos, int which) {
     const int32_t *table = (const int32_t *)a.step.header + c.tile.table;
-    int head = c.unit / attn_octets(a.n_heads, a.n_kv_heads);
+    int head = c.unit / a.octets;
     size_t row = rope_cache_row(table[pos >> a.block_shift], a.n_kv_heads, head, which, pos, a.block_shift);
     return (const uint4 *)a.kv + row * (HEAD_DIM / 8);
 }
@@ -71,20 +68,16 @@ static DEVICE const uint4 *row_of(const struct attn_args &a, const struct tile_c
 static DEVICE void copy_span(const struct attn_args &a, const struct tile_cursor &c, struct span_buffer &b) {
     if (!c.valid) return;
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, first = c.span * SPAN, end = c.end();
-    int key = 8 * warp + (lane >> 2), pos = first + key, t = lane & 3;
-    const uint4 *row = row_of(a, c, min(pos, end - 1), 0);
+    int piece = lane & 15;
 #pragma unroll
-    for (int j = 0; j < 4; j++) copy16(&b.k[warp][j][lane], row + 4 * j + t, pos < end);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int piece = lane & 15;
-        key = 8 * warp + 2 * i + (lane >> 4), pos = first + key;
-        row = row_of(a, c, min(pos, end - 1), 1);
-        copy16(&b.v[key][piece ^ (key & 7)], row + piece, pos < end);
+    for (int i = 0; i < 8; i++) {
+        int key = 8 * warp + 2 * (i & 3) + (lane >> 4), pos = first + key, which = i >> 2;
+        const uint4 *row = row_of(a, c, min(pos, end - 1), which);
+        copy16(&(which ? b.v : b.k).v[key][piece ^ (key & 7)], row + piece, pos < end);
     }
 }
 
-/* Queries of two tokens as operands of the steps (j, words x and y), (j, z and w). */
+/* Queries of two tokens as operands, 16 dims each. */
 struct query_pair {
     h2 a[8][4];
 };
@@ -94,11 +87,8 @@ static DEVICE void load_pair(const struct attn_args &a, int token0, int token1, 
     load_query(a, token0, unit, lane, q0);
     load_query(a, token1, unit, lane, q1);
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        q.a[2 * j][0] = q0.v[j].x, q.a[2 * j][1] = q1.v[j].x, q.a[2 * j][2] = q0.v[j].y, q.a[2 * j][3] = q1.v[j].y;
-        q.a[2 * j + 1][0] = q0.v[j].z, q.a[2 * j + 1][1] = q1.v[j].z;
-        q.a[2 * j + 1][2] = q0.v[j].w, q.a[2 * j + 1][3] = q1.v[j].w;
-    }
+    for (int s = 0; s < 8; s++)
+        q.a[s][0] = q0.w[2 * s], q.a[s][1] = q1.w[2 * s], q.a[s][2] = q0.w[2 * s + 1], q.a[s][3] = q1.w[2 * s + 1];
 }
 
 /* What soften does, of token x: keys are in lanes t and columns n; the sum goes over n, then over the keys of 8 in the
@@ -138,9 +128,10 @@ static DEVICE void score_span(const struct span_buffer &b, const struct query_pa
     for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            uint4 k = b.k[n][j][lane];
-            mma_f16(s[n], q.a[2 * j], k.x, k.y);
-            mma_f16(s[n], q.a[2 * j + 1], k.z, k.w);
+            h2 k[4];
+            load_matrices(k, &b.k.v[8 * n + (lane & 7)][(4 * j + (lane >> 3)) ^ (lane & 7)]);
+            mma_f16(s[n], q.a[2 * j], k[0], k[1]);
+            mma_f16(s[n], q.a[2 * j + 1], k[2], k[3]);
         }
 #pragma unroll
     for (int x = 0; x < ROWS; x++) soften_row(s, x, n_keys[x], lane, m, p);
@@ -161,7 +152,7 @@ static DEVICE void add_span(const struct span_buffer &b, const struct measure &m
 #pragma unroll
             for (int n = 0; n < QUARTER; n += 2) {
                 h2 v[4];
-                load_transposed(v, &b.v[16 * i + row][(first + n + (lane >> 4)) ^ (row & 7)]);
+                load_transposed(v, &b.v.v[16 * i + row][(first + n + (lane >> 4)) ^ (row & 7)]);
                 mma_f16(part[n], rows, v[0], v[1]);
                 mma_f16(part[n + 1], rows, v[2], v[3]);
             }
@@ -194,15 +185,16 @@ static DEVICE void merge_split(struct measure &m, totals &total, struct pair_out
 
 static DEVICE void store_row(const struct attn_args &a, int token, int unit, const struct measure &m, const totals &total,
                              int x, int lane) {
-    int octets = attn_octets(a.n_heads, a.n_kv_heads), per_kv = a.n_heads / a.n_kv_heads;
+    int octets = a.octets, per_kv = a.per_kv;
     int column = unit % octets * 8 + (lane >> 2);
     if (column >= per_kv) return;
     size_t head = (size_t)(unit / octets) * (size_t)per_kv + (size_t)column;
     h2 *to = (h2 *)a.out + ((size_t)token * (size_t)a.n_heads + head) * (HEAD_DIM / 2) + (lane & 3);
+    float inverse = 1.0f / m.sum[x];
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; i++) {
         float2 v = ((const float2 *)&total[i][lane])[x];
-        to[4 * i] = h2_pack(v.x / m.sum[x], v.y / m.sum[x]);
+        to[4 * i] = h2_pack(v.x * inverse, v.y * inverse);
     }
 }
 

@@ -281,7 +281,7 @@ static cudaError_t launch(void (*kernel)(P...), dim3 grid, int block, size_t sha
 cudaError_t load_prepare(void);
 cudaError_t exchange_prepare(void);
 cudaError_t rope_prepare(void);
-cudaError_t attn_prepare(void);
+cudaError_t attn_prepare(size_t max_shared);
 cudaError_t sample_prepare(void);
 cudaError_t norm_prepare(void);
 cudaError_t route_prepare(size_t max_shared);

@@ -10,4 +10,7 @@
  * thread. After a CUDA error the backend is lost: every call says so, and only close does anything. */
 enum status backend_cuda_open(const struct backend_config *c, struct error *e, struct backend **out);
 
+/* An id for a group of ranks of several processes. ST_UNSUPPORTED: no NCCL here. */
+enum status backend_cuda_unique_id(struct error *e, struct moe_unique_id *out);
+
 #endif

@@ -1,5 +1,6 @@
 /* device: opening, memory, errors, and the op table. See device.h. */
 #include "cuda/exchange.h"
+#include "cuda/nccl.h"
 #include "cuda/panel.h"
 
 #include <math.h>
@@ -18,7 +19,13 @@ enum status device_check(struct cuda *c, cudaError_t e) {
         log_event(LOG_ERROR, "cuda", "device_lost", "device=%d error=%s text=\"%s\"", c->device,
                   cudaGetErrorName(e), cudaGetErrorString(e));
     c->lost = true;
+    c->lost_by = e;
     return ST_ENGINE_LOST;
+}
+
+enum status device_status(const struct cuda *c, enum status st, struct error *e) {
+    if (st != ST_ENGINE_LOST || !c->lost) return st;
+    return error_set(e, st, "GPU %d is lost: %s", c->device, cudaGetErrorString(c->lost_by));
 }
 
 /* ---- memory ------------------------------------------------------------------------------------- */
@@ -51,10 +58,7 @@ enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what
                          c->device, what, n / MIB);
     }
     if (err == cudaSuccess) err = cudaMemsetAsync(*out, 0, n, c->queue.stream);
-    if (err != cudaSuccess) {
-        device_check(c, err);
-        return error_set(e, ST_ENGINE_LOST, "GPU %d: %s", c->device, cudaGetErrorString(err));
-    }
+    if (err != cudaSuccess) return device_status(c, device_check(c, err), e);
     c->allocations[c->n_allocations++] = *out;
     c->used[kind] += n;
     return ST_OK;
@@ -135,7 +139,7 @@ static enum status ready(struct backend *b, struct error *e, int32_t *n_blocks) 
     if (st == ST_OK) st = create_kv(c, e, n_blocks);
     if (st == ST_OK) st = device_check(c, cudaStreamSynchronize(c->queue.stream));
     c->ready = st == ST_OK;
-    return st;
+    return device_status(c, st, e);
 }
 
 /* ---- for people ---------------------------------------------------------------------------------------- */
@@ -180,6 +184,8 @@ static void counters(const struct backend *b, struct moe_counters *out) {
 static void close_backend(struct backend *b) {
     struct cuda *c = of(b);
     exchange_abandon(c);
+    cuda_graphs_destroy(c);
+    exchange_disconnect(c);
     if (c->queue.stream) (void)cudaStreamSynchronize(c->queue.stream);
     exchange_leave(c); /* before any memory goes that others may read */
     cuda_step_destroy(c);
@@ -325,6 +331,8 @@ static enum status start_device(struct cuda *c, double share, struct error *e) {
     c->d_max = p;
     return st;
 }
+
+enum status backend_cuda_unique_id(struct error *e, struct moe_unique_id *out) { return nccl_unique_id(e, out); }
 
 enum status backend_cuda_open(const struct backend_config *config, struct error *e,
                               struct backend **out) {

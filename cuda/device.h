@@ -21,7 +21,7 @@ enum {
     MAX_GRAPHS = 96,
     N_STARTS = 16,           /* slot starts on their way to the device */
     STAGING_BYTES = 8 << 20, /* of pinned and device memory, twice, for loading and looking inside */
-    MAX_PARTIALS = 8192      /* attention splits whose results may wait for their siblings */
+    MAX_PARTIALS = 8192      /* attention pieces whose results may wait for their siblings */
 };
 
 struct weight {
@@ -46,6 +46,7 @@ struct buf {
 struct bucket {
     int32_t n_tokens, n_seqs, n_rows; /* at most so many */
     int32_t n_group;                  /* tokens of all ranks that compute this step together; 0: alone */
+    int32_t n_most;                   /* of each of them, where collectives must know it; else 0 */
     bool tiles;                       /* attention takes prefill tiles too */
 };
 
@@ -85,6 +86,7 @@ struct cuda {
     uint64_t used[N_MEMORY];
     struct cuda_queue queue;
     bool lost, ready;
+    cudaError_t lost_by;
     int32_t offload_experts;     /* as configured */
     const uint64_t *expert_load; /* until plan returns */
     bool *far;                   /* [L][E] experts that stay in host memory; NULL: none */
@@ -115,8 +117,9 @@ struct cuda {
     uint32_t *attn_tickets;
     float *router_partials;
     struct route_lists lists;
+    uint32_t widths; /* of the lists that the last routing has */
     uint32_t *route_tickets;
-    int32_t *chunk_counts;
+    uint8_t *route_marks;
     uint64_t *n_reads;      /* device [N_READS] */
     uint64_t *host_reads;   /* pinned [2][N_READS]: n_reads after a step */
 
@@ -156,6 +159,8 @@ static inline const struct cuda *of_const(const struct backend *b) {
 
 /* device.c. Any CUDA error after opening means the device is lost. */
 enum status device_check(struct cuda *c, cudaError_t e);
+/* st; and if the device is lost, a sentence that says by what. */
+enum status device_status(const struct cuda *c, enum status st, struct error *e);
 /* Zeroed device memory within the budget, freed by close. ST_NO_MEMORY with what is missing, and for what. */
 enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what, size_t n,
                          struct error *e, void **out);
@@ -184,6 +189,7 @@ enum status offload_load(struct backend *b, uint64_t *sum);
 
 /* step.c. Once; also what a plan subtracts from what is free. */
 enum status cuda_step_create(struct cuda *c, struct error *e);
+void cuda_graphs_destroy(struct cuda *c); /* they may be running */
 void cuda_step_destroy(struct cuda *c);
 enum status step_slot_start(struct backend *b, const struct moe_slot_start *start);
 enum status step_begin(struct backend *b, const struct moe_step *step, bool *issue);

@@ -1,6 +1,8 @@
 /* See exchange.h. */
 #include "cuda/exchange.h"
 
+#include "cuda/nccl.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -38,7 +40,7 @@ static enum status enable_peers(struct cuda *c, struct error *e) {
 static enum status check_sharing(struct cuda *c, struct error *e) {
     const struct cuda_exchange *g = c->exchange;
     int n = 0, most = (c->queue.n_sm - 1) / EXCHANGE_BLOCKS + 1;
-    for (int r = 0; r < exchange_n_ranks(g->x); r++) {
+    for (int r = 0; r < exchange_n_ranks(g->x->group); r++) {
         const struct cuda_exchange *peer = exchange_peer(g->x, r);
         n += peer && peer->device == c->device;
     }
@@ -61,7 +63,6 @@ static bool number_places(struct cuda_exchange *g, const struct model_shape *m) 
 
 enum status exchange_join(struct cuda *c, const struct backend_config *config, struct error *e) {
     if (!config->group) return ST_OK;
-    TRY(enable_peers(c, e));
     struct cuda_exchange *g = c->exchange = calloc(1, sizeof *g);
     if (!g) return error_set(e, ST_NO_MEMORY, "no memory");
     g->device = c->device;
@@ -71,6 +72,8 @@ enum status exchange_join(struct cuda *c, const struct backend_config *config, s
     if (st == ST_OK && !number_places(g, &c->shape)) st = ST_NO_MEMORY;
     if (st != ST_OK)
         return error_set(e, st, "rank %d cannot join its group: %s", config->rank, status_name(st));
+    if (exchange_is_remote(g->x)) return ST_OK;
+    TRY(enable_peers(c, e));
     exchange_show(g->x, g);
     return check_sharing(c, e);
 }
@@ -102,7 +105,7 @@ static enum status pinned(struct cuda *c, size_t n, struct error *e, void **out)
 }
 
 static size_t count_bytes(const struct cuda *c) {
-    size_t per_layer = (size_t)c->shape.n_experts + (size_t)exchange_n_ranks(c->exchange->x);
+    size_t per_layer = (size_t)c->shape.n_experts + (size_t)exchange_n_ranks(c->exchange->x->group);
     return (N_COUNTS + (size_t)c->shape.n_layers * per_layer) * sizeof(uint64_t);
 }
 
@@ -137,6 +140,11 @@ static enum status create_buffers(struct cuda *c, struct error *e) {
                          (experts + t * used / (8u << i)) * sizeof(struct gemm_item), e, &p));
         a->lists.items[i] = p;
     }
+    if (exchange_is_remote(g->x)) {
+        void *p;
+        TRY(device_alloc(c, MEMORY_STEP, "the exchange", t * used * sizeof(int32_t), e, &p));
+        a->all_rows = p;
+    }
     TRY(pinned(c, 2 * count_bytes(c), e, (void **)&g->host_counts));
     return pinned(c, sizeof *g->stop, e, (void **)&g->stop);
 }
@@ -148,7 +156,7 @@ enum status exchange_ready(struct cuda *c, struct error *e) {
     struct exchange_args *a = &g->args;
     g->ids = c->lists.ids;
     a->rank = g->x->rank;
-    a->n_ranks = exchange_n_ranks(g->x);
+    a->n_ranks = exchange_n_ranks(g->x->group);
     a->max_tokens = c->limits.max_batch_tokens;
     a->n_cols = c->shape.n_embd;
     a->n_experts = c->shape.n_experts;
@@ -163,7 +171,13 @@ enum status exchange_ready(struct cuda *c, struct error *e) {
     /* What every rank holds is dealt out evenly, near enough. */
     bool all = g->n_places == c->shape.n_experts;
     g->most_homes = all ? (g->n_places + a->n_ranks - 1) / a->n_ranks : g->n_places;
-    TRY(move_ready(c, e));
+    if (!exchange_is_remote(g->x)) {
+        TRY(move_ready(c, e));
+    } else {
+        const struct nccl_options o = {
+            exchange_unique_id(g->x->group), a->n_ranks, a->rank, exchange_timeout_ns(g->x)};
+        TRY(nccl_open(c, &o, e, &g->nccl));
+    }
     enum status st = exchange_upload_homes(c);
     if (st != ST_OK) return error_set(e, st, "GPU %d: the exchange: %s", c->device, status_name(st));
     exchange_stop_word(g->x, g->stop);
@@ -172,6 +186,12 @@ enum status exchange_ready(struct cuda *c, struct error *e) {
 
 void exchange_abandon(struct cuda *c) {
     if (c->exchange && c->exchange->x) exchange_fail(c->exchange->x->group);
+}
+
+void exchange_disconnect(struct cuda *c) {
+    if (!c->exchange) return;
+    nccl_close(c->exchange->nccl); /* waits for graphs that have its collectives */
+    c->exchange->nccl = NULL;
 }
 
 void exchange_leave(struct cuda *c) {
@@ -210,9 +230,23 @@ enum status exchange_add_stack(struct cuda *c, int32_t layer, uint8_t *panels, s
 
 /* ---- a step --------------------------------------------------------------------------------- */
 
-enum status exchange_begin_step(struct cuda *c, int32_t n_tokens, int32_t *total) {
+static void set_sizes(const struct cuda *c, const int32_t *all, struct bucket *bucket) {
+    const struct cuda_exchange *g = c->exchange;
+    int32_t sum = 0, most = 1;
+    for (int r = 0; r < g->args.n_ranks; r++) {
+        sum += all[r];
+        if (all[r] > most) most = all[r];
+    }
+    bucket->n_group = upload_round_up(sum > 0 ? sum : 1, exchange_max_tokens(g->x));
+    if (g->nccl) bucket->n_most = upload_round_up(most, c->limits.max_batch_tokens);
+}
+
+enum status exchange_begin_step(struct cuda *c, int32_t n_tokens, struct bucket *bucket) {
     struct cuda_exchange *g = c->exchange;
-    TRY(exchange_step_begin(g->x, n_tokens, total));
+    int32_t all[MOE_MAX_RANKS];
+    TRY(exchange_step_begin(g->x, n_tokens, all));
+    set_sizes(c, all, bucket);
+    if (g->nccl) return ST_OK;
     if (exchange_moving(g->x)) {
         enum status st = move_experts(c);
         if (st != ST_OK) exchange_step_done(g->x);
@@ -248,7 +282,7 @@ enum status exchange_collect(struct cuda *c, uint64_t parity) {
     g->counters.expert_rows = n[COUNT_ROWS];
     g->counters.exchange_bytes = n[COUNT_FAR] * (uint64_t)c->shape.n_embd * 2 + g->moved_bytes;
     size_t n_load = (size_t)c->shape.n_layers * (size_t)c->shape.n_experts;
-    if (g->args.rank == 0) exchange_record(g->x, n + N_COUNTS, n + N_COUNTS + n_load);
+    if (g->args.rank == 0 || g->nccl) exchange_record(g->x, n + N_COUNTS, n + N_COUNTS + n_load);
     return ST_OK;
 }
 
@@ -262,11 +296,14 @@ static struct exchange_args layer_args(const struct cuda *c, int layer) {
     a.homes += at;
     a.load += at;
     a.rows += (size_t)layer * (size_t)a.n_ranks;
+    if (c->exchange->nccl) nccl_set_sources(c->exchange->nccl, c->bucket.n_most, &a);
     return a;
 }
 
 enum status exchange_begin_layer(struct cuda *c, int layer) {
+    const struct cuda_exchange *g = c->exchange;
     const struct exchange_args a = layer_args(c, layer);
+    if (g->nccl) TRY(nccl_gather(g->nccl, c->bucket.n_most, g->ids, g->x_own, a.header));
     return device_check(c, cuda_exchange_begin(&a, &c->queue));
 }
 
@@ -294,10 +331,20 @@ static enum status find_products(struct cuda *c, const struct buf *y) {
     return ST_OK;
 }
 
+static enum status return_products(struct cuda *c, const struct exchange_args *a, const struct buf *y) {
+    struct cuda_exchange *g = c->exchange;
+    size_t rank_rows;
+    void *send = nccl_send_buffer(g->nccl, &rank_rows);
+    for (int r = 0; r < a->n_ranks; r++) g->products[r] = r == a->rank ? y->p : nccl_received(g->nccl, r);
+    TRY(device_check(c, cuda_exchange_pack(a, y->p, send, rank_rows, &c->queue)));
+    return nccl_return(g->nccl, c->bucket.n_most);
+}
+
 enum status exchange_end_layer(struct cuda *c, int layer, const struct buf *y) {
     struct cuda_exchange *g = c->exchange;
+    const struct exchange_args a = layer_args(c, layer);
+    if (g->nccl) return return_products(c, &a, y);
     if (!g->products_known) TRY(find_products(c, y));
     CHECK(g->y == y->p);
-    const struct exchange_args a = layer_args(c, layer);
     return device_check(c, cuda_exchange_end(&a, &c->queue));
 }

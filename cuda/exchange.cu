@@ -14,6 +14,10 @@
  * first wait there, when all ranks' norms have read them: each said so by the first flag that followed. A flag is
  * therefore never ahead of what is waited for.
  *
+ * Ranks whose memory this GPU does not see (cuda/nccl.h) have their ids and x brought here by collectives, whole, before
+ * k_exchange_gather, which then only packs them; and after the products, instead of k_exchange_meet, each rank sends the
+ * others' (k_exchange_pack), so that a product from elsewhere lies in its sender's part of a buffer, at its pair.
+ *
  * A wait ends after timeout_ns, or when the host says so: then *stop stays set, no later wait waits, and what is computed
  * is worth nothing, but stays within its buffers. Waiting kernels let the next kernel start only when their wait is
  * over and have few blocks, so that ranks may share a GPU: a kernel that waits never keeps its peer's from running. */
@@ -23,6 +27,7 @@
 enum : int {
     COPY_THREADS = 256,  /* of a gathering block; one more warp has the ids */
     COPIES = 8,          /* 16-byte loads of a thread that are under way at once: a way to another GPU is long */
+    PACK_THREADS = 256,
     PLACE_WARPS = 16,
     PLACE_THREADS = 32 * PLACE_WARPS
 };
@@ -127,10 +132,15 @@ static __global__ void __launch_bounds__(COPY_THREADS + 32)
     for (int e = tid; e < a.n_experts; e += COPY_THREADS + 32) counts[e] = 0;
     depend_wait();
     if (tid < 32) {
-        uint32_t epoch = __ldcg(a.epoch) + 1;
-        int n_own = a.header->n_tokens, n = 0;
-        if (blockIdx.x == 0) say(a, 0, epoch, n_own);
-        if (tid < a.n_ranks) n = tid == a.rank ? n_own : hear(a, a.flags[a.rank] + tid, epoch);
+        int n = 0;
+        if (a.arrived) {
+            if (tid < a.n_ranks) n = __ldcg(a.arrived + tid);
+        } else {
+            uint32_t epoch = __ldcg(a.epoch) + 1;
+            int n_own = a.header->n_tokens;
+            if (blockIdx.x == 0) say(a, 0, epoch, n_own);
+            if (tid < a.n_ranks) n = tid == a.rank ? n_own : hear(a, a.flags[a.rank] + tid, epoch);
+        }
         __syncwarp();
         int sum = n; /* of this rank's and those before */
         for (int d = 1; d < MOE_MAX_RANKS; d <<= 1) {
@@ -164,6 +174,20 @@ struct place_shared {
     int tiles_before[N_WIDTHS][MAX_EXPERTS];
     int n_rows, n_tiles[N_WIDTHS];
 };
+
+/* One warp: before[i] = value(0) + … + value(i - 1) for i < n <= MAX_EXPERTS; returns the total. */
+template <typename F> static DEVICE int warp_prefix(F value, int *before, int n, int lane) {
+    int per = (n + 31) / 32, begin = lane * per, end = min(begin + per, n), own = 0;
+    for (int i = begin; i < end; i++) own += value(i);
+    int sum = own;
+    for (int d = 1; d < 32; d <<= 1) {
+        int up = __shfl_up_sync(ALL_LANES, sum, d);
+        if (lane >= d) sum += up;
+    }
+    int at = sum - own;
+    for (int i = begin; i < end; i++) before[i] = at, at += value(i);
+    return __shfl_sync(ALL_LANES, sum, 31);
+}
 
 static DEVICE void add_chunks(const struct exchange_args &a, struct place_shared &s) {
     int tid = (int)threadIdx.x, n_experts = a.n_experts, parts = PLACE_THREADS / n_experts;
@@ -225,7 +249,7 @@ static DEVICE void write_lists(const struct exchange_args &a, const struct place
     for (int u = (int)threadIdx.x; u < N_WIDTHS * a.n_experts; u += PLACE_THREADS) {
         int list = u / a.n_experts, e = u - list * a.n_experts, n = s.counts[e];
         if (n == 0 || s.owner[e] != a.rank) continue;
-        int w = tile_tokens(n, 8 << list);
+        int w = tile_tokens(n, list);
         struct gemm_item *to = a.lists.items[list] + s.tiles_before[list][e];
         for (int at = 0; at < n; at += w) *to++ = {s.home[e].place, s.first[e] + at, min(w, n - at), 0};
     }
@@ -266,10 +290,12 @@ static DEVICE void place_chunk(const struct exchange_args &a, struct place_share
             __syncwarp();
             int row = e[j] >= 0 ? s.first[e[j]] + before + __popc(below) : s.n_rows;
             if (row >= s.n_rows) continue; /* none, or the group is lost */
+            int owner = s.owner[e[j]];
             a.lists.token_of[row] = pair / a.n_used;
+            if (a.all_rows) a.all_rows[pair] = row | owner << OWNER_SHIFT;
             if (own < 0 || own >= n_own) continue;
-            a.lists.row_of[own] = row | s.owner[e[j]] << OWNER_SHIFT;
-            far += s.owner[e[j]] != a.rank;
+            a.lists.row_of[own] = (a.all_rows && owner != a.rank ? own : row) | owner << OWNER_SHIFT;
+            far += owner != a.rank;
         }
     }
     far = warp_sum(far);
@@ -301,7 +327,7 @@ static __global__ void __launch_bounds__(PLACE_THREADS)
         if (lane == 0) s.n_rows = n;
     } else if (blockIdx.x == 0 && warp <= N_WIDTHS) {
         int list = warp - 1;
-        int n = warp_prefix([=](int e) { return owners[e] == rank ? tiles_of(counts[e], 8 << list) : 0; },
+        int n = warp_prefix([=](int e) { return owners[e] == rank ? tiles_of(counts[e], list) : 0; },
                             s.tiles_before[list], n_experts, lane);
         if (lane == 0) s.n_tiles[list] = n;
     } else if (blockIdx.x == 0 && warp == N_WIDTHS + 1) {
@@ -329,12 +355,41 @@ static __global__ void __launch_bounds__(32) k_exchange_meet_u64(const __grid_co
     if (lane == 0) *a.epoch = epoch;
 }
 
+/* A warp takes a pair. */
+static __global__ void __launch_bounds__(PACK_THREADS)
+    k_exchange_pack_f16(const __grid_constant__ struct exchange_args a, const uint4 *y, uint4 *send, size_t rank_rows) {
+    __shared__ int first[MOE_MAX_RANKS + 1];
+    depend_release();
+    depend_wait();
+    if (threadIdx.x == 0) {
+        first[0] = 0;
+        for (int r = 0; r < a.n_ranks; r++) first[r + 1] = first[r] + a.arrived[r];
+    }
+    __syncthreads();
+    int lane = (int)threadIdx.x & 31, row = a.n_cols / 8, n_pairs = first[a.n_ranks] * a.n_used;
+    int n_warps = (int)gridDim.x * (PACK_THREADS / 32);
+    for (int p = (int)(blockIdx.x * PACK_THREADS + threadIdx.x) / 32; p < n_pairs; p += n_warps) {
+        int at = a.all_rows[p], r = rank_of(first, p / a.n_used);
+        if (at >> OWNER_SHIFT != a.rank || r == a.rank) continue;
+        const uint4 *from = y + (size_t)(at & ((1 << OWNER_SHIFT) - 1)) * (size_t)row;
+        uint4 *to = send + ((size_t)r * rank_rows + (size_t)(p - first[r] * a.n_used)) * (size_t)row;
+#pragma unroll 8
+        for (int i = lane; i < row; i += 32) to[i] = from[i];
+    }
+}
+
 /* ---- launching ----------------------------------------------------------------------------------------- */
 
 cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q) {
     dim3 grid(EXCHANGE_BLOCKS, 1, 1);
     cudaError_t e = launch(k_exchange_gather_f16, grid, COPY_THREADS + 32, 0, q, *a);
     return e != cudaSuccess ? e : launch(k_exchange_place_i32, grid, PLACE_THREADS, 0, q, *a);
+}
+
+cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, void *send, size_t rank_rows,
+                               const struct cuda_queue *q) {
+    return launch(k_exchange_pack_f16, dim3((unsigned)(2 * q->n_sm), 1, 1), PACK_THREADS, 0, q, *a, (const uint4 *)y,
+                  (uint4 *)send, rank_rows);
 }
 
 cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q) {
@@ -345,5 +400,6 @@ cudaError_t exchange_prepare(void) {
     cudaFuncAttributes ignored;
     cudaError_t e = cudaFuncGetAttributes(&ignored, k_exchange_gather_f16);
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&ignored, k_exchange_place_i32);
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&ignored, k_exchange_pack_f16);
     return e != cudaSuccess ? e : cudaFuncGetAttributes(&ignored, k_exchange_meet_u64);
 }

@@ -3,7 +3,7 @@
  *
  * The host's part: to find the other ranks' buffers, to agree on a step's size before it is launched, and to hear
  * afterwards whether a wait on the device failed. All memory that others read or write is plain device memory, with
- * peer access between all GPUs here.
+ * peer access between all GPUs here. Ranks of other processes are reached by NCCL instead (cuda/nccl.h).
  *
  * A stack holds the rank's experts in places, not by number: place_of says where an expert lies, and work items
  * name the place. When the group has a new plan, weights move between steps (cuda/move.c). One thread. Private to cuda/. */
@@ -42,13 +42,16 @@ struct cuda_exchange {
     struct exchange_args args;
     const void *products[MOE_MAX_RANKS]; /* each rank's y */
     bool peers_known, products_known;
+    struct nccl *nccl; /* NULL: peer memory */
 };
 
 /* Join config's group. ST_UNSUPPORTED: GPUs here cannot read each other's memory, or too many ranks to a GPU. */
 enum status exchange_join(struct cuda *c, const struct backend_config *config, struct error *e);
 enum status exchange_ready(struct cuda *c, struct error *e);
-/* Nobody waits for this rank from here on; then, once its stream is empty, leave. */
+/* Nobody waits for this rank from here on; then, no graph being left, its collectives end; then, once its stream is empty,
+ * leave. */
 void exchange_abandon(struct cuda *c);
+void exchange_disconnect(struct cuda *c);
 void exchange_leave(struct cuda *c);
 
 /* The place of an expert in its stack; the scratch place if it is not held. */
@@ -62,9 +65,9 @@ enum status exchange_upload_homes(struct cuda *c);
 enum status move_ready(struct cuda *c, struct error *e);
 enum status move_experts(struct cuda *c);
 
-/* A step that is computed together: its size, before it is issued; its counts, behind it in the stream; and, once they
+/* A step that is computed together: its size, into the bucket, before it is issued; its counts, behind it in the stream; and, once they
  * are there, whether all went well. */
-enum status exchange_begin_step(struct cuda *c, int32_t n_tokens, int32_t *total);
+enum status exchange_begin_step(struct cuda *c, int32_t n_tokens, struct bucket *bucket);
 enum status exchange_end_step(struct cuda *c, uint64_t parity);
 enum status exchange_collect(struct cuda *c, uint64_t parity);
 
@@ -72,7 +75,8 @@ enum status exchange_collect(struct cuda *c, uint64_t parity);
 enum status exchange_begin_layer(struct cuda *c, int layer);
 /* The product of what this rank computes; the group's inputs unless a->x is set. */
 enum status exchange_grouped(struct cuda *c, struct gemm_args *a);
-/* After this rank's products in y: meet. Where products then are, by rank: c->exchange->products. */
+/* After this rank's products in y: meet. Where products then are, by rank: c->exchange->products; see struct route_lists
+ * and exchange_args.all_rows for which is whose. */
 enum status exchange_end_layer(struct cuda *c, int layer, const struct buf *y);
 
 #endif

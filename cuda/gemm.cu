@@ -106,9 +106,8 @@ static cudaError_t gemm_prepare(size_t max_shared) {
 }
 
 cudaError_t cuda_kernels_prepare(const struct cuda_queue *q) {
-    cudaError_t (*const sized[])(size_t) = {gemm_prepare, route_prepare};
-    cudaError_t (*const plain[])(void) = {load_prepare, norm_prepare, rope_prepare,
-                                          attn_prepare, sample_prepare, exchange_prepare};
+    cudaError_t (*const sized[])(size_t) = {gemm_prepare, attn_prepare, route_prepare};
+    cudaError_t (*const plain[])(void) = {load_prepare, norm_prepare, rope_prepare, sample_prepare, exchange_prepare};
     for (auto f : sized) {
         cudaError_t e = f(q->max_shared);
         if (e != cudaSuccess) return e;

@@ -99,8 +99,11 @@ enum status inspect_route_write(struct backend *b, const int32_t *ids, const flo
     const struct route_args a = {.header = c->view.header,
                                  .n_experts = c->shape.n_experts,
                                  .n_used = c->shape.n_experts_used,
-                                 .lists = c->lists};
-    return device_check(c, cuda_route_sort(&a, &c->queue));
+                                 .lists = c->lists,
+                                 .widths = c->widths = (1u << N_WIDTHS) - 1,
+                                 .marks = c->route_marks,
+                                 .used_inverse = route_inverse(c->shape.n_experts_used)};
+    return device_check(c, cuda_route_sort(&a, c->bucket.n_tokens, &c->queue));
 }
 
 enum status inspect_kv_poison(struct backend *b, uint8_t byte) {

@@ -27,13 +27,15 @@ extern "C" {
 
 enum {
     HEAD_DIM = 128,
-    SPLIT_KEYS = 256,       /* keys of one unit of attention work: fixed, so that no sum depends on the batch */
+    SPAN_KEYS = 64, SPLIT_KEYS = 256, /* keys whose sums attention merges: fixed, so that none depends on the batch */
+    ATTN_WARPS = SPLIT_KEYS / SPAN_KEYS, /* of a block of decoding attention */
     TILE_TOKENS = 16,       /* consecutive tokens of one sequence that attention takes together */
     MIN_TILE_TOKENS = 2,    /* of a sequence in a step, for attention to do so */
     MAX_EMBD = 16384,
     MAX_EXPERTS = 512,
     MAX_EXPERTS_USED = 32,
-    ROUTE_GROUPS = 8,       /* partial sums of a router's logit */
+    ROUTE_PLANES = 16,      /* partial sums of a router's logit */
+    ROUTE_TILE_EXPERTS = 128,
     ROUTE_CHUNK = 8,        /* tokens of a ticket of the router */
     SAMPLE_PARTS = 16,      /* blocks that may look through a row of logits */
     EXCHANGE_BLOCKS = 48,   /* of the kernel that waits for other GPUs, and pieces of their tokens: see exchange.cu */
@@ -52,18 +54,19 @@ struct cuda_queue {
 
 struct step_header {
     int32_t n_tokens, n_rows;
-    int32_t n_splits, n_tiles; /* attention work */
+    int32_t n_pieces, n_tiles; /* attention work */
+    int32_t by_blocks;         /* a piece is a block's, not a warp's */
     int32_t result;            /* 0 or 1: where the rows' results go */
-    int32_t splits_at, tiles_at, blocks_at; /* 4-byte words from the header */
+    int32_t pieces_at, tiles_at, blocks_at; /* 4-byte words from the header */
 };
 
-/* One token against SPLIT_KEYS keys; split -1: against all, one after the other. */
-struct attn_split {
-    int32_t token, split, n_splits;
-    int32_t partial; /* where its partial result goes; the token's first is partial - split. -1: none, because
-                        split is -1 */
-    int32_t end;     /* keys 0 … end - 1 are the token's */
-    int32_t table;   /* its block table, in 4-byte words from the header */
+/* Spans of one token: all, or if the token is cut, those of a split. */
+struct attn_piece {
+    int32_t token, end;      /* keys 0 … end - 1 are the token's */
+    int32_t table;           /* its block table, in 4-byte words from the header */
+    int32_t span, n_spans;   /* of the piece */
+    int32_t piece, n_pieces; /* of the token */
+    int32_t partial;         /* where the piece's result goes; the token's first is partial - piece. -1: it is whole */
 };
 
 struct attn_tile {
@@ -210,6 +213,7 @@ struct attn_args {
     void *out;     /* f16 [T][H][128] written */
     void *kv;      /* read; fused: the step's own keys and values are written */
     int32_t n_heads, n_kv_heads, block_shift;
+    int32_t per_kv, octets; /* query heads of a KV head; attn_octets() */
     bool fused;    /* every sequence of the step has one token, and what rope says is done on the way; q is rope's,
                       and stays as it is */
     struct rope_args rope;
@@ -223,7 +227,7 @@ KERNEL_FN int attn_octets(int n_heads, int n_kv_heads) {
 KERNEL_FN size_t attn_partial_floats(int n_heads, int n_kv_heads) {
     return (size_t)n_kv_heads * (size_t)attn_octets(n_heads, n_kv_heads) * 8 * (HEAD_DIM + 2);
 }
-cudaError_t cuda_attn_splits(const struct attn_args *a, const struct cuda_queue *q);
+cudaError_t cuda_attn_splits(const struct attn_args *a, int bucket, const struct cuda_queue *q);
 cudaError_t cuda_attn_tiles(const struct attn_args *a, const struct cuda_queue *q);
 
 /* ---- routing ----------------------------------------------------------------------------------------------- */
@@ -248,16 +252,27 @@ struct route_args {
     int32_t n_cols, n_experts, n_used;
     bool renormalize;
     void *x;             /* f16 [T][D] written */
-    float *partials;     /* [ROUTE_GROUPS][T][E] */
+    float *partials;     /* of route_partial_floats() */
     struct route_lists lists;
     uint32_t *tickets;   /* [1 + chunks of ROUTE_CHUNK tokens], zero between launches */
-    int32_t *chunk_counts; /* [chunks][E] */
-    uint64_t *n_reads;   /* groups so far */
+    uint8_t *marks;      /* [chunks][route_pitch(E)] */
+    uint32_t used_inverse; /* route_inverse() */
+    uint32_t widths;     /* bit i: list i is wanted */
+    uint64_t *n_reads;   /* groups so far; NULL: they are not counted */
     bool unsorted;       /* ids and weights only: the group sorts */
 };
+/* Sums of logits are kept for whole tiles of experts. */
+KERNEL_FN int route_pitch(int n_experts) {
+    return (n_experts + ROUTE_TILE_EXPERTS - 1) / ROUTE_TILE_EXPERTS * ROUTE_TILE_EXPERTS;
+}
+/* 2^32 / n_used, rounded up, for quotients of numbers below 2^22. */
+KERNEL_FN uint32_t route_inverse(int n_used) { return UINT32_MAX / (uint32_t)n_used + 1u; }
+KERNEL_FN size_t route_partial_floats(size_t n_tokens, int n_experts) {
+    return ROUTE_PLANES * n_tokens * (size_t)(route_pitch(n_experts) + 1);
+}
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q);
-/* Only the sort, of ids and weights already in place; reads are not counted. */
-cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue *q);
+/* Only the sort, of ids and weights already in place. */
+cudaError_t cuda_route_sort(const struct route_args *a, int bucket, const struct cuda_queue *q);
 
 /* ---- experts shared with other GPUs --------------------------------------------------------------------------- */
 
@@ -290,6 +305,9 @@ struct exchange_args {
     uint32_t *epoch;     /* layers exchanged so far */
     uint32_t *stop;      /* pinned host memory: not 0 ends all waits; set by a wait of timeout_ns */
     uint64_t timeout_ns;
+    /* Or ids and x of all ranks were brought here: [R] how many tokens each has; there are no flags then. NULL: flags say. */
+    const int32_t *arrived;
+    int32_t *all_rows; /* then: [tokens][K], row_of of all ranks' tokens; row_of of a product from elsewhere is its pair */
     /* Written. R * T tokens at most: */
     struct group_tokens *tokens;
     int32_t *group_ids;    /* [tokens][K] */
@@ -303,6 +321,9 @@ struct exchange_args {
 };
 /* Show ids and x, wait for all ranks, bring in theirs, and sort the pairs of all: lists for what is computed here. */
 cudaError_t cuda_exchange_begin(const struct exchange_args *a, const struct cuda_queue *q);
+/* After products with `arrived`: those of other ranks' tokens, each at its pair in send + r * rank_rows rows. */
+cudaError_t cuda_exchange_pack(const struct exchange_args *a, const void *y, void *send, size_t rank_rows,
+                               const struct cuda_queue *q);
 /* Products are there; wait until all ranks' are. */
 cudaError_t cuda_exchange_end(const struct exchange_args *a, const struct cuda_queue *q);
 

@@ -188,7 +188,7 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
                         struct weight **out) {
     struct cuda *c = of(b);
     *out = NULL;
-    if (c->lost) return ST_ENGINE_LOST;
+    if (c->lost) return device_status(c, ST_ENGINE_LOST, e);
     CHECK(s->n_experts > 0 && s->n_rows > 0 && s->n_cols > 0 && !c->ready);
     struct weight_bytes bytes;
     enum status st = load_bytes(s, e, &bytes);
@@ -204,5 +204,5 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
     w->scale = 1.0f;
     st = is_vector(s) ? load_vector(c, s, source, e, w) : load_matrix(c, s, source, &bytes, e, w);
     if (st == ST_OK) *out = w;
-    return st;
+    return device_status(c, st, e);
 }

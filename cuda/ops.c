@@ -131,11 +131,13 @@ enum status ops_attention(struct backend *b, const struct op_attention *op) {
                                 .n_heads = c->shape.n_heads,
                                 .n_kv_heads = c->shape.n_kv_heads,
                                 .block_shift = c->block_shift,
+                                .per_kv = c->shape.n_heads / c->shape.n_kv_heads,
+                                .octets = attn_octets(c->shape.n_heads, c->shape.n_kv_heads),
                                 .fused = fused,
                                 .rope = c->rope,
                                 .partials = c->attn_partials,
                                 .tickets = c->attn_tickets};
-    TRY(device_check(c, cuda_attn_splits(&a, &c->queue)));
+    TRY(device_check(c, cuda_attn_splits(&a, c->bucket.n_tokens, &c->queue)));
     if (!c->bucket.tiles) return ST_OK;
     return device_check(c, cuda_attn_tiles(&a, &c->queue));
 }
@@ -152,6 +154,23 @@ enum status ops_linear_add(struct backend *b, const struct op_linear_add *op) {
                           .n_tokens = &c->view.header->n_tokens};
     a.segments[0] = segment(op->w, op->h);
     return dense(c, &a, c->bucket.n_tokens);
+}
+
+/* The work lists that an expert product may walk in this bucket, whatever the types of its weights. */
+static uint32_t widths_of(const struct cuda *c) {
+    const struct model_shape *m = &c->shape;
+    uint32_t widths = 0;
+    for (int type = 0; type < PANEL_N_TYPES; type++) {
+        struct gemm_args up = {.n_segments = 2, .epilogue = GEMM_SILU_F16, .n_cols = m->n_embd};
+        struct gemm_args down = {.n_segments = 1, .epilogue = GEMM_STORE_F16, .n_cols = m->n_ff_expert};
+        up.segments[0].type = up.segments[1].type = down.segments[0].type = type;
+        up.segments[0].n_rows = up.segments[1].n_rows = m->n_ff_expert;
+        down.segments[0].n_rows = m->n_embd;
+        struct gemm_args *const all[] = {&up, &down};
+        for (int i = 0; i < 2; i++)
+            widths |= 1u << cuda_gemm_plan(all[i], c->bucket.n_tokens, m->n_experts, m->n_experts_used, &c->queue).width;
+    }
+    return widths;
 }
 
 enum status ops_route(struct backend *b, const struct op_route *op) {
@@ -173,7 +192,9 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .partials = c->router_partials,
                                    .lists = c->lists,
                                    .tickets = c->route_tickets,
-                                   .chunk_counts = c->chunk_counts,
+                                   .marks = c->route_marks,
+                                   .used_inverse = route_inverse(c->shape.n_experts_used),
+                                   .widths = c->widths = widths_of(c),
                                    .n_reads = c->n_reads + READS_EXPERTS,
                                    .unsorted = c->together};
     if (c->n_tokens > 0) TRY(device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue)));
@@ -187,6 +208,7 @@ static enum status grouped(struct cuda *c, struct gemm_args *a) {
     if (n_tokens == 0) return ST_OK;
     int32_t n_pairs = n_tokens * used, experts = c->shape.n_experts;
     struct gemm_plan p = cuda_gemm_plan(a, n_tokens, experts, used, &c->queue);
+    CHECK(c->widths >> p.width & 1);
     a->items = c->lists.items[p.width];
     a->n_items = c->lists.n_items + p.width;
     a->host_bytes = c->n_reads + READS_HOST_BYTES;

@@ -43,7 +43,7 @@ static DEVICE struct rope_half rope_apply(const struct rope_half &v, const struc
     float squares = a[0] * a[0] + a[1] * a[1] + (a[2] * a[2] + a[3] * a[3]);
     squares += b[0] * b[0] + b[1] * b[1] + (b[2] * b[2] + b[3] * b[3]);
     for (int i = ROPE_LANES / 2; i > 0; i >>= 1) squares += __shfl_xor_sync(ALL_LANES, squares, i);
-    float inverse = 1.0f / sqrtf(squares / (float)HEAD_DIM + eps);
+    float inverse = rsqrtf(squares * (1.0f / (float)HEAD_DIM) + eps);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float x = a[i] * (inverse * turn.norm[0][i]), y = b[i] * (inverse * turn.norm[1][i]);

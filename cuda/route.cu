@@ -1,75 +1,129 @@
 /* route: the experts' input x, and which experts each token goes to: logits in true f32, softmax, top-k, and the sort
  * of the pairs by expert (route_sort.cuh).
  *
- * A logit is 1 / rms times the sum, in a fixed tree, of 32 slices of the columns: slice l has columns 128 j + 4 l
- * + {0 … 3} for all j, added up in that order with fused multiply-adds of h and (router * norm). A lane of a
- * warp takes a slice (k_route_few), or a thread takes four slices of several tokens and experts (k_router_many): the
- * same sums either way.
+ * The columns are cut into ROUTE_PLANES planes of two chains. A chain is summed first to last, with fused multiply-adds of
+ * h and (router * norm); chains, then planes are added as neighbours in a tree, and the sum is multiplied with
+ * 1 / rms, whose squares are summed by planes too. A block has a tile of tokens, TILE_EXPERTS experts and one plane: how
+ * many tokens a tile has changes no sum.
  *
- * Small steps are one launch: a block has WARPS experts and ROUTE_CHUNK tokens (a chunk), the last block of a chunk
- * chooses, one token per warp, and the last chunk sorts. Large ones are three: k_router_many, k_route_choose, which
- * counts the experts of each chunk too, and k_route_place. */
+ * Small steps are one launch: the last block of a tile of ROUTE_CHUNK tokens (a chunk) chooses, one token per warp, and
+ * the last chunk sorts. Larger ones choose in a launch of their own, and the largest sort in a third. */
 #include "cuda/common.cuh"
 #include "cuda/route_sort.cuh"
 
 enum : int {
     WARPS = 8,
-    HELD = 16,          /* float4 of the router in a lane's registers */
-    FEW_TOKENS = 128,   /* that k_route_few takes */
-    SORT_WARPS = 32,
+    THREADS = 32 * WARPS,
+    TILE_EXPERTS = ROUTE_TILE_EXPERTS,
+    CHAIN_QUADS = 16, /* quads of a chain that are in shared memory at a time: all of 2048 columns */
+    ROW = 2 * 4 * CHAIN_QUADS + 4, /* floats of a row there, padded */
+    FEW_TOKENS = 64,  /* of a step that is one launch */
+    WIDE_TOKENS = 512,
     PLACE_WARPS = 16
 };
 
-static_assert((int)ROUTE_CHUNK == (int)WARPS && (int)ROUTE_CHUNK <= (int)SMALL_TOKENS,
-              "a warp chooses for one token of a chunk");
+static_assert((int)ROUTE_CHUNK == (int)WARPS, "a warp chooses for one token of a chunk");
+static_assert(2 * (int)CHAIN_QUADS == 32, "a lane has a quad of a row");
 
-extern __shared__ __align__(16) int shared_ints[];
+extern __shared__ __align__(16) uint8_t shared_bytes[];
 
 /* Without branches, here and below: all loads are to be under way at once. */
 static DEVICE float4 load_if(bool real, const float4 *from) {
     return real ? *from : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
-
-/* ---- one row, by one warp ------------------------------------------------------------------------------ */
-
-/* float4 32 j + lane of a row, from `first` on. */
-static DEVICE void fetch_row(const struct route_args &a, const float4 *h, int first, int lane, float4 (&v)[HELD]) {
-#pragma unroll
-    for (int j = 0; j < HELD; j++) v[j] = load_if(first + 32 * j < a.n_cols / 4, h + first + 32 * j + lane);
+static DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+static DEVICE float dot(float4 h, float4 w, float sum) {
+    return fmaf(h.w, w.w, fmaf(h.z, w.z, fmaf(h.y, w.y, fmaf(h.x, w.x, sum))));
 }
 
-/* 1 / rms. v: what was fetched last, all of a row that is short. */
-static DEVICE float row_inverse(const struct route_args &a, const float4 *h, int lane, float4 (&v)[HELD]) {
-    float squares = 0.0f;
-    for (int first = 0; first < a.n_cols / 4; first += 32 * HELD) {
-        fetch_row(a, h, first, lane, v);
-#pragma unroll
-        for (int j = 0; j < HELD; j++)
-            squares += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
+static DEVICE int pitch_of(const struct route_args &a) { return route_pitch(a.n_experts); }
+
+/* Sums of squares: [T][ROUTE_PLANES] behind the logits' planes. */
+static DEVICE float *squares_of(const struct route_args &a) {
+    return a.partials + (size_t)ROUTE_PLANES * (size_t)a.header->n_tokens * (size_t)pitch_of(a);
+}
+
+/* ---- logits by planes -------------------------------------------------------------------------------------------- */
+
+/* A block: TT tokens. Half of its warps have one chain, half the other; a warp has 32 experts, a lane TM tokens
+ * tt + LT i and TN experts te + LE j of them. */
+template <int TT> struct logit_tile {
+    static constexpr int LT = TT < 4 ? 1 : 4, LE = 32 / LT, TM = TT / LT, TN = 32 / LE;
+    float w[TILE_EXPERTS][ROW], x[TT][ROW];
+
+    /* Which float4 of a row of n_cols this lane brings: quad `lane` of the piece of the plane. */
+    static DEVICE int column(const struct route_args &a, int piece, int lane, bool &real) {
+        int quads = a.n_cols / (8 * ROUTE_PLANES), at = piece * CHAIN_QUADS + lane % CHAIN_QUADS; /* of a chain */
+        real = at < quads;
+        return real ? (2 * (int)blockIdx.z + lane / CHAIN_QUADS) * quads + at : 0;
     }
-    return 1.0f / sqrtf(warp_sum(squares) / (float)a.n_cols + a.eps);
-}
 
-static DEVICE void write_quad(const struct route_args &a, int t, int i, float4 v, float4 w, float inverse) {
-    uint2 *x = (uint2 *)((uint16_t *)a.x + (size_t)t * (size_t)a.n_cols);
-    x[i] = make_uint2(h2_pack(v.x * inverse * w.x, v.y * inverse * w.y),
-                      h2_pack(v.z * inverse * w.z, v.w * inverse * w.w));
-}
-
-/* x of row t; v is as row_inverse left it. */
-static DEVICE void write_row(const struct route_args &a, const float4 *h, int t, float inverse, int lane,
-                             float4 (&v)[HELD]) {
-    const float4 *norm = (const float4 *)a.norm;
-    int quads = a.n_cols / 4;
-    for (int first = 0; first < quads; first += 32 * HELD) {
-        if (quads > 32 * HELD) fetch_row(a, h, first, lane, v);
+    DEVICE void fetch_weights(const struct route_args &a, int piece, int lane, int warp) {
+        bool real;
+        int at = column(a, piece, lane, real), quads = a.n_cols / 4, e0 = (int)blockIdx.y * TILE_EXPERTS;
+        float4 norm = load_if(real, (const float4 *)a.norm + at), v[TILE_EXPERTS / WARPS];
 #pragma unroll
-        for (int j = 0; j < HELD; j++) {
-            int i = first + 32 * j + lane;
-            if (first + 32 * j < quads) write_quad(a, t, i, v[j], norm[i], inverse);
+        for (int i = 0; i < TILE_EXPERTS / WARPS; i++) {
+            int e = e0 + warp + WARPS * i;
+            v[i] = load_if(real && e < a.n_experts, (const float4 *)a.router + (size_t)e * (size_t)quads + at);
+        }
+#pragma unroll
+        for (int i = 0; i < TILE_EXPERTS / WARPS; i++)
+            *(float4 *)&w[warp + WARPS * i][4 * lane] =
+                make_float4(v[i].x * norm.x, v[i].y * norm.y, v[i].z * norm.z, v[i].w * norm.w);
+    }
+
+    DEVICE void fetch_inputs(const struct route_args &a, int piece, int t0, int lane, int warp) {
+        bool real;
+        int at = column(a, piece, lane, real), quads = a.n_cols / 4, n = a.header->n_tokens;
+#pragma unroll
+        for (int i = warp; i < TT; i += WARPS) {
+            bool there = real && t0 + i < n;
+            copy16(&x[i][4 * lane], (const float4 *)a.h + (there ? (size_t)(t0 + i) * (size_t)quads + (size_t)at : 0),
+                   there);
+        }
+        copy_commit();
+    }
+
+    DEVICE void add_piece(int quads, int lane, int warp, float (&acc)[TM][TN]) const {
+        int chain = warp / (WARPS / 2) * (4 * CHAIN_QUADS), e = warp % (WARPS / 2) * 32 + lane % LE, t = lane / LE;
+#pragma unroll 2
+        for (int k = chain; k < chain + 4 * quads; k += 4) {
+            float4 own[TN];
+#pragma unroll
+            for (int j = 0; j < TN; j++) own[j] = *(const float4 *)&w[e + LE * j][k];
+#pragma unroll
+            for (int i = 0; i < TM; i++) {
+                float4 h = *(const float4 *)&x[t + LT * i][k];
+#pragma unroll
+                for (int j = 0; j < TN; j++) acc[i][j] = dot(h, own[j], acc[i][j]);
+            }
         }
     }
-}
+
+    /* The chains' sums together, to memory. The block has met. */
+    DEVICE void store(const struct route_args &a, int t0, int lane, int warp, const float (&acc)[TM][TN]) {
+        float *other = &w[0][0] + (warp % (WARPS / 2) * 32 + lane);
+        bool second = warp >= WARPS / 2;
+#pragma unroll
+        for (int i = 0; i < TM * TN; i++)
+            if (second) other[i * (THREADS / 2)] = acc[i / TN][i % TN];
+        __syncthreads();
+        if (second) return;
+        int n_tokens = a.header->n_tokens, pitch = pitch_of(a);
+        int e = (int)blockIdx.y * TILE_EXPERTS + warp * 32 + lane % LE, t = t0 + lane / LE;
+        float *out = a.partials + (size_t)blockIdx.z * (size_t)n_tokens * (size_t)pitch + e;
+#pragma unroll
+        for (int i = 0; i < TM; i++)
+#pragma unroll
+            for (int j = 0; j < TN; j++)
+                if (t + LT * i < n_tokens)
+                    __stcg(out + (size_t)(t + LT * i) * (size_t)pitch + LE * j,
+                           acc[i][j] + other[(i * TN + j) * (THREADS / 2)]);
+    }
+};
+
+/* ---- one token, by one warp ------------------------------------------------------------------------------ */
 
 /* Floats as integers of the same order; NaN loses to everything but an empty place (0). */
 static DEVICE uint32_t order_key(float x) {
@@ -80,15 +134,17 @@ static DEVICE float key_value(uint32_t key) {
     return key == 1u ? NAN : __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/* The token's experts and weights from its logits, of which lane l has expert 32 i + l in p[i]. ids: in shared
- * memory too, unless NULL. */
+/* Which expert a lane has in place i. */
+static DEVICE int expert_at(int i, int lane) { return (i & ~3) * 32 + 4 * lane + (i & 3); }
+
+/* The token's experts and weights from its logits. ids: in shared memory too. */
 template <int PER_LANE>
 static DEVICE void choose(const struct route_args &a, int t, const float (&p)[PER_LANE], int *ids, int lane) {
     uint32_t keys[PER_LANE];
     float max = -INFINITY;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        keys[i] = 32 * i + lane < a.n_experts ? order_key(p[i]) : 0u;
+        keys[i] = expert_at(i, lane) < a.n_experts ? order_key(p[i]) : 0u;
         max = fmaxf(max, p[i]);
     }
     max = warp_max(max);
@@ -102,11 +158,11 @@ static DEVICE void choose(const struct route_args &a, int t, const float (&p)[PE
         uint32_t at = MAX_EXPERTS;
 #pragma unroll
         for (int i = PER_LANE - 1; i >= 0; i--)
-            if (keys[i] == best) at = (uint32_t)(32 * i + lane);
+            if (keys[i] == best) at = (uint32_t)expert_at(i, lane);
         at = __reduce_min_sync(ALL_LANES, at);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++)
-            if (at == (uint32_t)(32 * i + lane)) keys[i] = 0;
+            if (at == (uint32_t)expert_at(i, lane)) keys[i] = 0;
         if (lane == k) value = key_value(best), id = (int)at;
     }
     bool kept = lane < a.n_used;
@@ -117,344 +173,245 @@ static DEVICE void choose(const struct route_args &a, int t, const float (&p)[PE
         sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++)
-            if (32 * i + lane < a.n_experts) sum += expf(p[i] - max);
+            if (expert_at(i, lane) < a.n_experts) sum += expf(p[i] - max);
         sum = warp_sum(sum);
     }
     if (!kept) return;
     a.lists.ids[t * a.n_used + lane] = id;
     a.lists.weights[t * a.n_used + lane] = weight / sum;
-    if (ids) ids[lane] = id;
+    ids[lane] = id;
 }
 
-/* choose() from logits in memory: n_groups planes of partial sums, 1 or 8. */
-template <int PER_LANE>
-static DEVICE void choose_from(const struct route_args &a, int t, int n_groups, float inverse, int *ids, int lane) {
-    const float *logits = a.partials + (size_t)t * (size_t)a.n_experts;
-    size_t plane = (size_t)a.header->n_tokens * (size_t)a.n_experts;
-    float p[PER_LANE];
+/* A token's logits, but for 1 / rms, from the planes: p[i] of expert_at(i, lane). */
+template <int PER_LANE> static DEVICE void add_planes(const struct route_args &a, int t, int lane, float (&p)[PER_LANE]) {
+    int pitch = pitch_of(a);
+    size_t plane = (size_t)a.header->n_tokens * (size_t)(pitch / 4);
+    const float4 *logits = (const float4 *)a.partials + (size_t)t * (size_t)(pitch / 4) + lane;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) { /* no branches: all loads are to be under way at once */
-        int e = 32 * i + lane;
-        bool real = e < a.n_experts;
-        float s[ROUTE_GROUPS];
+    for (int i = 0; i < PER_LANE; i += 4) {
+        if (i > 0) asm volatile("" ::: "memory"); /* registers are for one round of loads */
+        float4 s[ROUTE_PLANES];
 #pragma unroll
-        for (int g = 0; g < ROUTE_GROUPS; g++) s[g] = real && g < n_groups ? __ldcg(logits + g * plane + e) : 0.0f;
-        if (n_groups > 1) s[0] = (s[0] + s[1] + (s[2] + s[3])) + (s[4] + s[5] + (s[6] + s[7]));
-        p[i] = real ? s[0] * inverse : -INFINITY;
+        for (int k = 0; k < ROUTE_PLANES; k++)
+            s[k] = 32 * i < pitch ? __ldcg(logits + k * plane + 8 * i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int d = 1; d < ROUTE_PLANES; d *= 2)
+#pragma unroll
+            for (int k = 0; k < ROUTE_PLANES; k += 2 * d) s[k] = add(s[k], s[k + d]);
+        p[i] = s[0].x, p[i + 1] = s[0].y, p[i + 2] = s[0].z, p[i + 3] = s[0].w;
     }
+}
+
+/* Experts and weights of token t from the sums; returns 1 / rms. */
+template <int PER_LANE> static DEVICE float finish_token(const struct route_args &a, int t, int *ids, int lane) {
+    float p[PER_LANE], squares = __ldcg(squares_of(a) + (size_t)t * ROUTE_PLANES + lane % ROUTE_PLANES);
+    add_planes<PER_LANE>(a, t, lane, p);
+    for (int d = 1; d < ROUTE_PLANES; d <<= 1) squares += __shfl_xor_sync(ALL_LANES, squares, d);
+    float inverse = 1.0f / sqrtf(squares / (float)a.n_cols + a.eps);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) p[i] = expert_at(i, lane) < a.n_experts ? p[i] * inverse : -INFINITY;
     choose<PER_LANE>(a, t, p, ids, lane);
+    return inverse;
 }
 
-static DEVICE void choose_any(const struct route_args &a, int t, int n_groups, float inverse, int *ids, int lane) {
-    if (a.n_experts <= 128) choose_from<4>(a, t, n_groups, inverse, ids, lane);
-    else choose_from<MAX_EXPERTS / 32>(a, t, n_groups, inverse, ids, lane);
-}
-
-/* ---- few tokens: everything at once ------------------------------------------------------------------------- */
-
-static DEVICE void fetch_router(const struct route_args &a, int e, int first, int lane, float4 (&w)[HELD]) {
+/* x of n tokens, at most N. No load waits for a store of before: a thread has two quads of each token at once. */
+template <int N> static DEVICE void write_rows(const struct route_args &a, int t0, int n, const float *inverse) {
     int quads = a.n_cols / 4;
-    const float4 *row = (const float4 *)a.router + (size_t)e * (size_t)quads + first + lane;
-    const float4 *norm = (const float4 *)a.norm + first + lane;
+    const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads, *norm = (const float4 *)a.norm;
+    uint2 *x = (uint2 *)a.x + (size_t)t0 * (size_t)quads;
+    for (int first = (int)threadIdx.x; first < quads; first += 2 * THREADS) {
+        float4 v[2][N], w[2];
 #pragma unroll
-    for (int j = 0; j < HELD; j++) w[j] = load_if(first + 32 * j < quads && e < a.n_experts, row + 32 * j);
+        for (int j = 0; j < 2; j++) {
+            int i = first + THREADS * j;
+            w[j] = load_if(i < quads, norm + i);
 #pragma unroll
-    for (int j = 0; j < HELD; j++) {
-        float4 n = load_if(first + 32 * j < quads, norm + 32 * j);
-        w[j] = make_float4(w[j].x * n.x, w[j].y * n.y, w[j].z * n.z, w[j].w * n.w);
-    }
-}
-
-static DEVICE float dot(float4 h, float4 w, float sum) {
-    return fmaf(h.w, w.w, fmaf(h.z, w.z, fmaf(h.y, w.y, fmaf(h.x, w.x, sum))));
-}
-
-/* Slices 4 g … 4 g + 3 in order, as k_router_many has them, then the groups g in a tree. */
-static DEVICE float slice_sum(float x, int lane) {
-    float s[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) s[i] = __shfl_sync(ALL_LANES, x, (lane & ~3) + i);
-    x = s[0] + s[1] + s[2] + s[3];
-    for (int i = 4; i < 32; i <<= 1) x += __shfl_xor_sync(ALL_LANES, x, i);
-    return x;
-}
-
-/* Logits of expert e for the n tokens at h, N at most, written by lane i for token i. */
-template <int N>
-static DEVICE void few_logits(const struct route_args &a, const float4 *h, int n, int e, float *out, int lane) {
-    constexpr int at_once = N == 1 ? HELD : 1; /* float4 of each token */
-    int quads = a.n_cols / 4;
-    float sums[N] = {};
-    for (int first = 0; first < quads; first += 32 * HELD) {
-        float4 w[HELD];
-        fetch_router(a, e, first, lane, w);
-        depend_wait(); /* at once, but for the first time */
-#pragma unroll
-        for (int j0 = 0; j0 < HELD; j0 += at_once) {
-            float4 v[at_once][N];
-#pragma unroll
-            for (int j = 0; j < at_once; j++)
-#pragma unroll
-                for (int i = 0; i < N; i++) {
-                    int at = first + 32 * (j0 + j);
-                    v[j][i] = load_if(at < quads, h + min(i, n - 1) * quads + at + lane);
-                }
-#pragma unroll
-            for (int j = 0; j < at_once; j++)
-#pragma unroll
-                for (int i = 0; i < N; i++) sums[i] = dot(v[j][i], w[j0 + j], sums[i]);
+            for (int t = 0; t < N; t++) v[j][t] = load_if(i < quads && t < n, h + (size_t)t * (size_t)quads + i);
         }
-    }
-    float logit = 0.0f;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        float sum = slice_sum(sums[i], lane);
-        if (lane == i) logit = sum;
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int t = 0; t < N; t++) {
+                int i = first + THREADS * j;
+                float r = inverse[t];
+                if (i < quads && t < n)
+                    x[(size_t)t * (size_t)quads + i] =
+                        make_uint2(h2_pack(v[j][t].x * r * w[j].x, v[j][t].y * r * w[j].y),
+                                   h2_pack(v[j][t].z * r * w[j].z, v[j][t].w * r * w[j].w));
+            }
     }
-    if (lane < n && e < a.n_experts) __stcg(out + (size_t)lane * (size_t)a.n_experts + (size_t)e, logit);
 }
 
-/* N: tokens of a block, 1 or ROUTE_CHUNK. */
-template <int N>
-static __global__ void __launch_bounds__(32 * WARPS, 1)
-    k_route_few_f32(const __grid_constant__ struct route_args a) {
-    __shared__ int ids[SMALL_PAIRS];
-    __shared__ uint32_t present[MAX_EXPERTS / 32];
+/* ---- chunks ----------------------------------------------------------------------------------------------------- */
+
+/* Chooses for the tokens t0 … of a chunk, at most N, and marks their experts. The last chunk sorts, if there are not too
+ * many. x comes last: who sorts is waited for. */
+template <int N> static DEVICE void finish_chunk(const struct route_args &a, int t0) {
+    __shared__ int ids[ROUTE_CHUNK * MAX_EXPERTS_USED];
+    __shared__ float inverse[ROUTE_CHUNK];
     __shared__ bool last;
-    depend_release();
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, quads = a.n_cols / 4;
-    int e = (int)blockIdx.x * WARPS + warp, t0 = (int)blockIdx.y * N, n_tokens = a.header->n_tokens;
-    if (t0 >= n_tokens) return;
-    const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads;
-    int n = min(n_tokens - t0, N);
-    few_logits<N>(a, h, n, e, a.partials + (size_t)t0 * (size_t)a.n_experts, lane);
-    __syncthreads();
-    if (threadIdx.x == 0) last = draw_last(a.tickets + 1 + blockIdx.y, (int)gridDim.x);
-    float inverse = 0.0f;
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int n_tokens = a.header->n_tokens, n = min(n_tokens - t0, (int)ROUTE_CHUNK);
+    uint32_t *memory = (uint32_t *)shared_bytes;
     if (warp < n) {
-        const float4 *row = h + (size_t)warp * (size_t)quads, *norm = (const float4 *)a.norm;
-        float4 v[HELD];
-        inverse = row_inverse(a, row, lane, v);
-        for (int i = 32 * (int)blockIdx.x + lane; i < quads; i += 32 * (int)gridDim.x)
-            write_quad(a, t0 + warp, i, row[i], norm[i], inverse);
+        int *own = ids + warp * a.n_used;
+        float r = a.n_experts <= 128 ? finish_token<4>(a, t0 + warp, own, lane)
+                                     : finish_token<MAX_EXPERTS / 32>(a, t0 + warp, own, lane);
+        if (lane == 0) inverse[warp] = r;
     }
     __syncthreads();
-    if (!last) return;
-    if (warp < n) choose_any(a, t0 + warp, 1, inverse, ids + warp * a.n_used, lane);
-    if (a.unsorted) return;
+    if (a.unsorted) return write_rows<N>(a, t0, n, inverse);
+    route_mark<THREADS>(a, ids, n * a.n_used, memory);
+    bool alone = n_tokens <= ROUTE_CHUNK, one_block = n_tokens <= SORT_TOKENS;
+    if (!alone) save_marks<THREADS>(a, memory, t0 / ROUTE_CHUNK);
     __syncthreads();
-    if (N == 1 || n_tokens <= N) return route_sort_small<32 * WARPS>(a, ids, present, n_tokens * a.n_used);
-    if (threadIdx.x == 0) last = draw_last(a.tickets, (n_tokens + N - 1) / N);
+    if (threadIdx.x == 0)
+        last = alone || (one_block && draw_last(a.tickets, (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK));
     __syncthreads();
-    if (last) route_sort<WARPS>(a, shared_ints, true);
+    if (last) route_sort<THREADS>(a, alone ? ids : NULL, memory);
+    write_rows<N>(a, t0, n, inverse);
 }
 
-/* ---- many tokens ---------------------------------------------------------------------------------------------- */
-
-/* A block: TT tokens, TE experts, and the slices 4 g … 4 g + 3 of the columns, g = blockIdx.z. A stage is BLOCK_QUADS
- * quads of 4 columns of one slice, 128 columns apart; the stages of slice 0 come first. STAGES of them are in
- * shared memory at a time: all of 2048 columns. A thread: TM tokens tt + i * (TT / TM), TE / 16 experts te + 16 j. */
-enum : int { BLOCK_QUADS = 16, STAGES = 4, ROW_QUADS = STAGES * BLOCK_QUADS, ROW = 4 * ROW_QUADS + 4 /* padded */ };
-
-template <int TT, int TE, int TM> struct many_tile {
-    static constexpr int threads = TT / TM * 16, experts = TE / 16;
-    struct memory {
-        float x[TT][ROW], w[TE][ROW];
-    };
-
-    /* Which float4 of a row is quad `at` of the STAGES stages from `first`; beyond the row: -1. */
-    static DEVICE int column(const struct route_args &a, int first, int at) {
-        int n_blocks = (a.n_cols / 128 + BLOCK_QUADS - 1) / BLOCK_QUADS, stage = first + at % STAGES;
-        int j = stage % n_blocks * BLOCK_QUADS + at / STAGES;
-        return j < a.n_cols / 128 ? 32 * j + 4 * (int)blockIdx.z + stage / n_blocks : -1;
-    }
-
-    static DEVICE void fetch_weights(const struct route_args &a, int first, struct memory &b) {
-        const int step = threads / ROW_QUADS; /* rows */
-        int at = (int)threadIdx.x % ROW_QUADS, row = (int)threadIdx.x / ROW_QUADS, e0 = (int)blockIdx.y * TE;
-        int column_at = column(a, first, at), quads = a.n_cols / 4, to = 4 * (at % STAGES * BLOCK_QUADS + at / STAGES);
-        float4 norm = load_if(column_at >= 0, (const float4 *)a.norm + column_at);
-        const float4 *from = (const float4 *)a.router + column_at;
-#pragma unroll 8
-        for (int i = 0; i < TE / step; i++) {
-            int e = row + step * i;
-            float4 w = load_if(column_at >= 0 && e0 + e < a.n_experts, from + (size_t)(e0 + e) * (size_t)quads);
-            *(float4 *)&b.w[e][to] = make_float4(w.x * norm.x, w.y * norm.y, w.z * norm.z, w.w * norm.w);
-        }
-    }
-
-    static DEVICE void fetch_inputs(const struct route_args &a, int first, struct memory &b) {
-        const int step = threads / ROW_QUADS;
-        int at = (int)threadIdx.x % ROW_QUADS, row = (int)threadIdx.x / ROW_QUADS, t0 = (int)blockIdx.x * TT;
-        int column_at = column(a, first, at), quads = a.n_cols / 4, to = 4 * (at % STAGES * BLOCK_QUADS + at / STAGES);
-        int n_tokens = a.header->n_tokens;
-#pragma unroll 8
-        for (int i = 0; i < TT / step; i++) {
-            int t = row + step * i;
-            bool real = column_at >= 0 && t0 + t < n_tokens;
-            const float4 *from = (const float4 *)a.h;
-            if (real) from += (size_t)(t0 + t) * (size_t)quads + (size_t)column_at;
-            copy16(&b.x[t][to], from, real);
-        }
-    }
-
-    static DEVICE void add_stage(const struct memory &b, int stage, float (&acc)[TM][experts]) {
-        int tt = (int)threadIdx.x / 16, te = (int)threadIdx.x % 16;
-#pragma unroll 2
-        for (int k = 4 * BLOCK_QUADS * stage; k < 4 * BLOCK_QUADS * (stage + 1); k += 4) {
-            float4 x[TM], w[experts];
-#pragma unroll
-            for (int i = 0; i < TM; i++) x[i] = *(const float4 *)&b.x[tt + TT / TM * i][k];
-#pragma unroll
-            for (int j = 0; j < experts; j++) w[j] = *(const float4 *)&b.w[te + 16 * j][k];
-#pragma unroll
-            for (int i = 0; i < TM; i++)
-#pragma unroll
-                for (int j = 0; j < experts; j++) acc[i][j] = dot(x[i], w[j], acc[i][j]);
-        }
-    }
-};
-
-extern __shared__ __align__(16) uint8_t shared_bytes[];
-
-template <int TT, int TE, int TM>
-static __global__ void __launch_bounds__(TT / TM * 16, 1)
-    k_router_many_f32(const __grid_constant__ struct route_args a) {
-    typedef many_tile<TT, TE, TM> tile;
-    typename tile::memory &b = *(typename tile::memory *)shared_bytes;
-    depend_release();
-    int n_tokens = a.header->n_tokens, t0 = (int)blockIdx.x * TT, e0 = (int)blockIdx.y * TE;
-    if (t0 >= n_tokens) return;
-    int n_blocks = (a.n_cols / 128 + BLOCK_QUADS - 1) / BLOCK_QUADS;
-    float acc[TM][tile::experts] = {}, sum[TM][tile::experts] = {};
-    tile::fetch_weights(a, 0, b);
-    depend_wait();
-    for (int first = 0; first < 4 * n_blocks; first += STAGES) {
-        if (first > 0) {
-            __syncthreads();
-            tile::fetch_weights(a, first, b);
-        }
-        tile::fetch_inputs(a, first, b);
-        copy_commit();
-        copy_wait<0>();
-        __syncthreads();
-#pragma unroll 1
-        for (int stage = 0; stage < STAGES; stage++) {
-            tile::add_stage(b, stage, acc);
-            if ((first + stage + 1) % n_blocks != 0) continue;
-#pragma unroll
-            for (int i = 0; i < TM; i++)
-#pragma unroll
-                for (int j = 0; j < tile::experts; j++) sum[i][j] += acc[i][j], acc[i][j] = 0.0f;
-        }
-    }
-    float *out = a.partials + (size_t)blockIdx.z * (size_t)n_tokens * (size_t)a.n_experts;
-    int tt = (int)threadIdx.x / 16, te = (int)threadIdx.x % 16;
-#pragma unroll
-    for (int i = 0; i < TM; i++)
-#pragma unroll
-        for (int j = 0; j < tile::experts; j++) {
-            int t = t0 + tt + TT / TM * i, e = e0 + te + 16 * j;
-            if (t < n_tokens && e < a.n_experts)
-                out[(size_t)t * (size_t)a.n_experts + (size_t)e] = sum[i][j];
-        }
-}
-
-static __global__ void __launch_bounds__(32 * WARPS, 1)
-    k_route_choose_f32(const __grid_constant__ struct route_args a) {
-    __shared__ int ids[SMALL_PAIRS];
+template <int TT>
+static __global__ void __launch_bounds__(THREADS, 2)
+    k_route_logits_f32(const __grid_constant__ struct route_args a) {
+    typedef logit_tile<TT> tile;
+    __shared__ bool last;
+    tile &b = *(tile *)shared_bytes;
     depend_release();
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    int t0 = (int)blockIdx.x * ROUTE_CHUNK, n = min(a.header->n_tokens - t0, (int)ROUTE_CHUNK), t = t0 + warp;
-    if (n <= 0) return;
-    for (int e = (int)threadIdx.x; e < a.n_experts; e += 32 * WARPS) shared_ints[e] = 0;
+    int t0 = (int)blockIdx.x * TT, n_tokens = a.header->n_tokens, quads = a.n_cols / (8 * ROUTE_PLANES);
+    if (t0 >= n_tokens) return;
+    float acc[tile::TM][tile::TN] = {}, squares[(TT + WARPS - 1) / WARPS] = {};
+    b.fetch_weights(a, 0, lane, warp);
     depend_wait();
-    if (warp < n) {
-        const float4 *h = (const float4 *)(a.h + (size_t)t * (size_t)a.n_cols);
-        float4 v[HELD];
-        float inverse = row_inverse(a, h, lane, v);
-        choose_any(a, t, ROUTE_GROUPS, inverse, ids + warp * a.n_used, lane);
-        write_row(a, h, t, inverse, lane, v);
+    for (int first = 0; first < quads; first += CHAIN_QUADS) {
+        if (first > 0) {
+            __syncthreads();
+            b.fetch_weights(a, first / CHAIN_QUADS, lane, warp);
+        }
+        b.fetch_inputs(a, first / CHAIN_QUADS, t0, lane, warp);
+        copy_wait<0>();
+        __syncthreads();
+        b.add_piece(min(quads - first, (int)CHAIN_QUADS), lane, warp, acc);
+        if (blockIdx.y == 0)
+#pragma unroll
+            for (int i = 0; i < (TT + WARPS - 1) / WARPS; i++) {
+                float4 v = warp + WARPS * i < TT ? *(const float4 *)&b.x[warp + WARPS * i][4 * lane]
+                                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                squares[i] += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+            }
     }
+    if (blockIdx.y == 0)
+#pragma unroll
+        for (int i = 0; i < (TT + WARPS - 1) / WARPS; i++) {
+            float sum = warp_sum(squares[i]);
+            int t = t0 + warp + WARPS * i;
+            if (lane == 0 && warp + WARPS * i < TT && t < n_tokens)
+                __stcg(squares_of(a) + (size_t)t * ROUTE_PLANES + blockIdx.z, sum);
+        }
     __syncthreads();
-    if ((int)threadIdx.x < n * a.n_used) atomicAdd(&shared_ints[ids[threadIdx.x]], 1);
-    __syncthreads();
-    for (int e = (int)threadIdx.x; e < a.n_experts; e += 32 * WARPS)
-        a.chunk_counts[(int)blockIdx.x * a.n_experts + e] = shared_ints[e];
+    b.store(a, t0, lane, warp, acc);
+    if constexpr (TT <= ROUTE_CHUNK) {
+        __syncthreads();
+        if (threadIdx.x == 0) last = draw_last(a.tickets + 1 + blockIdx.x, (int)(gridDim.y * gridDim.z));
+        __syncthreads();
+        if (last) finish_chunk<TT>(a, t0);
+    }
 }
-static_assert((int)SMALL_PAIRS <= 32 * (int)WARPS, "a thread counts one pair");
+
+static __global__ void __launch_bounds__(THREADS, 2)
+    k_route_choose_f32(const __grid_constant__ struct route_args a) {
+    depend_release();
+    if ((int)blockIdx.x * ROUTE_CHUNK >= a.header->n_tokens) return;
+    depend_wait();
+    finish_chunk<ROUTE_CHUNK>(a, (int)blockIdx.x * ROUTE_CHUNK);
+}
 
 static __global__ void __launch_bounds__(32 * PLACE_WARPS)
     k_route_place_i32(const __grid_constant__ struct route_args a) {
     depend_release();
     depend_wait();
-    if ((int)blockIdx.x * PLACE_WARPS * ROUTE_CHUNK < a.header->n_tokens) route_place<PLACE_WARPS>(a, shared_ints);
+    if ((int)blockIdx.x * PLACE_WARPS * ROUTE_CHUNK < a.header->n_tokens)
+        route_place<PLACE_WARPS>(a, (uint32_t *)shared_bytes);
 }
 
-static __global__ void __launch_bounds__(32 * SORT_WARPS)
-    k_route_sort_i32(const __grid_constant__ struct route_args a) {
+/* Routings that came from elsewhere. */
+static __global__ void __launch_bounds__(THREADS) k_route_mark_i32(const __grid_constant__ struct route_args a) {
+    depend_release();
+    int first = (int)blockIdx.x * ROUTE_CHUNK, n = min(a.header->n_tokens - first, (int)ROUTE_CHUNK);
+    if (n <= 0) return;
+    depend_wait();
+    route_mark<THREADS>(a, a.lists.ids + first * a.n_used, n * a.n_used, (uint32_t *)shared_bytes);
+    save_marks<THREADS>(a, (const uint32_t *)shared_bytes, (int)blockIdx.x);
+}
+
+static __global__ void __launch_bounds__(THREADS) k_route_sort_i32(const __grid_constant__ struct route_args a) {
     depend_release();
     depend_wait();
-    route_sort<SORT_WARPS>(a, shared_ints, false);
+    route_sort<THREADS>(a, NULL, (uint32_t *)shared_bytes);
 }
 
 /* ---- launching ------------------------------------------------------------------------------------------------- */
 
-static size_t sort_shared_bytes(int warps, int n_experts) {
-    return (size_t)sort_shared_ints(warps, n_experts) * sizeof(int);
+/* For steps of up to `bucket` tokens. */
+static size_t sort_bytes(const struct route_args *a, int bucket) {
+    return route_sort_bytes(bucket < SORT_TOKENS ? bucket : SORT_TOKENS, a->n_experts);
 }
 
-typedef many_tile<32, 64, 4> narrow_tile;
-typedef many_tile<64, 128, 8> wide_tile;
-enum : int { WIDE_TOKENS = 1024 }; /* enough for a wide tile on every processor */
-
-template <int TT, int TE, int TM>
-static cudaError_t launch_many(const struct route_args *a, int bucket, const struct cuda_queue *q) {
-    typedef many_tile<TT, TE, TM> tile;
-    dim3 grid((unsigned)((bucket + TT - 1) / TT), (unsigned)((a->n_experts + TE - 1) / TE), ROUTE_GROUPS);
-    return launch(k_router_many_f32<TT, TE, TM>, grid, tile::threads, sizeof(typename tile::memory), q, *a);
+template <int TT>
+static cudaError_t launch_logits(const struct route_args *a, int bucket, const struct cuda_queue *q) {
+    dim3 grid((unsigned)((bucket + TT - 1) / TT), (unsigned)(route_pitch(a->n_experts) / TILE_EXPERTS), ROUTE_PLANES);
+    size_t shared = sizeof(logit_tile<TT>), sort = sort_bytes(a, bucket);
+    return launch(k_route_logits_f32<TT>, grid, THREADS, TT <= ROUTE_CHUNK && sort > shared ? sort : shared, q, *a);
 }
+
+static cudaError_t launch_place(const struct route_args *a, unsigned chunks, const struct cuda_queue *q) {
+    size_t shared = route_place_bytes(PLACE_WARPS, a->n_experts);
+    return launch(k_route_place_i32, dim3((chunks + PLACE_WARPS - 1) / PLACE_WARPS, 1, 1), 32 * PLACE_WARPS, shared, q, *a);
+}
+
+/* With what finish_chunk declares. */
+enum : size_t { wide_bytes = sizeof(logit_tile<64>) + 2048 };
 
 cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda_queue *q) {
-    size_t shared = sort_shared_bytes(WARPS, a->n_experts);
+    if (bucket == 1) return launch_logits<1>(a, bucket, q);
+    if (bucket <= FEW_TOKENS) return launch_logits<ROUTE_CHUNK>(a, bucket, q);
     unsigned chunks = (unsigned)((bucket + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
-    dim3 few((unsigned)((a->n_experts + WARPS - 1) / WARPS), chunks, 1);
-    if (bucket == 1) return launch(k_route_few_f32<1>, few, 32 * WARPS, shared, q, *a);
-    if (bucket <= FEW_TOKENS) return launch(k_route_few_f32<ROUTE_CHUNK>, few, 32 * WARPS, shared, q, *a);
-    bool wide = bucket >= WIDE_TOKENS && sizeof(wide_tile::memory) <= q->max_shared;
-    cudaError_t e = wide ? launch_many<64, 128, 8>(a, bucket, q) : launch_many<32, 64, 4>(a, bucket, q);
-    if (e != cudaSuccess) return e;
-    e = launch(k_route_choose_f32, dim3(chunks, 1, 1), 32 * WARPS, (size_t)a->n_experts * sizeof(int), q, *a);
-    if (e != cudaSuccess || a->unsorted) return e;
-    return launch(k_route_place_i32, dim3((chunks + PLACE_WARPS - 1) / PLACE_WARPS, 1, 1), 32 * PLACE_WARPS,
-                  sort_shared_bytes(PLACE_WARPS, a->n_experts), q, *a);
+    bool wide = bucket > WIDE_TOKENS && wide_bytes <= q->max_shared;
+    cudaError_t e = wide            ? launch_logits<64>(a, bucket, q)
+                    : bucket <= 128 ? launch_logits<16>(a, bucket, q)
+                                    : launch_logits<32>(a, bucket, q);
+    if (e == cudaSuccess)
+        e = launch(k_route_choose_f32, dim3(chunks, 1, 1), THREADS, sort_bytes(a, bucket), q, *a);
+    return e == cudaSuccess && bucket > SORT_TOKENS && !a->unsorted ? launch_place(a, chunks, q) : e;
 }
 
-cudaError_t cuda_route_sort(const struct route_args *a, const struct cuda_queue *q) {
-    return launch(k_route_sort_i32, dim3(1, 1, 1), 32 * SORT_WARPS, sort_shared_bytes(SORT_WARPS, a->n_experts), q,
-                  *a);
+cudaError_t cuda_route_sort(const struct route_args *a, int bucket, const struct cuda_queue *q) {
+    unsigned chunks = (unsigned)((bucket + ROUTE_CHUNK - 1) / ROUTE_CHUNK);
+    cudaError_t e = launch(k_route_mark_i32, dim3(chunks, 1, 1), THREADS, sort_bytes(a, 1), q, *a);
+    if (e != cudaSuccess) return e;
+    if (bucket > SORT_TOKENS) return launch_place(a, chunks, q);
+    return launch(k_route_sort_i32, dim3(1, 1, 1), THREADS, sort_bytes(a, bucket), q, *a);
+}
+
+template <typename K> static cudaError_t allow_shared(K *kernel, size_t n) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n);
 }
 
 cudaError_t route_prepare(size_t max_shared) {
-    cudaFuncAttributes ignored;
-    cudaError_t e = cudaFuncGetAttributes(&ignored, k_router_many_f32<64, 128, 8>);
-    if (e != cudaSuccess) return e;
-    if (sizeof(wide_tile::memory) <= max_shared)
-        e = cudaFuncSetAttribute(k_router_many_f32<64, 128, 8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 (int)sizeof(wide_tile::memory));
-    if (e != cudaSuccess) return e;
-    e = cudaFuncSetAttribute(k_router_many_f32<32, 64, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             (int)sizeof(narrow_tile::memory));
-    if (e != cudaSuccess) return e;
-    e = cudaFuncSetAttribute(k_route_sort_i32, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)max_shared);
-    if (e != cudaSuccess) return e;
-    int most = (int)sort_shared_bytes(WARPS, MAX_EXPERTS);
-    e = cudaFuncSetAttribute(k_route_few_f32<1>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (e != cudaSuccess) return e;
-    e = cudaFuncSetAttribute(k_route_few_f32<ROUTE_CHUNK>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (e != cudaSuccess) return e;
-    e = cudaFuncGetAttributes(&ignored, k_route_choose_f32);
-    if (e != cudaSuccess) return e;
-    return cudaFuncSetAttribute(k_route_place_i32, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)sort_shared_bytes(PLACE_WARPS, MAX_EXPERTS));
+    const size_t sort = route_sort_bytes(SORT_TOKENS, MAX_EXPERTS);
+    const cudaError_t all[] = {
+        allow_shared(k_route_logits_f32<1>, sizeof(logit_tile<1>)),
+        allow_shared(k_route_logits_f32<ROUTE_CHUNK>, sizeof(logit_tile<ROUTE_CHUNK>)),
+        allow_shared(k_route_logits_f32<16>, sizeof(logit_tile<16>)),
+        allow_shared(k_route_logits_f32<32>, sizeof(logit_tile<32>)),
+        wide_bytes <= max_shared ? allow_shared(k_route_logits_f32<64>, sizeof(logit_tile<64>)) : cudaSuccess,
+        allow_shared(k_route_choose_f32, sort),
+        allow_shared(k_route_mark_i32, sort),
+        allow_shared(k_route_sort_i32, sort),
+        allow_shared(k_route_place_i32, route_place_bytes(PLACE_WARPS, MAX_EXPERTS))};
+    for (cudaError_t e : all)
+        if (e != cudaSuccess) return e;
+    return cudaSuccess;
 }

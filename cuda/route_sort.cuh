@@ -1,231 +1,224 @@
 /* route_sort: the stable counting sort of (token, expert) pairs by expert, and the work lists that the expert products
  * walk. Within an expert, rows stand in the order of their tokens.
  *
- * Up to SMALL_TOKENS tokens a group has at most SMALL_TOKENS rows, which is one tile in every list: then each pair
- * finds its place by looking at all others (route_sort_small). More pairs are counted by warps, each a stretch of
- * them, in one block (route_sort); or, counted already, placed by many (route_place). */
+ * Each chunk of ROUTE_CHUNK tokens marks its experts: a byte for each, with a bit for each token. A pair's place among its
+ * expert's rows is the number of bits in the chunks before, and before its own bit. Up to SORT_TOKENS tokens one
+ * block sorts (route_sort); more are placed by many (route_place). */
 #ifndef MOED_CUDA_ROUTE_SORT_CUH
 #define MOED_CUDA_ROUTE_SORT_CUH
 
 #include "cuda/common.cuh"
 
-enum : int { SMALL_TOKENS = 8, SMALL_PAIRS = SMALL_TOKENS * MAX_EXPERTS_USED, BATCH = 8 /* loads under way */ };
+enum : int { SORT_TOKENS = 256, BATCH = 8 /* loads under way */ };
+static_assert((int)ROUTE_CHUNK == 8, "a bit for each token");
 
-/* Groups cut into tiles of at most `width` tokens, as even as multiples of 8 allow. Most are one tile. */
-static DEVICE int tile_tokens(int n, int width) {
+/* Groups cut into tiles of at most 8 << list tokens, as even as multiples of 8 allow. Most are one tile. */
+static DEVICE int tile_tokens(int n, int list) {
     int even = n;
-    if (n > width) {
-        int n_tiles = (n + width - 1) / width;
+    if (n > 8 << list) {
+        int n_tiles = (n + (8 << list) - 1) >> (3 + list);
         even = (n + n_tiles - 1) / n_tiles;
     }
     return (even + 7) / 8 * 8;
 }
-static DEVICE int tiles_of(int n, int width) {
-    if (n <= width) return n > 0;
-    int w = tile_tokens(n, width);
+static DEVICE int tiles_of(int n, int list) {
+    if (n <= 8 << list) return n > 0;
+    int w = tile_tokens(n, list);
     return (n + w - 1) / w;
 }
 
-/* One warp: before[i] = value(0) + … + value(i - 1) for i < n <= MAX_EXPERTS; returns the total. */
-template <typename F> static DEVICE int warp_prefix(F value, int *before, int n, int lane) {
-    int per = (n + 31) / 32, begin = lane * per, end = min(begin + per, n), own = 0;
-    for (int i = begin; i < end; i++) own += value(i);
-    int sum = own;
+static DEVICE int token_of_pair(const struct route_args &a, int pair) {
+    return a.n_used == 1 ? pair : (int)__umulhi((uint32_t)pair, a.used_inverse);
+}
+
+/* ---- marks ----------------------------------------------------------------------------------------------------- */
+
+/* Those of a chunk's pairs, in shared memory: a byte for each expert. */
+template <int THREADS>
+static DEVICE void route_mark(const struct route_args &a, const int *ids, int n_pairs, uint32_t *marks) {
+    int n_words = route_pitch(a.n_experts) / 4;
+    for (int i = (int)threadIdx.x; i < n_words; i += THREADS) marks[i] = 0;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n_pairs; i += THREADS)
+        atomicOr(&marks[ids[i] >> 2], 1u << (8 * (ids[i] & 3) + token_of_pair(a, i)));
+    __syncthreads();
+}
+template <int THREADS> static DEVICE void save_marks(const struct route_args &a, const uint32_t *marks, int chunk) {
+    int n_words = route_pitch(a.n_experts) / 4;
+    for (int i = (int)threadIdx.x; i < n_words; i += THREADS) __stcg((uint32_t *)a.marks + chunk * n_words + i, marks[i]);
+}
+
+/* Rows of a chunk's expert before its token `t`. */
+static DEVICE int marked_before(uint8_t marks, int t) { return __popc(marks & ((1u << (t % ROUTE_CHUNK)) - 1u)); }
+
+/* ---- experts ---------------------------------------------------------------------------------------------------- */
+
+/* Sums over the threads before this one; all: over all. totals[2 * THREADS / 32] is shared. */
+template <int THREADS> static DEVICE void block_prefix(int &rows, int &tiles, int &all_tiles, int *totals) {
+    constexpr int warps = THREADS / 32;
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, own_rows = rows, own_tiles = tiles;
     for (int d = 1; d < 32; d <<= 1) {
-        int up = __shfl_up_sync(ALL_LANES, sum, d);
-        if (lane >= d) sum += up;
+        int r = __shfl_up_sync(ALL_LANES, rows, d), t = __shfl_up_sync(ALL_LANES, tiles, d);
+        if (lane >= d) rows += r, tiles += t;
     }
-    int at = sum - own;
-    for (int i = begin; i < end; i++) before[i] = at, at += value(i);
-    return __shfl_sync(ALL_LANES, sum, 31);
-}
-
-/* Without waiting for what the counter was. */
-static DEVICE void count_groups(const struct route_args &a, int groups) {
-    atomicAdd((unsigned long long *)a.n_reads, (unsigned long long)groups);
-}
-
-/* What all sorts come to: per expert, its rows and where they begin; per list and expert, the tiles before its own. */
-struct sort_shared {
-    int *counts, *first, *tiles_before; /* [E], [E], [N_WIDTHS][E] */
-
-    DEVICE sort_shared(int *memory, int n_experts)
-        : counts(memory), first(memory + n_experts), tiles_before(memory + 2 * n_experts) {}
-};
-static constexpr int sort_shared_ints(int warps, int n_experts) { return (warps + 2 + N_WIDTHS) * n_experts; }
-
-/* From counts: first, and if `lists` the rest, and what the lists say in memory. By a block of WARPS warps. */
-template <int WARPS>
-static DEVICE void sort_prefixes(const struct route_args &a, const struct sort_shared &s, bool lists, bool count_reads) {
-    int n_experts = a.n_experts, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    const int *counts = s.counts;
-    for (int job = warp; job <= (lists ? N_WIDTHS + 1 : 0); job += WARPS) {
-        if (job == 0) {
-            warp_prefix([=](int e) { return counts[e]; }, s.first, n_experts, lane);
-        } else if (job <= N_WIDTHS) {
-            int list = job - 1, *before = s.tiles_before + list * n_experts;
-            int n = warp_prefix([=](int e) { return tiles_of(counts[e], 8 << list); }, before, n_experts, lane);
-            if (lane == 0) a.lists.n_items[list] = n;
-        } else if (count_reads) {
-            int groups = 0;
-            for (int e = lane; e < n_experts; e += 32) groups += counts[e] > 0;
-            groups = warp_sum(groups);
-            if (lane == 0) count_groups(a, groups);
-        }
+    if (lane == 31) totals[warp] = rows, totals[warps + warp] = tiles;
+    __syncthreads();
+    rows -= own_rows, tiles -= own_tiles, all_tiles = 0;
+#pragma unroll
+    for (int w = 0; w < warps; w++) {
+        int t = totals[warps + w];
+        if (w < warp) rows += totals[w], tiles += t;
+        all_tiles += t;
     }
     __syncthreads();
-    if (!lists) return;
-    for (int u = (int)threadIdx.x; u < N_WIDTHS * n_experts; u += WARPS * 32) {
-        int list = u / n_experts, e = u - list * n_experts, n = counts[e];
-        if (n == 0) continue;
-        int w = tile_tokens(n, 8 << list);
-        struct gemm_item *to = a.lists.items[list] + s.tiles_before[u];
-        for (int at = 0; at < n; at += w) *to++ = {e, s.first[e] + at, min(w, n - at), 0};
-    }
-    for (int e = (int)threadIdx.x; e <= n_experts; e += WARPS * 32)
-        a.lists.expert_first[e] = e < n_experts ? s.first[e] : a.header->n_tokens * a.n_used;
 }
 
-/* A warp's pairs begin … end - 1: how many of the stretch's earlier ones have the same expert, on top of own[E], which
- * is moved on. take(pair, expert, before) for each. */
-template <typename F>
-static DEVICE void rank_pairs(const struct route_args &a, int begin, int end, int *own, int lane, F take) {
-    for (int base = begin + lane; base - lane < end; base += 32 * BATCH) {
-        int e[BATCH];
+/* From the rows n[i] of expert e0 + i, i < PER: where they begin; and if `lists`, what the lists say. By all threads. */
+template <int THREADS, int PER>
+static DEVICE void place_experts(const struct route_args &a, int e0, const int (&n)[PER], bool lists, int *first, int *totals) {
+#pragma unroll 1
+    for (int list = 0; list < N_WIDTHS; list++) {
+        if (!(a.widths >> list & 1)) continue;
+        int rows = 0, tiles = 0, all;
 #pragma unroll
-        for (int j = 0; j < BATCH; j++) e[j] = base + 32 * j < end ? __ldcg(a.lists.ids + base + 32 * j) : -1;
+        for (int i = 0; i < PER; i++) rows += n[i], tiles += tiles_of(n[i], list);
+        block_prefix<THREADS>(rows, tiles, all, totals);
+        if (threadIdx.x == 0 && lists) a.lists.n_items[list] = all;
 #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            uint32_t same = __match_any_sync(ALL_LANES, e[j]), below = same & ((1u << lane) - 1u);
-            int before = e[j] >= 0 ? own[e[j]] : 0;
-            __syncwarp();
-            if (e[j] >= 0 && below == 0) own[e[j]] = before + __popc(same);
-            __syncwarp();
-            if (e[j] >= 0) take(base + 32 * j, e[j], before + __popc(below));
+        for (int i = 0; i < PER; i++) {
+            if (e0 + i < a.n_experts) first[e0 + i] = rows;
+            if (lists) {
+                int w = tile_tokens(n[i], list);
+                struct gemm_item *to = a.lists.items[list] + tiles;
+#pragma unroll 1
+                for (int at = 0; at < n[i]; at += w, tiles++) *to++ = {e0 + i, rows + at, min(w, n[i] - at), 0};
+                if (e0 + i < a.n_experts) a.lists.expert_first[e0 + i] = rows;
+            }
+            rows += n[i];
         }
     }
+    if (!lists) return;
+    if (threadIdx.x == 0) a.lists.expert_first[a.n_experts] = a.header->n_tokens * a.n_used;
+    if (!a.n_reads) return;
+    int groups = 0;
+#pragma unroll
+    for (int i = 0; i < PER; i++) groups += n[i] > 0;
+    groups = warp_sum(groups);
+    if (groups > 0 && (threadIdx.x & 31) == 0) atomicAdd((unsigned long long *)a.n_reads, (unsigned long long)groups);
 }
 
-static DEVICE void place_pair(const struct route_args &a, int pair, int row) {
-    a.lists.token_of[row] = pair / a.n_used;
+static DEVICE void place_pair(const struct route_args &a, int pair, int token, int row) {
+    a.lists.token_of[row] = token;
     a.lists.row_of[pair] = row;
 }
 
-/* All of it by one block; ids stand in a.lists.ids. Ranks are kept in row_of between the passes. */
-template <int WARPS> static DEVICE void route_sort(const struct route_args &a, int *memory, bool count_reads) {
-    int n_experts = a.n_experts, n_pairs = a.header->n_tokens * a.n_used;
-    int tid = (int)threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    int *cursors = memory, *own = cursors + warp * n_experts, *row_of = a.lists.row_of;
-    struct sort_shared s(memory + WARPS * n_experts, n_experts);
-    int chunk = (n_pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;
-    int begin = min(warp * chunk, n_pairs), end = min(begin + chunk, n_pairs);
-    for (int e = lane; e < n_experts; e += 32) own[e] = 0;
-    __syncwarp();
-    rank_pairs(a, begin, end, own, lane, [=](int pair, int, int before) { row_of[pair] = before; });
-    __syncthreads();
-    for (int e = tid; e < n_experts; e += WARPS * 32) {
-        int n = 0;
-        for (int w = 0; w < WARPS; w++) {
-            int c = cursors[w * n_experts + e];
-            cursors[w * n_experts + e] = n;
-            n += c;
-        }
-        s.counts[e] = n;
+/* ---- one block -------------------------------------------------------------------------------------------------- */
+
+/* Bytes of shared memory for up to n_tokens; marks come first. */
+KERNEL_FN size_t route_sort_bytes(int n_tokens, int n_experts) {
+    size_t chunks = (size_t)((n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK), pitch = (size_t)route_pitch(n_experts);
+    return chunks * pitch * 3 + pitch * sizeof(int) + 32 * sizeof(int);
+}
+
+/* Of up to SORT_TOKENS tokens. ids: of one chunk, whose marks are in memory; NULL: both are in global memory. */
+template <int THREADS> static DEVICE void route_sort(const struct route_args &a, const int *ids, uint32_t *memory) {
+    constexpr int PER = MAX_EXPERTS / THREADS;
+    int n_tokens = a.header->n_tokens, n_pairs = n_tokens * a.n_used, pitch = route_pitch(a.n_experts);
+    int tid = (int)threadIdx.x, n_chunks = (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK, e[BATCH];
+    const uint8_t *marks = (const uint8_t *)memory;
+    int *first = (int *)memory + n_chunks * (pitch / 4), *totals = first + pitch; /* [E], [2 * THREADS / 32] */
+    uint16_t *before = (uint16_t *)(totals + 32);                                 /* [chunks][pitch] */
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+        int i = tid + THREADS * j;
+        e[j] = i >= n_pairs ? 0 : ids ? ids[i] : __ldcg(a.lists.ids + i);
     }
+    if (!ids) {
+#pragma unroll 1
+        for (int i = tid; i < n_chunks * (pitch / 16); i += THREADS) ((uint4 *)memory)[i] = __ldcg((const uint4 *)a.marks + i);
+        __syncthreads();
+    }
+    int per = (a.n_experts + THREADS - 1) / THREADS, n[PER] = {};
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        if (i >= per || tid * per + i >= a.n_experts) break;
+#pragma unroll 4
+        for (int c = 0; c < n_chunks; c++) {
+            int at = c * pitch + tid * per + i;
+            before[at] = (uint16_t)n[i];
+            n[i] += __popc(marks[at]);
+        }
+    }
+    place_experts<THREADS, PER>(a, tid * per, n, true, first, totals);
     __syncthreads();
-    sort_prefixes<WARPS>(a, s, true, count_reads);
-    for (int base = begin + lane; base < end; base += 32 * BATCH) {
-        int e[BATCH], row[BATCH];
+#pragma unroll 1
+    for (int base = tid; base < n_pairs; base += THREADS * BATCH) {
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            bool real = base + 32 * j < end;
-            e[j] = real ? __ldcg(a.lists.ids + base + 32 * j) : 0;
-            row[j] = real ? row_of[base + 32 * j] : 0;
+            int i = base + THREADS * j, t = token_of_pair(a, i);
+            if (i >= n_pairs) break;
+            if (base != tid) e[j] = ids ? ids[i] : __ldcg(a.lists.ids + i);
+            int at = t / ROUTE_CHUNK * pitch + e[j];
+            place_pair(a, i, t, first[e[j]] + before[at] + marked_before(marks[at], t));
         }
-#pragma unroll
-        for (int j = 0; j < BATCH; j++)
-            if (base + 32 * j < end) place_pair(a, base + 32 * j, row[j] + s.first[e[j]] + own[e[j]]);
     }
 }
 
-/* By many blocks: each has WARPS chunks of ROUTE_CHUNK tokens, whose experts are counted in a.chunk_counts, [chunk][E], and adds up
- * what stands before them. The first block writes the lists. PARTS threads share an expert's chunks. */
-template <int WARPS> static DEVICE void route_place(const struct route_args &a, int *memory) {
-    int n_experts = a.n_experts, n_pairs = a.header->n_tokens * a.n_used;
-    int n_chunks = (a.header->n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK, first_chunk = (int)blockIdx.x * WARPS;
+/* ---- many blocks -------------------------------------------------------------------------------------------------- */
+
+KERNEL_FN size_t route_place_bytes(int warps, int n_experts) {
+    return (size_t)route_pitch(n_experts) * (size_t)(5 * warps + 12) + 64 * sizeof(int);
+}
+
+/* Each block has WARPS chunks and adds up what stands before them. The first block writes the lists. */
+template <int WARPS> static DEVICE void route_place(const struct route_args &a, uint32_t *memory) {
+    constexpr int THREADS = 32 * WARPS;
+    static_assert(THREADS >= MAX_EXPERTS, "a thread for each expert");
+    int n_experts = a.n_experts, n_tokens = a.header->n_tokens, pitch = route_pitch(n_experts);
+    int n_chunks = (n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK, first_chunk = (int)blockIdx.x * WARPS;
     int tid = (int)threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    int *cursors = memory, *own = cursors + warp * n_experts;
-    struct sort_shared s(memory + WARPS * n_experts, n_experts);
-    for (int e = tid; e < n_experts; e += 32 * WARPS) s.counts[e] = s.first[e] = 0;
+    uint8_t *marks = (uint8_t *)memory;                                /* [WARPS][pitch] */
+    int *before = (int *)(marks + WARPS * pitch), *first = before + WARPS * pitch; /* [WARPS][pitch], [E] */
+    int *all = first + pitch, *earlier = all + pitch, *totals = earlier + pitch;
+    for (int e = tid; e < pitch; e += THREADS) all[e] = earlier[e] = 0;
+    for (int i = tid; i < WARPS * (pitch / 16); i += THREADS) {
+        bool real = first_chunk * (pitch / 16) + i < n_chunks * (pitch / 16);
+        ((uint4 *)marks)[i] = real ? ((const uint4 *)a.marks)[first_chunk * (pitch / 16) + i] : make_uint4(0, 0, 0, 0);
+    }
     __syncthreads();
-    int parts = max(32 * WARPS / n_experts, 1), part = tid / n_experts;
-    for (int e = tid % n_experts; e < n_experts && part < parts; e += 32 * WARPS) {
-        int all = 0, before = 0;
-        for (int c0 = part; c0 < n_chunks; c0 += parts * BATCH) {
-            int n[BATCH];
+    int parts = THREADS / pitch, part = tid / pitch, e = tid % pitch; /* parts of the chunks */
+    if (part < parts) {
+        int sum = 0, sum_earlier = 0;
+        for (int c0 = part; c0 < n_chunks; c0 += parts * 2 * BATCH) {
+            int n[2 * BATCH];
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) {
+            for (int j = 0; j < 2 * BATCH; j++) {
                 int c = c0 + parts * j;
-                n[j] = c < n_chunks ? a.chunk_counts[c * n_experts + e] : 0;
+                n[j] = c < n_chunks ? a.marks[c * pitch + e] : 0;
             }
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) all += n[j], before += c0 + parts * j < first_chunk ? n[j] : 0;
+            for (int j = 0; j < 2 * BATCH; j++) {
+                sum += __popc(n[j]);
+                if (c0 + parts * j < first_chunk) sum_earlier += __popc(n[j]);
+            }
         }
-        atomicAdd(&s.counts[e], all);
-        atomicAdd(&s.first[e], before);
+        atomicAdd(&all[e], sum);
+        atomicAdd(&earlier[e], sum_earlier);
     }
     __syncthreads();
-    for (int e = tid; e < n_experts; e += 32 * WARPS) {
-        int n[WARPS], at = s.first[e];
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-            n[w] = first_chunk + w < n_chunks ? a.chunk_counts[(first_chunk + w) * n_experts + e] : 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) cursors[w * n_experts + e] = at, at += n[w];
+    int n[1] = {tid < n_experts ? all[tid] : 0};
+    if (tid < n_experts) {
+        int at = earlier[tid];
+#pragma unroll 4
+        for (int w = 0; w < WARPS; w++) before[w * pitch + tid] = at, at += __popc(marks[w * pitch + tid]);
     }
+    place_experts<THREADS, 1>(a, tid, n, blockIdx.x == 0, first, totals);
     __syncthreads();
-    sort_prefixes<WARPS>(a, s, blockIdx.x == 0, true);
-    int chunk = ROUTE_CHUNK * a.n_used, begin = min((first_chunk + warp) * chunk, n_pairs);
-    const int *first = s.first;
-    rank_pairs(a, begin, min(begin + chunk, n_pairs), own, lane,
-               [=](int pair, int e, int before) { place_pair(a, pair, first[e] + before); });
-}
-
-/* ids[n_pairs] in shared memory, of at most SMALL_TOKENS tokens; present[MAX_EXPERTS / 32] in shared memory. */
-template <int THREADS>
-static DEVICE void route_sort_small(const struct route_args &a, const int *ids, uint32_t *present, int n_pairs) {
-    int tid = (int)threadIdx.x, n_words = (a.n_experts + 31) / 32;
-    for (int i = tid; i < n_words; i += THREADS) present[i] = 0;
-    __syncthreads();
-    for (int i = tid; i < n_pairs; i += THREADS) atomicOr(&present[ids[i] >> 5], 1u << (ids[i] & 31));
-    __syncthreads();
-    for (int i = tid; i < n_pairs; i += THREADS) {
-        int e = ids[i], smaller = 0, earlier = 0, same = 0, groups = 0;
-        for (int j = 0; j < n_pairs; j++) {
-            int other = ids[j];
-            smaller += other < e;
-            same += other == e;
-            earlier += other == e && j < i;
-        }
-        int row = smaller + earlier;
-        a.lists.token_of[row] = i / a.n_used;
-        a.lists.row_of[i] = row;
-        if (earlier > 0) continue;
-        for (int w = 0; w < e >> 5; w++) groups += __popc(present[w]);
-        groups += __popc(present[e >> 5] & ((1u << (e & 31)) - 1u));
-        for (int list = 0; list < N_WIDTHS; list++) a.lists.items[list][groups] = {e, row, same, 0};
+    int chunk = ROUTE_CHUNK * a.n_used, begin = (first_chunk + warp) * chunk, end = min(begin + chunk, n_tokens * a.n_used);
+    for (int i = begin + lane; i < end; i += 32) {
+        int id = a.lists.ids[i], t = token_of_pair(a, i), at = warp * pitch + id;
+        place_pair(a, i, t, first[id] + before[at] + marked_before(marks[at], t));
     }
-    for (int e = tid; e <= a.n_experts; e += THREADS) {
-        int smaller = 0;
-        for (int j = 0; j < n_pairs; j++) smaller += ids[j] < e;
-        a.lists.expert_first[e] = smaller;
-    }
-    if (tid >= 32) return;
-    int groups = 0;
-    for (int w = tid; w < n_words; w += 32) groups += __popc(present[w]);
-    groups = warp_sum(groups);
-    if (tid < N_WIDTHS) a.lists.n_items[tid] = groups;
-    if (tid == 0) count_groups(a, groups);
 }
 
 #endif

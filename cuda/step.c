@@ -78,7 +78,7 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
          (void **)&c->attn_partials},
         {MEMORY_ACTIVATIONS, "attention tickets", t * (size_t)m->n_kv_heads * octets * sizeof(uint32_t),
          (void **)&c->attn_tickets},
-        {MEMORY_ACTIVATIONS, "router sums", ROUTE_GROUPS * t * experts * sizeof(float),
+        {MEMORY_ACTIVATIONS, "router sums", route_partial_floats(t, m->n_experts) * sizeof(float),
          (void **)&c->router_partials},
         {MEMORY_STEP, "routing", n_pairs * sizeof(int32_t), (void **)&c->lists.ids},
         {MEMORY_STEP, "routing", n_pairs * sizeof(float), (void **)&c->lists.weights},
@@ -87,7 +87,7 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
         {MEMORY_STEP, "routing", n_pairs * sizeof(int32_t), (void **)&c->lists.row_of},
         {MEMORY_STEP, "routing", N_WIDTHS * sizeof(int32_t), (void **)&c->lists.n_items},
         {MEMORY_STEP, "routing", (2 + t / ROUTE_CHUNK) * sizeof(uint32_t), (void **)&c->route_tickets},
-        {MEMORY_STEP, "routing", (1 + t / ROUTE_CHUNK) * experts * sizeof(int32_t), (void **)&c->chunk_counts},
+        {MEMORY_STEP, "routing", (1 + t / ROUTE_CHUNK) * (size_t)route_pitch(m->n_experts), (void **)&c->route_marks},
         {MEMORY_STEP, "counters", N_READS * sizeof(uint64_t), (void **)&c->n_reads},
         {MEMORY_STEP, "uploads", c->upload_cap, (void **)&c->upload},
         {MEMORY_SAMPLER, "sampling slots", slots * sizeof(struct slot_state), (void **)&c->slots},
@@ -134,8 +134,12 @@ enum status cuda_step_create(struct cuda *c, struct error *e) {
     return ST_OK;
 }
 
-void cuda_step_destroy(struct cuda *c) {
+void cuda_graphs_destroy(struct cuda *c) {
     for (int i = 0; i < c->n_graphs; i++) (void)cudaGraphExecDestroy(c->graphs[i].exec);
+    c->n_graphs = 0;
+}
+
+void cuda_step_destroy(struct cuda *c) {
     for (int i = 0; i < MOE_MAX_IN_FLIGHT; i++) {
         struct flight *f = &c->flights[i];
         if (f->upload) (void)cudaFreeHost(f->upload);
@@ -214,7 +218,7 @@ enum status step_slot_start(struct backend *b, const struct moe_slot_start *star
 
 static bool same_bucket(const struct bucket *a, const struct bucket *b) {
     return a->n_tokens == b->n_tokens && a->n_seqs == b->n_seqs && a->n_rows == b->n_rows &&
-           a->n_group == b->n_group && a->tiles == b->tiles;
+           a->n_group == b->n_group && a->n_most == b->n_most && a->tiles == b->tiles;
 }
 
 static struct graph *find_graph(struct cuda *c) {
@@ -231,11 +235,7 @@ enum status step_begin(struct backend *b, const struct moe_step *step, bool *iss
     struct flight *f = &c->flights[c->n_begun % MOE_MAX_IN_FLIGHT];
     c->together = c->exchange && exchange_in_use(c->exchange->x);
     c->bucket = upload_bucket(c, step);
-    if (c->together) {
-        int32_t total, most = exchange_max_tokens(c->exchange->x);
-        TRY(exchange_begin_step(c, step->n_tokens, &total));
-        c->bucket.n_group = upload_round_up(total > 0 ? total : 1, most);
-    }
+    if (c->together) TRY(exchange_begin_step(c, step->n_tokens, &c->bucket));
     c->view = upload_view(&c->bucket, c->upload);
     c->n_tokens = step->n_tokens;
     f->n_rows = upload_rows(step);

@@ -69,8 +69,8 @@ size_t upload_capacity(const struct cuda *c) {
                                 .n_seqs = l->max_seqs,
                                 .n_rows = l->max_rows};
     size_t seq_blocks = ((size_t)l->max_seq_tokens + (size_t)l->block_tokens - 1) / (size_t)l->block_tokens;
-    size_t n_splits = (size_t)c->n_partials + (size_t)l->max_batch_tokens;
-    return fixed_bytes(&most) + aligned(n_splits * sizeof(struct attn_split)) +
+    size_t n_pieces = (size_t)c->n_partials + (size_t)l->max_batch_tokens;
+    return fixed_bytes(&most) + aligned(n_pieces * sizeof(struct attn_piece)) +
            aligned((size_t)l->max_batch_tokens * sizeof(struct attn_tile)) +
            aligned((size_t)l->max_seqs * seq_blocks * sizeof(int32_t));
 }
@@ -89,51 +89,65 @@ static int32_t add_rows(const struct moe_step_seq *s, int32_t first_token, struc
 /* Work is put in order by classes of its length; what is longer is in the last. */
 enum { CLASSES = 64, TILE_CLASS = 64 /* tokens */ };
 
-static int32_t splits_of(int32_t pos) { return pos / SPLIT_KEYS + 1; }
+static int32_t divide_up(int64_t n, int64_t by) { return (int32_t)((n + by - 1) / by); }
 
 /* Tokens that attention takes one by one. */
 static bool is_single(const struct moe_step *step, int32_t seq) { return !takes_tiles(&step->seqs[seq]); }
 
-/* How many splits a token may have to be one piece of work: no more than each block gets of all. A token that runs
- * out of room for partial results is one piece too. */
-static int32_t most_splits(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
-                           int32_t *longest) {
+/* How tokens are cut into pieces of work, and how many partial results that has taken so far. */
+struct cut {
+    bool by_blocks;       /* a split to a block, always; else a piece to a warp */
+    int32_t most_splits; /* of a token that is one piece */
+    int32_t n_partials;
+};
+
+/* A block takes a split while there are few of them; else a token is whole if it has no more than its share of all
+ * splits, a processor having two tokens at a time. */
+static struct cut choose_cut(const struct cuda *c, const struct moe_step *step, const struct step_view *v) {
     const struct model_shape *m = &c->shape;
-    int64_t n = 0;
-    *longest = 0;
-    for (int32_t t = 0; t < step->n_tokens; t++) {
-        if (!is_single(step, v->seq[t])) continue;
-        int32_t splits = splits_of(v->pos[t]);
-        n += splits;
-        if (splits > *longest) *longest = splits;
-    }
-    n *= m->n_kv_heads * attn_octets(m->n_heads, m->n_kv_heads);
-    return (int32_t)((n + c->queue.n_sm - 1) / c->queue.n_sm);
+    int32_t units = m->n_kv_heads * attn_octets(m->n_heads, m->n_kv_heads);
+    int64_t n_splits = 0;
+    for (int32_t t = 0; t < step->n_tokens; t++)
+        if (is_single(step, v->seq[t])) n_splits += divide_up(v->pos[t] + 1, SPLIT_KEYS);
+    bool by_blocks = n_splits * units <= 2 * c->queue.n_sm && n_splits <= c->n_partials;
+    return (struct cut){.by_blocks = by_blocks,
+                        .most_splits = by_blocks ? 1 : divide_up(n_splits * units, 2 * c->queue.n_sm)};
 }
 
-/* Attention's splits, the longest pieces first. Returns how many. */
-static int32_t add_splits(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
-                          int32_t blocks_at, struct attn_split *out) {
-    int32_t longest, most = most_splits(c, step, v, &longest), n = 0, n_partials = 0;
-    for (int32_t size = longest < CLASSES ? longest : CLASSES; size > 0; size--) {
+/* Spans of each of a token's pieces. A token that runs out of room for partial results is one. */
+static int32_t spans_of_piece(const struct cuda *c, struct cut *cut, int32_t n_spans) {
+    enum { SPANS = SPLIT_KEYS / SPAN_KEYS };
+    int32_t each = n_spans <= cut->most_splits * SPANS ? n_spans : SPANS, n_pieces = divide_up(n_spans, each);
+    if (n_pieces == 1 || cut->n_partials + n_pieces > c->n_partials) return n_spans;
+    cut->n_partials += n_pieces;
+    return each;
+}
+
+/* Attention's pieces, the longest first. Returns how many. */
+static int32_t add_pieces(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
+                          int32_t blocks_at, struct attn_piece *out) {
+    int32_t first[CLASSES + 1] = {0}, n = 0; /* first[i]: pieces of class i + 1 and above; then where class i is next */
+    for (int pass = 0; pass < 2; pass++) {
+        struct cut cut = choose_cut(c, step, v);
         for (int32_t t = 0; t < step->n_tokens; t++) {
             if (!is_single(step, v->seq[t])) continue;
-            int32_t splits = splits_of(v->pos[t]), class = splits < CLASSES ? splits : CLASSES;
-            struct attn_split whole = {.token = t,
-                                       .split = -1,
-                                       .n_splits = splits,
-                                       .partial = -1,
-                                       .end = v->pos[t] + 1,
-                                       .table = blocks_at + v->table[v->seq[t]]};
-            if (class != size) continue;
-            if (splits <= most || n_partials + splits > c->n_partials) {
-                out[n++] = whole;
-                continue;
-            }
-            for (int32_t i = 0; i < splits; i++) {
-                out[n] = whole;
-                out[n].split = i;
-                out[n++].partial = n_partials++;
+            int32_t n_spans = divide_up(v->pos[t] + 1, SPAN_KEYS), before = cut.n_partials;
+            int32_t each = spans_of_piece(c, &cut, n_spans), n_pieces = divide_up(n_spans, each);
+            for (int32_t i = 0; i < n_pieces; i++) {
+                int32_t own = i < n_pieces - 1 ? each : n_spans - i * each, class = own < CLASSES ? own : CLASSES;
+                if (pass == 0) {
+                    for (int32_t k = 0; k < class; k++) first[k]++;
+                    continue;
+                }
+                out[first[class]++] = (struct attn_piece){.token = t,
+                                                          .end = v->pos[t] + 1,
+                                                          .table = blocks_at + v->table[v->seq[t]],
+                                                          .span = i * each,
+                                                          .n_spans = own,
+                                                          .piece = i,
+                                                          .n_pieces = n_pieces,
+                                                          .partial = n_pieces > 1 ? before + i : -1};
+                n++;
             }
         }
     }
@@ -168,14 +182,15 @@ static int32_t add_tiles(const struct moe_step *step, const struct step_view *v,
     return n;
 }
 
-/* The work lists of attention at `at`: splits, then tiles. Returns the bytes up to their end. */
+/* The work lists of attention at `at`: pieces, then tiles. Returns the bytes up to their end. */
 static size_t add_attention(const struct cuda *c, const struct moe_step *step, const struct step_view *v,
                             size_t at, struct step_header *h) {
     uint8_t *dst = (uint8_t *)h;
-    struct attn_split *splits = (struct attn_split *)(void *)(dst + at);
-    h->splits_at = (int32_t)(at / sizeof(int32_t));
-    h->n_splits = add_splits(c, step, v, h->blocks_at, splits);
-    at += aligned((size_t)h->n_splits * sizeof *splits);
+    struct attn_piece *pieces = (struct attn_piece *)(void *)(dst + at);
+    h->pieces_at = (int32_t)(at / sizeof(int32_t));
+    h->n_pieces = add_pieces(c, step, v, h->blocks_at, pieces);
+    h->by_blocks = choose_cut(c, step, v).by_blocks;
+    at += aligned((size_t)h->n_pieces * sizeof *pieces);
     struct attn_tile *tiles = (struct attn_tile *)(void *)(dst + at);
     h->tiles_at = (int32_t)(at / sizeof(int32_t));
     h->n_tiles = add_tiles(step, v, h->blocks_at, tiles);

@@ -41,6 +41,7 @@ static enum status wait_for(struct engine *g) {
         engine_clear(g);
         const struct engine_step *step = engine_pop(g);
         if (step) return step->st;
+        if (engine_lost(g) != ST_OK) return engine_lost(g);
         poll(&(struct pollfd){.fd = engine_fd(g), .events = POLLIN}, 1, -1);
     }
 }
@@ -64,6 +65,11 @@ static enum status run(const struct choose_args *a, struct trial *trials, int ro
     return st;
 }
 
+/* Ranks elsewhere hear it with their next step. */
+static void use(const struct choose_args *a, bool together) {
+    for (int i = 0; i < a->n_groups; i++) CHECK(moe_group_use(a->groups[i], together) == ST_OK);
+}
+
 enum status choose_parallel(const struct choose_args *a, bool *together) {
     struct trial *trials = calloc((size_t)a->n, sizeof *trials);
     if (!trials) return ST_NO_MEMORY;
@@ -72,7 +78,7 @@ enum status choose_parallel(const struct choose_args *a, bool *together) {
     for (int round = 0; round <= N_ROUNDS && st == ST_OK; round++) {
         for (int mode = 0; mode < 2 && st == ST_OK; mode++) {
             uint64_t ns;
-            CHECK(moe_group_use(a->group, mode == 1) == ST_OK);
+            use(a, mode == 1);
             st = run(a, trials, round, &ns);
             if (round > 0 && ns < best[mode]) best[mode] = ns; /* the first only warms */
         }
@@ -80,7 +86,7 @@ enum status choose_parallel(const struct choose_args *a, bool *together) {
     free(trials);
     if (st != ST_OK) return st;
     *together = best[1] < best[0];
-    CHECK(moe_group_use(a->group, *together) == ST_OK);
+    use(a, *together);
     log_event(LOG_INFO, "daemon", "parallel",
               "mode=%s why=\"measured\" batch=%d replica_step_us=%.1f expert_step_us=%.1f",
               *together ? "expert" : "replica", batch_of(&a->info->limits) * a->n,

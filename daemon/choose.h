@@ -8,7 +8,8 @@
 struct choose_args {
     struct engine *const *engines; /* [n] */
     int n;
-    struct moe_group *group; /* of their models; each holds all experts */
+    struct moe_group *const *groups; /* [n_groups] of the models of this process; each holds all experts */
+    int n_groups;
     const struct moe_info *info; /* limits that hold for each */
 };
 

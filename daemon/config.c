@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-const char config_help[] =
+const char *const config_help[CONFIG_HELP_PARTS] = {
     "moed serves a Mixture-of-Experts language model from a GGUF file to many clients at once.\n"
     "\n"
     "Usage: moed --model FILE [flags]\n"
@@ -19,24 +19,49 @@ const char config_help[] =
     "  --listen ipc://PATH       the socket; default: $MOED_ENDPOINT, or moed.sock in\n"
     "                            $XDG_RUNTIME_DIR, or /tmp/moed-UID.sock. Clients use the same "
     "rule\n"
-    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple), cuda:N; several of\n"
-    "                            one kind, such as cuda:0,cuda:1, share the requests\n"
-    "  --parallel MODE           replica (default): each device holds the whole model; expert:\n"
-    "                            each holds a share of the experts and computes them for all;\n"
-    "                            auto: each holds all, and what is faster is measured\n"
-    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold "
-    "each\n"
-    "                            once. More give room for copies of those in demand\n"
-    "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
-    "and\n"
-    "                            write what was measured to it at the end (CSV); likewise with\n"
-    "                            --offload-experts, if there are any in host memory\n"
-    "  --threads N               CPU threads, for all devices together; default: all cores\n"
+    "  --device DEV[,DEV…]       cpu (default), reference (slow and simple) or cuda:N; several of "
+    "one "
+    "kind\n"
+    "                            share the requests, such as cuda:0,cuda:1\n"
+    "  --threads N               CPU threads, for all devices of the process together; default: "
+    "all "
+    "cores\n"
     "  --cpu-isa NAME            avx2, avx512 or amx instead of the best that there is\n"
     "  --chat-template NAME      chatml, qwen2.5, qwen3 or qwq, whatever the file says; default: "
     "the "
     "file's\n"
     "\n"
+    "Several devices, processes and hosts\n"
+    "  --parallel MODE           replica (default): each device holds the whole model; expert: each\n"
+    "                            holds a share of the experts and computes them for all; auto: each\n"
+    "                            holds all, and what decodes faster is measured\n"
+    "  --experts-per-device N    with expert: experts held per layer; default: as few as hold each "
+    "once.\n"
+    "                            More give room for copies of those in demand\n"
+    "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
+    "and "
+    "write\n"
+    "                            what was measured to it at the end (CSV); likewise with\n"
+    "                            --offload-experts, if there are any in host memory\n"
+    "  --workers N               wait for N devices of other processes, which then count as this "
+    "one's\n"
+    "  --worker-listen tcp://ADDRESS:PORT  where they join. Not encrypted: for trusted networks "
+    "only\n"
+    "  --worker tcp://HOST:PORT  be such a process: compute with --device for the moed that "
+    "listens "
+    "there,\n"
+    "                            on the same model. Of the other flags only --threads, --cpu-isa,\n"
+    "                            --gpu-memory-utilization, --offload-experts and --log-level count; "
+    "the\n"
+    "                            rest is the server's\n"
+    "  --launched tcp://HOST:PORT  the same command in every process of an mpirun or srun: the "
+    "first "
+    "one\n"
+    "                            listens there and serves, the others join it. --device cuda is "
+    "then "
+    "the\n"
+    "                            GPU with the process's number on its host\n"
+    "\n",
     "Capacity, of each device (memory follows from it; --check prints the table)\n"
     "  --max-seqs N              sequences that run at once (256)\n"
     "  --max-seq-tokens N        longest prompt and completion together; default: the model's "
@@ -76,8 +101,9 @@ const char config_help[] =
     "\n"
     "SIGTERM or SIGINT: refuse new requests, finish running ones, exit 0; a second one: exit at "
     "once.\n"
-    "Exit status: 0 done, 1 the engine was lost or a fault of the daemon, 2 the command line, the\n"
-    "model or the socket was not usable.\n";
+    "Exit status: 0 done, 1 the engine, a worker or the server was lost, or a fault of the daemon, "
+    "2\n"
+    "the command line, the model, a worker or the socket was not usable.\n"};
 
 enum { CPU_BATCH_TOKENS = 512, GPU_BATCH_TOKENS = 2048 };
 
@@ -88,6 +114,9 @@ enum flag {
     F_PARALLEL,
     F_EXPERT_LOAD,
     F_OFFLOAD,
+    F_WORKER_LISTEN,
+    F_WORKER,
+    F_LAUNCHED,
     F_CPU_ISA,
     F_CHAT_TEMPLATE,
     F_GPU_MEMORY,
@@ -114,6 +143,7 @@ static const struct number_flag numbers[] = {
     NUMBER("max-seq-tokens", max_seq_tokens, 2, 1 << 24, 0),
     NUMBER("kv-blocks", kv_blocks, 1, 1 << 28, 0),
     NUMBER("block-tokens", block_tokens, 1, 256, 16),
+    NUMBER("workers", n_workers, 1, MOE_MAX_RANKS - 1, 0),
     NUMBER("experts-per-device", experts_per_device, 1, 1 << 16, 0),
     NUMBER("prefill-chunk", prefill_chunk, 1, 1 << 16, 0),
     NUMBER("max-itl-ms", max_itl_ms, 0, 60000, 0),
@@ -130,6 +160,9 @@ static const struct option words[] = {
     {"parallel", required_argument, NULL, F_PARALLEL},
     {"expert-load", required_argument, NULL, F_EXPERT_LOAD},
     {"offload-experts", required_argument, NULL, F_OFFLOAD},
+    {"worker-listen", required_argument, NULL, F_WORKER_LISTEN},
+    {"worker", required_argument, NULL, F_WORKER},
+    {"launched", required_argument, NULL, F_LAUNCHED},
     {"cpu-isa", required_argument, NULL, F_CPU_ISA},
     {"chat-template", required_argument, NULL, F_CHAT_TEMPLATE},
     {"gpu-memory-utilization", required_argument, NULL, F_GPU_MEMORY},
@@ -216,6 +249,9 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
     case F_PARALLEL: return set_parallel(arg, e, &c->parallel);
     case F_EXPERT_LOAD: c->expert_load = arg; return ST_OK;
     case F_OFFLOAD: return set_offload(arg, e, &c->offload_experts);
+    case F_WORKER_LISTEN: c->workers_at = arg; return ST_OK;
+    case F_WORKER: c->server = arg; return ST_OK;
+    case F_LAUNCHED: c->workers_at = c->server = arg; return ST_OK; /* settle_launch */
     case F_CPU_ISA: c->cpu_isa = arg; return ST_OK;
     case F_CHAT_TEMPLATE: c->chat_template = arg; return ST_OK;
     case F_GPU_MEMORY: return set_share(arg, e, c);
@@ -230,11 +266,69 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
     }
 }
 
+bool config_launcher(struct config_launch *out) {
+    static const char *const names[][3] = {
+        {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"},
+        {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"},
+        {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"},
+    };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        int32_t v[3] = {0};
+        int n = 0;
+        for (; n < 3; n++) {
+            const char *text = getenv(names[i][n]);
+            char *end;
+            long number = text ? strtol(text, &end, 10) : -1;
+            if (!text || !*text || *end || number < 0 || number > INT32_MAX) break;
+            v[n] = (int32_t)number;
+        }
+        *out = (struct config_launch){v[0], v[1], v[2]};
+        if (n == 3) return out->rank < out->size && out->local_rank <= out->rank;
+    }
+    return false;
+}
+
+/* Which part --launched gives to this process. */
+static enum status settle_launch(struct error *e, struct config *c) {
+    struct config_launch l;
+    if (c->n_workers > 0)
+        return error_set(e, ST_INVALID, "--workers: --launched knows how many there are");
+    if (!config_launcher(&l))
+        return error_set(
+            e, ST_INVALID,
+            "--launched: no launcher said which process this is (as mpirun and srun do "
+            "by OMPI_COMM_WORLD_RANK, PMI_RANK or SLURM_PROCID)");
+    if (l.size > MOE_MAX_RANKS)
+        return error_set(e, ST_INVALID, "--launched: %d processes, at most %d", l.size,
+                         MOE_MAX_RANKS);
+    c->launched_rank = l.rank;
+    c->n_workers = l.rank == 0 ? (l.size - 1) * c->devices.n : 0;
+    if (l.rank == 0) c->server = NULL;
+    if (l.rank > 0 || l.size == 1) c->workers_at = NULL;
+    char *name = c->devices.names[0];
+    if (c->devices.n == 1 && strcmp(name, "cuda") == 0)
+        snprintf(name, sizeof c->devices.names[0], "cuda:%d", l.local_rank);
+    return ST_OK;
+}
+
+static enum status check_workers(const struct config *c, struct error *e) {
+    if (c->server && (c->workers_at || c->n_workers > 0))
+        return error_set(e, ST_INVALID, "--worker: a worker has no workers of its own");
+    if ((c->n_workers > 0) != (c->workers_at != NULL))
+        return error_set(e, ST_INVALID, "--workers and --worker-listen go together");
+    if (c->devices.n + c->n_workers > MOE_MAX_RANKS)
+        return error_set(e, ST_INVALID, "%d devices here and %d of workers: at most %d",
+                         c->devices.n, c->n_workers, MOE_MAX_RANKS);
+    return ST_OK;
+}
+
 static enum status check_together(const struct config *c, struct error *e) {
     if (!c->model) return error_set(e, ST_INVALID, "--model is missing; see --help");
     if ((c->block_tokens & (c->block_tokens - 1)) != 0)
         return error_set(e, ST_INVALID, "--block-tokens %d: must be a power of two",
                          c->block_tokens);
+    enum status st = check_workers(c, e);
+    if (st != ST_OK) return st;
     if (c->experts_per_device > 0 && c->parallel != PARALLEL_EXPERT)
         return error_set(e, ST_INVALID, "--experts-per-device is for --parallel expert");
     if (c->offload_experts != 0 &&
@@ -249,6 +343,7 @@ enum status config_parse(int argc, char **argv, struct error *e, struct config *
     struct config c = {.action = CONFIG_SERVE,
                        .devices = {.n = 1, .names = {"cpu"}},
                        .gpu_memory_utilization = 0.90,
+                       .launched_rank = -1,
                        .log_level = LOG_INFO};
     struct option options[N_WORDS + N_NUMBERS + 1] = {0};
     memcpy(options, words, sizeof words);
@@ -258,6 +353,7 @@ enum status config_parse(int argc, char **argv, struct error *e, struct config *
             (struct option){numbers[i].name, required_argument, NULL, F_NUMBERS + i};
     }
     config_default_endpoint(c.listen, sizeof c.listen);
+    bool launched = false;
     optind = 0; /* glibc: start over, so that tests may parse more than once */
     opterr = 0;
     for (;;) {
@@ -269,13 +365,16 @@ enum status config_parse(int argc, char **argv, struct error *e, struct config *
         enum status st = flag >= F_NUMBERS ? set_number(&numbers[flag - F_NUMBERS], optarg, e, &c)
                                            : set_word(flag, optarg, e, &c);
         if (st != ST_OK) return st;
+        launched |= flag == F_LAUNCHED;
         if (c.action == CONFIG_VERSION || c.action == CONFIG_HELP) break;
     }
     if (c.action == CONFIG_SERVE || c.action == CONFIG_CHECK) {
         if (optind < argc)
             return error_set(e, ST_INVALID, "%s: not a flag; see --help", argv[optind]);
-        enum status st = check_together(&c, e);
+        enum status st = launched ? settle_launch(e, &c) : ST_OK;
+        if (st == ST_OK) st = check_together(&c, e);
         if (st != ST_OK) return st;
+        if (c.action == CONFIG_SERVE && c.server) c.action = CONFIG_WORK;
     }
     /* A step of a GPU is short; what it reads for one is worth sharing among more tokens. */
     if (c.max_batch_tokens == 0)

@@ -1,13 +1,14 @@
 /* See engine.h. */
 #include "daemon/engine.h"
 
+#include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "daemon/ring.h"
 
-enum { RING_ITEMS = 16 };
+enum { RING_ITEMS = 16, IDLE_MS = 1000 };
 
 struct engine {
     const struct engine_ops *ops;
@@ -15,6 +16,7 @@ struct engine {
     pthread_t thread;
     bool started;
     _Atomic bool stop;
+    _Atomic int lost; /* enum status: with no step to give back */
     struct ring jobs; /* struct engine_step *, NULL for "none for now" */
     struct ring results; /* struct engine_step * */
     /* Written by the thread before its first push to `results`, read by engine_start after it. */
@@ -38,18 +40,41 @@ static void give_back(struct engine *g, struct engine_step *step, enum status st
     CHECK(ring_push(&g->results, &step));
 }
 
-/* The next job; waits for one if `wait`. False: none, or the engine is to stop. *step may be NULL.
- */
-static bool next_job(struct engine *g, bool wait, struct engine_step **step) {
+/* Sleep until there may be a job. Not ST_OK: the engine was lost meanwhile. */
+static enum status sleep_for_job(struct engine *g) {
+    if (!g->ops->fd) {
+        ring_sleep(&g->jobs);
+        return ST_OK;
+    }
+    struct pollfd fds[] = {{.fd = g->jobs.fd, .events = POLLIN},
+                           {.fd = g->ops->fd(g->ctx), .events = POLLIN}};
+    poll(fds, 2, IDLE_MS);
+    if (fds[0].revents) ring_clear(&g->jobs);
+    return g->ops->idle(g->ctx);
+}
+
+/* The next job; waits for one if `wait`. *got false: none, or the engine is to stop. *step may be NULL. */
+static enum status next_job(struct engine *g, bool wait, bool *got, struct engine_step **step) {
     for (;;) {
         struct engine_step *const *job = ring_peek(&g->jobs);
+        *got = job != NULL;
         if (job) {
             *step = *job;
             ring_pop(&g->jobs);
-            return true;
+            return ST_OK;
         }
-        if (!wait || atomic_load(&g->stop)) return false;
-        ring_sleep(&g->jobs);
+        if (!wait || atomic_load(&g->stop)) return ST_OK;
+        enum status st = sleep_for_job(g);
+        if (st != ST_OK) return st;
+    }
+}
+
+static void lose(struct engine *g, struct engine_step *oldest, enum status st) {
+    if (oldest) {
+        give_back(g, oldest, st);
+    } else {
+        atomic_store(&g->lost, (int)st);
+        ring_wake(&g->results);
     }
 }
 
@@ -61,11 +86,18 @@ static void run(struct engine *g) {
     for (;;) {
         while (n_running < depth) {
             struct engine_step *step = NULL;
-            if (!next_job(g, n_running == 0 || answer_due, &step)) break;
+            bool got;
+            enum status st = next_job(g, n_running == 0 || answer_due, &got, &step);
+            if (st != ST_OK) {
+                lose(g, n_running > 0 ? running[0] : NULL, st);
+                return;
+            }
+            if (!got) break;
             answer_due = false;
+            if (!step && g->ops->rest) g->ops->rest(g->ctx);
             if (!step) continue;
             running[n_running++] = step;
-            enum status st = submit(g, step);
+            st = submit(g, step);
             if (st != ST_OK) {
                 give_back(g, running[0], st);
                 return;
@@ -99,12 +131,11 @@ static void *engine_main(void *ctx) {
 /* ---- the loop's thread ---------------------------------------------------------------------- */
 
 /* Start the thread; it opens the model. */
-static enum status spawn(const struct engine_ops *ops, void *ctx, struct error *e,
-                         struct engine **out) {
+static enum status spawn(struct engine_driver driver, struct error *e, struct engine **out) {
     struct engine *g = calloc(1, sizeof *g);
     if (!g) return error_set(e, ST_NO_MEMORY, "no memory for the engine's thread");
-    g->ops = ops;
-    g->ctx = ctx;
+    g->ops = driver.ops;
+    g->ctx = driver.ctx;
     enum status st = ring_create(RING_ITEMS, sizeof(struct engine_step *), &g->jobs);
     if (st == ST_OK) st = ring_create(RING_ITEMS, sizeof(struct engine_step *), &g->results);
     if (st == ST_OK) {
@@ -128,12 +159,12 @@ static enum status await(struct engine *g, struct error *e) {
     return g->open_st;
 }
 
-enum status engine_start(const struct engine_ops *ops, void *const *ctxs, int n, struct error *e,
+enum status engine_start(const struct engine_driver *drivers, int n, struct error *e,
                          struct engine **out) {
     enum status st = ST_OK;
     int n_spawned = 0;
     while (st == ST_OK && n_spawned < n) {
-        st = spawn(ops, ctxs[n_spawned], e, &out[n_spawned]);
+        st = spawn(drivers[n_spawned], e, &out[n_spawned]);
         n_spawned += st == ST_OK;
     }
     for (int i = 0; i < n_spawned; i++) {
@@ -177,6 +208,8 @@ struct engine_step *engine_pop(struct engine *g) {
     ring_pop(&g->results);
     return step;
 }
+
+enum status engine_lost(const struct engine *g) { return (enum status)atomic_load(&g->lost); }
 
 /* ---- the real model ------------------------------------------------------------------------- */
 

@@ -25,6 +25,13 @@ struct engine_ops {
      * would only delay the first one's tokens), MOE_MAX_IN_FLIGHT where it launches (GPU). Asked
      * after open. */
     int (*depth)(void *ctx);
+
+    /* For engines that are elsewhere; NULL if not. There is no further step for now. */
+    void (*rest)(void *ctx);
+    /* What becomes readable when something happens there while no step is out; then, and once a second at least,
+     * idle is called. Not ST_OK: the engine is lost. */
+    int (*fd)(void *ctx);
+    enum status (*idle)(void *ctx);
 };
 
 /* One step's trip to the engine and back. Whoever holds the pointer owns it all. */
@@ -37,10 +44,14 @@ struct engine_step {
 
 struct engine;
 
-/* Start n engines' threads, out[i] on the borrowed ctxs[i], and wait until all have opened their
- * models, which they do at the same time: what open returned, of the first that failed. On failure
- * none is left running. */
-enum status engine_start(const struct engine_ops *ops, void *const *ctxs, int n, struct error *e,
+/* What an engine's thread drives; both are borrowed. */
+struct engine_driver {
+    const struct engine_ops *ops;
+    void *ctx;
+};
+/* Start n engines' threads, out[i] on drivers[i], and wait until all have opened their models, which they do
+ * at the same time: what open returned, of the first that failed. On failure none is left running. */
+enum status engine_start(const struct engine_driver *drivers, int n, struct error *e,
                          struct engine **out);
 /* Finish the steps in hand, close, join. NULL is fine. */
 void engine_stop(struct engine *g);
@@ -54,6 +65,8 @@ void engine_push_none(struct engine *g);
 int engine_fd(const struct engine *g); /* readable: engine_clear, then pop */
 void engine_clear(struct engine *g);
 struct engine_step *engine_pop(struct engine *g); /* NULL: none is done */
+/* Whether it was lost without a step in hand that could say so: asked after engine_pop gave NULL. */
+enum status engine_lost(const struct engine *g);
 
 /* The real model as an engine's ctx. */
 struct engine_moe {

@@ -139,12 +139,10 @@ static void take_step(struct server *v, struct rank *r, struct engine_step *step
 static bool take_result(struct server *v, int idx) {
     struct rank *r = &v->ranks[idx];
     struct engine_step *step = engine_pop(r->engine);
-    if (!step) return false;
+    enum status st = step ? step->st : engine_lost(r->engine);
+    if (st != ST_OK) lose_engine(v, idx, st);
+    if (!step || st != ST_OK) return false;
     v->now_ns = clock_now_ns();
-    if (step->st != ST_OK) {
-        lose_engine(v, idx, step->st);
-        return false;
-    }
     take_step(v, r, step);
     /* The next step starts before this one's chunks are sent. */
     step_plan(v);

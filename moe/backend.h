@@ -56,7 +56,10 @@ struct backend_config {
     int device;          /* GPU ordinal */
     double gpu_memory_utilization; /* share of the GPU's memory that may be used, 0 … 1 */
     struct moe_group *group; /* NULL, or whom to share experts with: moe/exchange.h */
-    int rank;
+    int rank, n_ranks; /* in it, or 0 and 1. Ranks may be threads of this process or of others, on any host */
+    /* In a group: the same bytes for all its ranks, made by moe_unique_id_create in one of their processes, for a
+     * backend whose ranks find each other by such an id (an ncclUniqueId). Borrowed until ready() returns. */
+    const struct moe_unique_id *unique_id;
     int32_t offload_experts;     /* as in struct moe_options */
     const uint64_t *expert_load; /* [L][E], NULL: not known; borrowed until plan returns */
 };

@@ -145,7 +145,8 @@ static enum status cpu_weight_load(struct backend *b, const struct weight_source
     struct cpu *c = cpu_of(b);
     struct cpu_matrix m;
     const char *type = tensor_type_name(source->type);
-    if (!cpu_matrix_plan(source->type, source->n_experts, source->n_rows, source->n_cols, &m))
+    if (!cpu_matrix_plan(source->type, source->n_experts, source->n_rows, source->n_cols,
+                         c->kernels->layout, &m))
         return error_set(e, ST_UNSUPPORTED,
                          "tensor %s: no CPU kernel for rows of %d values of type %s", source->name,
                          (int)source->n_cols, type ? type : "unknown");
@@ -197,14 +198,15 @@ static enum status cpu_buf_create(struct backend *b, enum buf_rows rows, enum bu
 
 static bool create_scratch(struct cpu *c) {
     size_t cols = (size_t)c->max_cols, head = cpu_pad((size_t)c->shape.head_dim, 16);
+    size_t most = cpu_pad((size_t)c->kernels->max_tile, CPU_TILE_PAD);
     c->scratch = calloc((size_t)c->n_threads, sizeof *c->scratch);
     if (!c->scratch) return false;
     for (int i = 0; i < c->n_threads; i++) {
         struct cpu_scratch *s = &c->scratch[i];
-        s->tile = cpu_map(c, CPU_MEM_SCRATCH, CPU_TILE * cpu_row_bytes(c->max_cols, 2));
-        s->rows = map2(c, CPU_MEM_SCRATCH, CPU_TILE, cols, sizeof(float));
-        s->gate = map2(c, CPU_MEM_SCRATCH, CPU_TILE, CPU_BLOCK, sizeof(float));
-        s->up = map2(c, CPU_MEM_SCRATCH, CPU_TILE, CPU_BLOCK, sizeof(float));
+        s->tile = cpu_map(c, CPU_MEM_SCRATCH, most * cpu_q_bytes(c, c->max_cols, 2));
+        s->rows = map2(c, CPU_MEM_SCRATCH, most, cols, sizeof(float));
+        s->gate = map2(c, CPU_MEM_SCRATCH, most, CPU_BLOCK, sizeof(float));
+        s->up = map2(c, CPU_MEM_SCRATCH, most, CPU_BLOCK, sizeof(float));
         s->state = map2(c, CPU_MEM_SCRATCH, CPU_ATTEND_ROWS, head, sizeof(float));
         s->keys = map2(c, CPU_MEM_SCRATCH, CPU_SPLIT * 2, head, sizeof(uint16_t));
         if (!s->tile || !s->rows || !s->gate || !s->up || !s->state || !s->keys) return false;
@@ -224,14 +226,15 @@ static bool create_exchange(struct cpu *c) {
     if (!c->inputs.f || !c->returned.f) return false;
     if (!c->x_q) return true;
     c->inputs_q =
-        map2(c, CPU_MEM_ACTIVATIONS, n_work, cpu_row_bytes(c->shape.n_embd, CPU_PLANES_UP), 1);
+        map2(c, CPU_MEM_ACTIVATIONS, n_work, cpu_q_bytes(c, c->shape.n_embd, CPU_PLANES_UP), 1);
     return c->inputs_q != NULL;
 }
 
 static bool create_inputs(struct cpu *c) {
     size_t n_tokens = (size_t)c->limits.max_batch_tokens, n_used = (size_t)c->shape.n_experts_used;
     int32_t d = c->shape.n_embd, f = c->shape.n_ff_expert;
-    c->x_tiles = map2(c, CPU_MEM_ACTIVATIONS, n_tokens, cpu_row_bytes(c->max_cols, 2), 1);
+    c->x_tiles = map2(c, CPU_MEM_ACTIVATIONS, cpu_pad(n_tokens, CPU_TILE_PAD),
+                      cpu_q_bytes(c, c->max_cols, 2), 1);
     c->x_rows = map2(c, CPU_MEM_ACTIVATIONS, n_tokens, (size_t)c->max_cols, sizeof(float));
     c->tile_first = map2(c, CPU_MEM_SCRATCH, n_tokens + 1, 1, sizeof(int32_t));
     c->tile_of = map2(c, CPU_MEM_SCRATCH, n_tokens, 1, sizeof(int32_t));
@@ -242,12 +245,12 @@ static bool create_inputs(struct cpu *c) {
         return false;
     /* Widths that are not whole blocks never meet a quantised matrix. */
     if (d % CPU_BLOCK == 0) {
-        c->x_q = map2(c, CPU_MEM_ACTIVATIONS, n_tokens, cpu_row_bytes(d, CPU_PLANES_UP), 1);
+        c->x_q = map2(c, CPU_MEM_ACTIVATIONS, n_tokens, cpu_q_bytes(c, d, CPU_PLANES_UP), 1);
         if (!c->x_q) return false;
     }
     if (f % CPU_BLOCK == 0) {
         c->act_q = map2(c, CPU_MEM_ACTIVATIONS, (size_t)cpu_max_work_tokens(c) * n_used,
-                        cpu_row_bytes(f, CPU_PLANES_DOWN), 1);
+                        cpu_q_bytes(c, f, CPU_PLANES_DOWN), 1);
         if (!c->act_q) return false;
     }
     return !c->exchange || create_exchange(c);
@@ -346,10 +349,11 @@ static enum status cpu_buf_read(struct backend *b, const struct buf *buf, int32_
                                 int32_t n_rows, float *dst) {
     const struct cpu *c = cpu_of(b);
     CHECK(row >= 0 && n_rows >= 0 && row <= buf->n_rows - n_rows);
-    size_t row_bytes = cpu_row_bytes(buf->n_cols, CPU_PLANES_DOWN);
+    size_t row_bytes = cpu_q_bytes(c, buf->n_cols, CPU_PLANES_DOWN);
     for (int32_t i = row; i < row + n_rows; i++, dst += buf->n_cols) {
         if (buf == c->act_q_of)
-            cpu_dequantize_row(c->act_q + (size_t)i * row_bytes, buf->n_cols, CPU_PLANES_DOWN, dst);
+            cpu_dequantize_row(c, c->act_q + (size_t)i * row_bytes, buf->n_cols, CPU_PLANES_DOWN,
+                               dst);
         else
             memcpy(dst, cpu_row(buf, i), (size_t)buf->n_cols * sizeof *dst);
     }
@@ -361,9 +365,9 @@ static enum status cpu_buf_write(struct backend *b, struct buf *buf, int32_t row
     struct cpu *c = cpu_of(b);
     CHECK(row >= 0 && n_rows >= 0 && row <= buf->n_rows - n_rows);
     if (buf == c->act_q_of) { /* rows that are not written keep their values */
-        size_t row_bytes = cpu_row_bytes(buf->n_cols, CPU_PLANES_DOWN);
+        size_t row_bytes = cpu_q_bytes(c, buf->n_cols, CPU_PLANES_DOWN);
         for (int32_t i = 0; i < buf->n_rows; i++)
-            cpu_dequantize_row(c->act_q + (size_t)i * row_bytes, buf->n_cols, CPU_PLANES_DOWN,
+            cpu_dequantize_row(c, c->act_q + (size_t)i * row_bytes, buf->n_cols, CPU_PLANES_DOWN,
                                cpu_row(buf, i));
         c->act_q_of = NULL;
     }
@@ -435,9 +439,10 @@ static enum status choose_kernels(const char *isa, struct error *e,
         const struct cpu_kernels *(*kernels)(void);
         const char *lacks;
     } sets[] = {
-        /* The best first. AMX, whose bits are AVX-512's, has not been shown to be faster in service: only on demand. */
+        /* The best first. AMX, which is slower than AVX-512 for few tokens, only on demand. */
         {"avx512", cpu_kernels_avx512, "no AVX-512 with VNNI"},
-        {"amx", cpu_kernels_amx, "no AMX with INT8, or this kernel does not give its tiles out"},
+        {"amx", cpu_kernels_amx,
+         "no AMX and AVX-512 with BF16, or this kernel does not give its tiles out"},
         {"avx2", cpu_kernels_avx2, "no AVX2 with FMA and F16C"},
     };
     bool any = strcmp(isa, "auto") == 0;

@@ -57,7 +57,7 @@ struct buf {
 /* What one thread works in. */
 struct cpu_scratch {
     struct sampler_scratch *sampler;
-    uint8_t *tile; /* a quantised tile of CPU_TILE tokens, max_cols wide, two planes */
+    uint8_t *tile; /* a quantised tile of max_tile tokens, max_cols wide, two planes */
     float *rows; /* [CPU_TILE][max_cols padded] */
     float *gate, *up; /* [CPU_TILE][CPU_BLOCK] */
     float *state; /* attention: [CPU_ATTEND_ROWS][Hd padded] */
@@ -139,8 +139,8 @@ static inline float *cpu_row(const struct buf *b, int32_t row) {
     return b->f + (size_t)row * b->stride;
 }
 /* Bytes of a quantised row of n_cols. */
-static inline size_t cpu_row_bytes(int32_t n_cols, int planes) {
-    return (size_t)(n_cols / CPU_BLOCK) * cpu_tile_block_bytes(planes, 1);
+static inline size_t cpu_q_bytes(const struct cpu *c, int32_t n_cols, int planes) {
+    return cpu_row_bytes(c->kernels, n_cols, planes);
 }
 
 /* Zeroed pages, freed at close; NULL when memory is out. */
@@ -149,7 +149,7 @@ void *cpu_map(struct cpu *c, enum cpu_memory what, size_t n_bytes);
 /* How many items to cut a job into: it has n_parts equal parts of `cost` clocks each. */
 int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost);
 /* Clocks of a row tile of m times n tokens, roughly. */
-double cpu_tile_cost(const struct cpu_matrix *m, int32_t n, int planes);
+double cpu_tile_cost(const struct cpu_matrix *m, double n, int planes);
 
 /* The tokens of one tile: quantised, float or both. */
 struct cpu_input {
@@ -171,7 +171,8 @@ int32_t cpu_tiles_at_once(const struct cpu_matrix *m, int32_t n);
 /* out[t * stride + r] = row r of the tiles · token t. */
 void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const struct cpu_rows *rows,
                       const struct cpu_input *in, float *out, size_t stride);
-void cpu_dequantize_row(const uint8_t *row, int32_t n_cols, int planes, float *dst);
+void cpu_dequantize_row(const struct cpu *c, const uint8_t *row, int32_t n_cols, int planes,
+                        float *dst);
 
 enum status cpu_embed(struct backend *b, const struct op_embed *op);
 enum status cpu_norm_linear(struct backend *b, const struct op_norm_linear *op);

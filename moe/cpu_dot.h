@@ -8,6 +8,8 @@
 
 #include "moe/cpu_block.h"
 
+enum { CPU_VECTOR_TILE = 16 }; /* tokens: as many as there are registers for their sums */
+
 CPU_INLINE vi broadcast4(const uint8_t *p) {
     int32_t x;
     memcpy(&x, p, sizeof x);
@@ -123,7 +125,7 @@ CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t
     const uint8_t *x = job->x;
     const int sc_at = five ? CPU_Q5_K_SC : CPU_Q4_K_SC, m_at = five ? CPU_Q5_K_M : CPU_Q4_K_M;
     const int d_at = five ? CPU_Q5_K_D : CPU_Q4_K_D, unit = five ? CPU_Q5_K_UNIT : CPU_Q4_K_UNIT;
-    vf acc[CPU_TILE];
+    vf acc[CPU_VECTOR_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
     for (int32_t u = 0; u < job->n_units; u++, w += unit) {
@@ -149,7 +151,7 @@ CPU_INLINE const uint8_t *dot_scale_min(const struct cpu_dot *job, const uint8_t
 CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, float *out,
                                    int planes, int n) {
     const uint8_t *x = job->x;
-    vf acc[CPU_TILE];
+    vf acc[CPU_VECTOR_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
     for (int32_t u = 0; u < job->n_units; u++, w += CPU_Q6_K_UNIT) {
@@ -177,7 +179,7 @@ CPU_INLINE const uint8_t *dot_q6_k(const struct cpu_dot *job, const uint8_t *w, 
 CPU_INLINE const uint8_t *dot_q8_0(const struct cpu_dot *job, const uint8_t *w, float *out,
                                    int planes, int n) {
     const uint8_t *x = job->x;
-    vf acc[CPU_TILE];
+    vf acc[CPU_VECTOR_TILE];
     CPU_UNROLL
     for (int t = 0; t < n; t++) acc[t] = vf_zero();
     for (int32_t u = 0; u < job->n_units; u++, w += CPU_Q8_0_UNIT) {
@@ -242,9 +244,10 @@ CPU_INLINE void dot_float(const struct cpu_dot_float *job, int format, int n) {
     CPU_DOT_WIDTHS_4(M, name, planes)                                                              \
     M(name, planes, 5)                                                                             \
     M(name, planes, 6)                                                                             \
-    M(name, planes, 7) M(name, planes, 8) M(name, planes, 9) M(name, planes, 10)                   \
-        M(name, planes, 11) M(name, planes, 12) M(name, planes, 13) M(name, planes, 14)            \
-            M(name, planes, 15) M(name, planes, 16)
+    M(name, planes, 7)                                                                             \
+    M(name, planes, 8) M(name, planes, 9) M(name, planes, 10) M(name, planes, 11)                  \
+        M(name, planes, 12) M(name, planes, 13) M(name, planes, 14) M(name, planes, 15)            \
+            M(name, planes, 16)
 #else /* 16 registers hold no more */
 #define CPU_DOT_WIDTHS CPU_DOT_WIDTHS_4
 #endif

@@ -1,7 +1,7 @@
 /* cpu_experts: routing and the grouped products; see cpu.h.
  *
  * Items of the two expert jobs are (expert with tokens × rows): an item unpacks its weights once per tile
- * of up to CPU_TILE of the expert's tokens, and the largest groups go first, so that the end of the job is
+ * of up to max_tile of the expert's tokens, and the largest groups go first, so that the end of the job is
  * even. Gate, up, their product and its quantisation are one pass over 32 rows at a time. */
 #include "moe/cpu.h"
 
@@ -23,8 +23,8 @@ static void route_norm(struct cpu *c, const struct op_route *op, int32_t t) {
     int32_t n_cols = op->h->n_cols;
     c->kernels->rms_norm(cpu_row(op->h, t), op->norm->vector, op->eps, n_cols, x);
     if (!c->x_q) return;
-    size_t row_bytes = cpu_row_bytes(n_cols, CPU_PLANES_UP);
-    c->kernels->quantize(x, n_cols, CPU_PLANES_UP, c->x_q + (size_t)t * row_bytes, 0, 1);
+    size_t row_bytes = cpu_q_bytes(c, n_cols, CPU_PLANES_UP);
+    c->kernels->quantize_row(x, n_cols, CPU_PLANES_UP, c->x_q + (size_t)t * row_bytes);
 }
 
 static void route_choose(struct cpu *c, const struct op_route *op, int32_t t, const float *logits) {
@@ -105,12 +105,12 @@ struct requantize {
 static void requantize_item(void *ctx, int32_t item, int thread) {
     const struct requantize *r = ctx;
     (void)thread;
-    size_t row_bytes = cpu_row_bytes(r->src->n_cols, r->planes);
+    size_t row_bytes = cpu_q_bytes(r->c, r->src->n_cols, r->planes);
     int32_t from = (int32_t)((int64_t)r->n * item / r->n_items);
     int32_t to = (int32_t)((int64_t)r->n * (item + 1) / r->n_items);
     for (int32_t i = from; i < to; i++)
-        r->c->kernels->quantize(cpu_row(r->src, i), r->src->n_cols, r->planes,
-                                r->dst + (size_t)i * row_bytes, 0, 1);
+        r->c->kernels->quantize_row(cpu_row(r->src, i), r->src->n_cols, r->planes,
+                                    r->dst + (size_t)i * row_bytes);
 }
 
 static void requantize(struct cpu *c, const struct buf *src, uint8_t *dst, int planes, int32_t n) {
@@ -141,20 +141,22 @@ static struct cpu_input gather(const struct experts *x, int32_t first, int n, in
     struct cpu_scratch *s = &c->scratch[thread];
     int32_t n_cols = x->gate->n_cols;
     bool quantized = cpu_matrix_quantized(x->gate);
-    size_t row_bytes = cpu_row_bytes(n_cols, x->planes);
+    size_t row_bytes = cpu_q_bytes(c, n_cols, x->planes);
     struct cpu_input in = {
         .q = s->tile, .planes = x->planes, .f = s->rows, .f_stride = (size_t)c->max_cols, .n = n};
+    const uint8_t *rows[CPU_TILE];
     for (int i = 0; i < n; i++) {
         int32_t row = first + i;
         if (x->by_token) row = cpu_work(c)->pair_of[row] / c->route.n_used;
-        const uint8_t *q = x->src_q + (size_t)row * row_bytes;
-        if (quantized && n == 1)
-            in.q = q;
-        else if (quantized)
-            c->kernels->insert(q, n_cols, x->planes, s->tile, i, n);
+        if (quantized)
+            rows[i] = x->src_q + (size_t)row * row_bytes;
         else
             memcpy(s->rows + (size_t)i * in.f_stride, cpu_row(x->src, row), (size_t)n_cols * 4);
     }
+    if (quantized && n == 1 && c->kernels->layout == CPU_BY_LANE) /* a row is a tile */
+        in.q = rows[0];
+    else if (quantized)
+        c->kernels->gather(rows, n, n_cols, x->planes, s->tile);
     return in;
 }
 
@@ -199,9 +201,9 @@ static void up_rows(const struct experts *x, const struct span *sp, int32_t part
     /* Columns beyond the last row are products with zero rows, or left over: nobody reads them. */
     c->kernels->silu_mul(s->gate, s->up, in->n * CPU_BLOCK);
     if (x->quantize) {
-        size_t row_bytes = cpu_row_bytes(x->dst->n_cols, CPU_PLANES_DOWN);
-        uint8_t *dst = c->act_q + (size_t)first * row_bytes + cpu_row_bytes(row, CPU_PLANES_DOWN);
-        c->kernels->quantize_block(s->gate, in->n, CPU_PLANES_DOWN, dst, row_bytes);
+        size_t row_bytes = cpu_q_bytes(c, x->dst->n_cols, CPU_PLANES_DOWN);
+        c->kernels->quantize_block(s->gate, in->n, part, x->dst->n_cols, CPU_PLANES_DOWN,
+                                   c->act_q + (size_t)first * row_bytes);
         return;
     }
     for (int t = 0; t < in->n; t++)
@@ -246,9 +248,7 @@ static void run_experts(struct experts *x) {
     if (c->n_groups == 0) return;
     int32_t n_routed = n_work_rows(c);
     double n = (double)n_routed / (double)c->n_groups;
-    double cost =
-        cpu_tile_cost(x->gate, 1, x->planes) +
-        (n - 1) * (cpu_tile_cost(x->gate, 2, x->planes) - cpu_tile_cost(x->gate, 1, x->planes));
+    double cost = cpu_tile_cost(x->gate, n, x->planes);
     if (x->up) cost *= 2 * CPU_BLOCK / CPU_ROWS;
     int32_t n_items = cpu_n_items(c, c->n_groups * x->n_parts, cost);
     x->n_row_items = (n_items + c->n_groups - 1) / c->n_groups;

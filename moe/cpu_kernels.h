@@ -1,20 +1,30 @@
 /* cpu_kernels: the arithmetic of the CPU backend, one table of functions per instruction set, and the
  * memory layouts they share.
  *
- * A product is computed in tiles of CPU_ROWS weight rows (a lane each) by 1 … CPU_TILE tokens. Every
- * sum of a tile runs over one (row, token) pair in one fixed order, so that a token's result does not
- * depend on the width of the tile it was computed in.
+ * A product is computed in tiles of CPU_ROWS weight rows by 1 … max_tile tokens. Every sum of a tile runs
+ * over one (row, token) pair in one fixed order, so that a token's result does not depend on the width of the
+ * tile it was computed in.
  *
- * Activations that meet quantised weights are quantised too: per 32 values a float scale and integers
- * of 8 bits (one plane) or 16 bits (two planes of 8, high and low byte: 32639 = 127 * 256 + 127 steps
- * on either side). Dot products of a block of 32 are exact integers; block sums are combined in float32,
- * in order. A quantised tile of n tokens is, per block of 32 columns:
+ * By lanes (AVX2, AVX-512) a weight row is a lane of the registers, and activations that meet quantised
+ * weights are quantised too: per 32 values a float scale and integers of 8 bits (one plane) or 16 bits (two
+ * planes of 8, high and low byte: 32639 = 127 * 256 + 127 steps on either side). Dot products of a block of 32
+ * are exact integers; block sums are combined in float32, in order. A tile of n tokens is, per block of 32
+ * columns:
  *
  *     int8  high[n][32]; int8 low[n][32] (two planes only);
  *     float scale[n]; float sum[n] (scale times the integers' sum);
  *     int32 offset[2][n] (-32 times the sum of the first and of the second 16 integers)
  *
- * and a quantised row is a tile of one. Private to the CPU backend and its tests. */
+ * and a quantised row is a tile of one.
+ *
+ * By rows (AMX) a weight row is a row of the processor's tiles, weights become BF16 on the way, and sums are float32. Row
+ * and tile of activations:
+ *
+ *     row   bf16 x[n_cols]; per 256 columns, begun ones too, bf16 high[8], low[8], 0[16]: the parts of the sum of
+ *           each 32 columns' x
+ *     tile  per 16 tokens, dwords [row / 4 bytes][16] (of fewer than 16 tokens: whatever is there)
+ *
+ * Private to the CPU backend and its tests. */
 #ifndef MOED_MOE_CPU_KERNELS_H
 #define MOED_MOE_CPU_KERNELS_H
 
@@ -23,12 +33,15 @@
 
 enum {
     CPU_ROWS = 16, /* weight rows per tile: the lanes of a 512-bit register */
-    CPU_TILE = 16, /* tokens per tile at most */
+    CPU_TILE = 64, /* tokens per tile at most */
+    CPU_TILE_PAD = 16, /* what tiles of tokens are padded to, by rows */
     CPU_BLOCK = 32, /* columns per activation scale */
     CPU_POS = 16, /* key positions interleaved in the KV cache */
     CPU_SPLIT = 64, /* positions per step of the running softmax, from multiples of it */
     CPU_QROWS = 8 /* query rows that attention handles together at most */
 };
+
+enum cpu_layout { CPU_BY_LANE, CPU_BY_ROW };
 
 /* Weights: [row tile][unit], a unit being CPU_ROWS rows of one superblock (K quants), of 32 columns (Q8_0)
  * or of one column (float types). See cpu_repack.c. */
@@ -44,8 +57,16 @@ enum cpu_format {
     CPU_N_FORMATS
 };
 
-/* Offsets and sizes in bytes of one unit. In 4-bit parts the byte b of 32-bit lane r of 64-byte vector j
- * holds, of row r, column 4j + b in the low nibble and 16 + 4j + b in the high one, per 32 columns. */
+/* Offsets and sizes in bytes of one unit. By lanes: in 4-bit parts the byte b of 32-bit lane r of 64-byte vector j
+ * holds, of row r, column 4j + b in the low nibble and 16 + 4j + b in the high one, per 32 columns.
+ *
+ * By rows each row's integers lie together, at the unit's beginning and in CPU_Q5_K_H, and so do its scales and minima,
+ * u8 [16][8]; the rest is the same:
+ *     Q4_K, Q5_K  u16 [2][32]: bits 4i of word j of half h: column 32(4h + i) + j
+ *     Q5_K        u8 [32]: bit i of byte j: column 32i + j
+ *     Q6_K        u32 [3][16]: of group g = 5v + i < 15 of 16 columns, column j is in lane j of vector v, at bits
+ *                 (17 + 6i) % 32 and on, around the end; of group 15, bits 2v of the integer at bits 15 of vector v
+ *     Q8_0        i8 [32] */
 enum {
     CPU_Q4_K_SC = 2048, /* u8 [8][16] scales */
     CPU_Q4_K_M = CPU_Q4_K_SC + 128, /* u8 [8][16] minima */
@@ -61,7 +82,7 @@ enum {
     CPU_Q6_K_SC = CPU_Q6_K_H + 1024, /* i8 [16][16] scales, one per 16 columns */
     CPU_Q6_K_D = CPU_Q6_K_SC + 256, /* f32 [16] d */
     CPU_Q6_K_UNIT = CPU_Q6_K_D + 64,
-    CPU_Q8_0_D = 512, /* before it u8 (value + 128), vector j, byte b: column 4j + b */
+    CPU_Q8_0_D = 512, /* before it, by lanes, u8 (value + 128), vector j, byte b: column 4j + b */
     CPU_Q8_0_UNIT = CPU_Q8_0_D + 64 /* f32 [16] d */
 };
 
@@ -70,12 +91,13 @@ static inline size_t cpu_tile_block_bytes(int planes, int n_tokens) {
 }
 
 /* out[t * stride + r] = dot of row r with token t, for the rows of n_tiles successive row tiles from w, of
- * n_units units each, and the tokens of the quantised tile x. */
+ * n_units units each, and the n tokens of the tile x. */
 struct cpu_dot {
     const uint8_t *w;
     const uint8_t *ahead; /* what will be needed soon: prefetched at the pace of w */
     int32_t n_tiles, n_units;
     const uint8_t *x;
+    int n;
     float *out;
     size_t stride;
 };
@@ -118,18 +140,23 @@ struct cpu_attend {
 
 struct cpu_kernels {
     const char *name; /* "avx512-vnni" */
-    int max_tile; /* tokens: 16 or 4; there are kernels for all widths up to it */
+    enum cpu_layout layout;
+    int max_tile; /* tokens: 64, 16 or 4; there are kernels for all widths up to it */
     cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE + 1]; /* [format][planes - 1][tokens] */
     cpu_dot_float_fn
         *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */
     /* y = x / sqrt(mean(x²) + eps) * norm over n values. y may be x. */
     void (*rms_norm)(const float *x, const float *norm, float eps, int32_t n, float *y);
+    /* From here on "quantised" is what the layout says. By rows, planes make no difference. */
     /* Row of n values (a multiple of 32) to column t of a quantised tile of n_tokens. */
     void (*quantize)(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
-    /* One block of 32 values of each of n_rows rows x[n_rows][32], to dst + row * stride. */
-    void (*quantize_block)(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride);
-    /* A quantised row of n values to column t of a tile of n_tokens. */
-    void (*insert)(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
+    void (*quantize_row)(const float *x, int32_t n, int planes, uint8_t *row);
+    /* Block `block` of 32 values of each of n_rows rows x[n_rows][32], to successive rows of n values,
+     * which are zero or have been quantised before. */
+    void (*quantize_block)(const float *x, int n_rows, int32_t block, int32_t n, int planes,
+                           uint8_t *rows);
+    /* n_tokens quantised rows of n values to a tile. */
+    void (*gather)(const uint8_t *const *rows, int n_tokens, int32_t n, int planes, uint8_t *tile);
     /* gate = silu(gate) * up, n values. */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
     void (*add)(float *x, const float *y, int32_t n); /* x += y */
@@ -144,6 +171,16 @@ struct cpu_kernels {
     /* x[i] = x[i] / sum, n values. */
     void (*divide)(float *x, float sum, int32_t n);
 };
+
+/* Bytes of a quantised row. The tile whose first token is the i-th of many begins i rows on: by rows, what is not the last
+ * of them has a width that is a multiple of CPU_TILE_PAD. */
+static inline size_t cpu_bf16_row_bytes(int32_t n_cols) {
+    return 2 * (size_t)n_cols + ((size_t)n_cols + QK_K - 1) / QK_K * 64;
+}
+static inline size_t cpu_row_bytes(const struct cpu_kernels *k, int32_t n_cols, int planes) {
+    if (k->layout == CPU_BY_ROW) return cpu_bf16_row_bytes(n_cols);
+    return (size_t)(n_cols / CPU_BLOCK) * cpu_tile_block_bytes(planes, 1);
+}
 
 /* How many of n > 0 tokens the next tile takes. */
 static inline int cpu_tile_width(const struct cpu_kernels *k, int32_t n) {

@@ -16,13 +16,14 @@ static bool cpu_has_f16c(void) {
 
 static const struct cpu_kernels kernels = {
     .name = "avx512-vnni",
-    .max_tile = CPU_TILE,
+    .max_tile = CPU_VECTOR_TILE,
     .dot = CPU_DOT_TABLE,
     .dot_float = CPU_DOT_FLOAT_TABLE,
     .rms_norm = k_rms_norm,
     .quantize = k_quantize,
+    .quantize_row = k_quantize_row,
     .quantize_block = k_quantize_block,
-    .insert = k_insert,
+    .gather = k_gather,
     .silu_mul = k_silu_mul,
     .add = k_add,
     .combine = k_combine,

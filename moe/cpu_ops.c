@@ -27,9 +27,12 @@ int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost) {
     return n < 1 ? 1 : (int32_t)n;
 }
 
-double cpu_tile_cost(const struct cpu_matrix *m, int32_t n, int planes) {
-    if (!cpu_matrix_quantized(m)) return (double)m->n_cols * (1.0 + (double)n);
-    return (double)m->n_cols / CPU_BLOCK * (20.0 + (planes == 2 ? 21.0 : 13.0) * (double)n);
+double cpu_tile_cost(const struct cpu_matrix *m, double n, int planes) {
+    double n_blocks = (double)m->n_cols / CPU_BLOCK;
+    if (!cpu_matrix_quantized(m)) return (double)m->n_cols * (1.0 + n);
+    if (m->layout == CPU_BY_ROW) /* unpacking a block; again for every 64 tokens */
+        return n_blocks * (60.0 + 1.3 * n);
+    return n_blocks * (20.0 + (planes == 2 ? 21.0 : 13.0) * n);
 }
 
 int32_t cpu_tiles_at_once(const struct cpu_matrix *m, int32_t n) {
@@ -56,7 +59,14 @@ void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const str
                       const struct cpu_input *in, float *out, size_t stride) {
     const uint8_t *w = cpu_matrix_tile(m, rows->expert, rows->tile);
     if (cpu_matrix_quantized(m)) {
-        struct cpu_dot d = {w, ahead(m, rows, w), rows->n_tiles, m->n_units, in->q, out, stride};
+        struct cpu_dot d = {.w = w,
+                            .ahead = ahead(m, rows, w),
+                            .n_tiles = rows->n_tiles,
+                            .n_units = m->n_units,
+                            .x = in->q,
+                            .n = in->n,
+                            .out = out,
+                            .stride = stride};
         c->kernels->dot[m->format][in->planes - 1][in->n](&d);
         return;
     }
@@ -70,7 +80,14 @@ void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const str
     }
 }
 
-void cpu_dequantize_row(const uint8_t *row, int32_t n_cols, int planes, float *dst) {
+void cpu_dequantize_row(const struct cpu *c, const uint8_t *row, int32_t n_cols, int planes,
+                        float *dst) {
+    for (int32_t i = 0; i < n_cols && c->kernels->layout == CPU_BY_ROW; i++) {
+        uint16_t h;
+        memcpy(&h, row + 2 * i, sizeof h);
+        dst[i] = bf16_to_f32(h);
+    }
+    if (c->kernels->layout == CPU_BY_ROW) return;
     for (int32_t i = 0; i < n_cols; i += CPU_BLOCK, row += cpu_tile_block_bytes(planes, 1)) {
         float scale;
         memcpy(&scale, row + planes * CPU_BLOCK, sizeof scale);
@@ -112,7 +129,7 @@ static void prepare_item(void *ctx, int32_t item, int thread) {
     struct prepare *p = ctx;
     struct cpu *c = p->c;
     int32_t n_cols = p->src->n_cols;
-    size_t row_bytes = cpu_row_bytes(n_cols, p->planes);
+    size_t row_bytes = cpu_q_bytes(c, n_cols, p->planes);
     int32_t from = (int32_t)((int64_t)p->n * item / p->n_items);
     int32_t to = (int32_t)((int64_t)p->n * (item + 1) / p->n_items);
     for (int32_t i = from; i < to; i++) {
@@ -162,7 +179,7 @@ static void product_tiles(const struct product *p, int i, const struct cpu_rows 
     struct cpu *c = p->c;
     const struct cpu_matrix *m = &p->w[i]->matrix;
     struct buf *out = p->out[i];
-    size_t row_bytes = cpu_row_bytes(m->n_cols, p->planes);
+    size_t row_bytes = cpu_q_bytes(c, m->n_cols, p->planes);
     int32_t n_rows = rows->n_tiles * CPU_ROWS;
     int32_t end = (g + 1) * p->group_tiles < c->n_tiles ? (g + 1) * p->group_tiles : c->n_tiles;
     for (int32_t k = g * p->group_tiles; k < end; k++) {
@@ -226,7 +243,7 @@ static void product(struct product *p, int32_t n) {
         cost += cpu_tile_cost(m, n, p->planes) * (double)m->n_tiles;
     }
     size_t tile_bytes =
-        (size_t)c->kernels->max_tile * cpu_row_bytes(p->w[0]->matrix.n_cols, p->planes);
+        (size_t)c->kernels->max_tile * cpu_q_bytes(c, p->w[0]->matrix.n_cols, p->planes);
     p->group_tiles = tile_bytes >= GROUP_BYTES ? 1 : (int32_t)(GROUP_BYTES / (tile_bytes + 1));
     p->n_groups = (c->n_tiles + p->group_tiles - 1) / p->group_tiles;
     p->n_row_items = cpu_n_items(c, p->n_row_tiles, cost / (double)p->n_row_tiles / p->n_groups);

@@ -89,13 +89,20 @@ static void k_quantize(const float *x, int32_t n, int planes, uint8_t *tile, int
             quantize_32(x + i, 1, tile, t, n_tokens);
 }
 
-static void k_quantize_block(const float *x, int n_rows, int planes, uint8_t *dst, size_t stride) {
+static void k_quantize_row(const float *x, int32_t n, int planes, uint8_t *row) {
+    k_quantize(x, n, planes, row, 0, 1);
+}
+
+static void k_quantize_block(const float *x, int n_rows, int32_t block, int32_t n, int planes,
+                             uint8_t *rows) {
+    const size_t bytes = cpu_tile_block_bytes(planes, 1), stride = (size_t)(n / CPU_BLOCK) * bytes;
+    rows += (size_t)block * bytes;
     if (planes == 2)
         for (int i = 0; i < n_rows; i++)
-            quantize_32(x + i * CPU_BLOCK, 2, dst + (size_t)i * stride, 0, 1);
+            quantize_32(x + i * CPU_BLOCK, 2, rows + (size_t)i * stride, 0, 1);
     else
         for (int i = 0; i < n_rows; i++)
-            quantize_32(x + i * CPU_BLOCK, 1, dst + (size_t)i * stride, 0, 1);
+            quantize_32(x + i * CPU_BLOCK, 1, rows + (size_t)i * stride, 0, 1);
 }
 
 /* The quantised row's blocks to column t. */
@@ -115,12 +122,13 @@ CPU_INLINE void insert_blocks(const uint8_t *row, int32_t n_blocks, int planes, 
     }
 }
 
-static void k_insert(const uint8_t *row, int32_t n, int planes, uint8_t *tile, int t,
-                     int n_tokens) {
-    if (planes == 2)
-        insert_blocks(row, n / CPU_BLOCK, 2, tile, t, n_tokens);
-    else
-        insert_blocks(row, n / CPU_BLOCK, 1, tile, t, n_tokens);
+static void k_gather(const uint8_t *const *rows, int n_tokens, int32_t n, int planes,
+                     uint8_t *tile) {
+    for (int t = 0; t < n_tokens; t++)
+        if (planes == 2)
+            insert_blocks(rows[t], n / CPU_BLOCK, 2, tile, t, n_tokens);
+        else
+            insert_blocks(rows[t], n / CPU_BLOCK, 1, tile, t, n_tokens);
 }
 
 CPU_INLINE vf silu(vf g) { return vf_div(g, vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), g)))); }

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "moe/shares.h"
+#include "moe/streams.h"
 
 #define DEFAULT_TIMEOUT_NS UINT64_C(10000000000)
 /* Some seconds of work: moving takes some steps' time. */
@@ -45,6 +46,9 @@ struct member {
 
 struct moe_group {
     struct moe_group_options o;
+    /* NULL, or how the one rank that is here meets the others; it keeps tables of its own then. */
+    struct streams *streams;
+    struct moe_unique_id unique_id;
     pthread_mutex_t lock; /* of the meeting, and of joining */
     pthread_cond_t all_here; /* or lost, or a member is no longer inside */
     int n_here;
@@ -60,6 +64,9 @@ struct moe_group {
     bool apart; /* ranks compute alone, until told otherwise */
     bool moving; /* shares.next is to be taken before the next layer 0 */
     struct member members[MOE_MAX_RANKS];
+    struct route routes[MOE_MAX_RANKS]; /* streams: what the others showed; ids are borrowed */
+    int32_t
+        *moves; /* streams: [2][R][E] experts of a stack that go to a rank, and that come from it */
 };
 
 /* ---- the group ------------------------------------------------------------------------------ */
@@ -67,13 +74,23 @@ struct moe_group {
 enum status moe_group_create(const struct moe_group_options *o, struct error *e,
                              struct moe_group **out) {
     *out = NULL;
+    struct streams *streams = NULL;
     if (o->n_ranks < 1 || o->n_ranks > MOE_MAX_RANKS)
         return error_set(e, ST_INVALID, "a group has 1 to %d ranks, not %d", MOE_MAX_RANKS,
                          o->n_ranks);
-    struct moe_group *g = calloc(1, sizeof *g);
-    if (!g) return error_set(e, ST_NO_MEMORY, "no memory for a group of devices");
+    uint64_t timeout_ns = o->timeout_ns > 0 ? o->timeout_ns : DEFAULT_TIMEOUT_NS;
+    enum status st = ST_OK;
+    if (o->streams) st = streams_create(o->streams, o->n_ranks, o->rank, timeout_ns, &streams);
+    struct moe_group *g = st == ST_OK ? calloc(1, sizeof *g) : NULL;
+    if (!g) {
+        streams_destroy(streams);
+        return error_set(e, ST_NO_MEMORY, "no memory for a group of devices");
+    }
     g->o = *o;
-    if (g->o.timeout_ns == 0) g->o.timeout_ns = DEFAULT_TIMEOUT_NS;
+    g->streams = streams;
+    g->o.streams = NULL; /* theirs now */
+    if (o->unique_id) g->unique_id = *o->unique_id;
+    g->o.timeout_ns = timeout_ns;
     if (g->o.max_imbalance == 0) g->o.max_imbalance = DEFAULT_MAX_IMBALANCE;
     pthread_condattr_t clock;
     pthread_condattr_init(&clock);
@@ -87,9 +104,11 @@ enum status moe_group_create(const struct moe_group_options *o, struct error *e,
 
 void moe_group_destroy(struct moe_group *g) {
     if (!g) return;
+    streams_destroy(g->streams);
     shares_destroy(&g->shares);
     free((void *)g->load);
     free(g->rows);
+    free(g->moves);
     for (int r = 0; r < g->o.n_ranks; r++) free(g->members[r].stacks);
     pthread_cond_destroy(&g->all_here);
     pthread_mutex_destroy(&g->lock);
@@ -111,6 +130,8 @@ enum status moe_group_use(struct moe_group *g, bool together) {
     return ST_OK;
 }
 
+bool moe_group_together(const struct moe_group *g) { return !g->apart; }
+
 struct exchange *exchange_in_use(struct exchange *x) {
     return x && !x->group->apart ? x : NULL;
 }
@@ -131,7 +152,12 @@ void exchange_fail(struct moe_group *g) {
     pthread_mutex_lock(&g->lock);
     lose(g);
     pthread_mutex_unlock(&g->lock);
+    if (g->streams) streams_shut(g->streams);
 }
+
+int exchange_n_ranks(const struct moe_group *g) { return g->o.n_ranks; }
+
+const struct moe_unique_id *exchange_unique_id(const struct moe_group *g) { return &g->unique_id; }
 
 static struct timespec deadline(const struct moe_group *g) {
     struct timespec until;
@@ -202,12 +228,20 @@ static enum status agree(struct moe_group *g, const struct model_shape *shape, i
     if (st != ST_OK) return st;
     g->shape = *shape;
     g->max_tokens = max_tokens;
+    g->load = calloc(n, sizeof *g->load);
     g->rows = calloc((size_t)shape->n_layers * (size_t)g->o.n_ranks, sizeof *g->rows);
-    g->load = g->rows ? calloc(n, sizeof *g->load) : NULL;
-    if (g->load) return ST_OK;
+    size_t n_moves = 2 * (size_t)g->o.n_ranks * (size_t)shape->n_experts;
+    bool ok = g->load && g->rows;
+    if (ok && g->streams) {
+        g->moves = calloc(n_moves, sizeof *g->moves);
+        ok = g->moves && streams_room(g->streams, shape, max_tokens) == ST_OK;
+    }
+    if (ok) return ST_OK;
     free(g->rows);
     g->rows = NULL;
     shares_destroy(&g->shares);
+    free((void *)g->load);
+    g->load = NULL;
     return ST_NO_MEMORY;
 }
 
@@ -226,8 +260,9 @@ static bool allocate(struct exchange *x) {
     x->seen = calloc(n_experts, sizeof(int32_t));
     x->rows = calloc(n_experts * n_ranks, sizeof(int32_t));
     x->first = calloc(n_experts * n_ranks, sizeof(int32_t));
-    return x->token_rank && x->token_of && x->work_of && x->back_rank && x->back_row && x->counts &&
-           x->seen && x->rows && x->first;
+    if (g->streams) x->given = calloc(n_tokens * (size_t)g->shape.n_experts_used, sizeof(int32_t));
+    return (x->given || !g->streams) && x->token_rank && x->token_of && x->work_of &&
+           x->back_rank && x->back_row && x->counts && x->seen && x->rows && x->first;
 }
 
 enum status exchange_open(struct moe_group *g, int rank, const struct model_shape *shape,
@@ -241,7 +276,7 @@ enum status exchange_open(struct moe_group *g, int rank, const struct model_shap
     x->group = g;
     x->rank = rank;
     pthread_mutex_lock(&g->lock);
-    CHECK(!g->members[rank].joined);
+    CHECK(!g->members[rank].joined && (!g->streams || rank == g->o.rank));
     g->members[rank].joined = true;
     enum status st = agree(g, shape, max_tokens);
     pthread_mutex_unlock(&g->lock);
@@ -268,10 +303,9 @@ void exchange_close(struct exchange *x) {
     free(x->seen);
     free(x->rows);
     free(x->first);
+    free(x->given);
     free(x);
 }
-
-int exchange_n_ranks(const struct exchange *x) { return x->group->o.n_ranks; }
 
 uint64_t exchange_timeout_ns(const struct exchange *x) { return x->group->o.timeout_ns; }
 
@@ -283,8 +317,10 @@ uint64_t exchange_bytes(const struct exchange *x) {
     const struct moe_group *g = x->group;
     uint64_t n_own = (uint64_t)g->max_tokens * (uint64_t)g->shape.n_experts_used;
     uint64_t n_cuts = (uint64_t)g->shape.n_experts * (uint64_t)(g->o.n_ranks + 1);
-    return route_bytes(&x->work) +
-           sizeof(int32_t) * (3 * (uint64_t)exchange_max_tokens(x) + 2 * n_own + 2 * n_cuts);
+    uint64_t n_tokens = (uint64_t)exchange_max_tokens(x);
+    uint64_t n_each = 3 + (g->streams ? (uint64_t)g->shape.n_experts_used : 0);
+    return route_bytes(&x->work) + (g->streams ? streams_bytes(g->streams) : 0) +
+           sizeof(int32_t) * (n_each * n_tokens + 2 * n_own + 2 * n_cuts);
 }
 
 bool exchange_holds(const struct exchange *x, int32_t layer, int32_t expert) {
@@ -361,6 +397,51 @@ static void drop_lost(struct exchange *x) {
     }
 }
 
+/* The experts of stack i that this rank gives to rank r, or gets from it: in either case those that only one of
+ * them is to have, from the first that has them. */
+static struct streams_rows moving_rows(struct exchange *x, const struct stack *s, int from, int to,
+                                       int32_t *list) {
+    struct moe_group *g = x->group;
+    size_t row = (size_t)s->layer * (size_t)g->shape.n_experts;
+    struct streams_rows rows = {s->base, s->expert_bytes, s->expert_bytes, list, 0};
+    for (int32_t e = 0; e < g->shape.n_experts; e++) {
+        unsigned held = g->shares.held[row + (size_t)e], next = g->shares.next[row + (size_t)e];
+        if ((next & ~held) >> to & 1 && __builtin_ctz(held) == from) list[rows.n++] = e;
+    }
+    return rows;
+}
+
+static enum status stream_gained(struct exchange *x) {
+    struct moe_group *g = x->group;
+    struct member *m = &g->members[x->rank];
+    struct streams_rows to[MOE_MAX_RANKS], from[MOE_MAX_RANKS];
+    enum status st = ST_OK;
+    for (int32_t i = 0; i < m->n_stacks && st == ST_OK; i++) {
+        const struct stack *s = &m->stacks[i];
+        int32_t *list = g->moves;
+        for (int r = 0; r < g->o.n_ranks; r++, list += 2 * g->shape.n_experts) {
+            to[r] = moving_rows(x, s, x->rank, r, list);
+            from[r] = moving_rows(x, s, r, x->rank, list + g->shape.n_experts);
+            m->counters.n_moved += (uint64_t)from[r].n;
+            m->counters.exchange_bytes += (uint64_t)from[r].n * s->expert_bytes;
+        }
+        st = streams_weights(g->streams, to, from);
+    }
+    return st;
+}
+
+/* What was lost has gone to whoever gained it once all was sent, so that nobody need be waited for. */
+static enum status stream_move(struct exchange *x) {
+    struct moe_group *g = x->group;
+    enum status st = stream_gained(x);
+    if (st != ST_OK) return st;
+    drop_lost(x);
+    g->members[x->rank].counters.n_replans++;
+    memcpy(g->shares.held, g->shares.next, n_cells(g) * sizeof *g->shares.held);
+    g->moving = false;
+    return ST_OK;
+}
+
 /* All ranks have met and see `moving`. Sources stay until all have copied, the old table until all have
  * dropped. */
 static enum status move(struct exchange *x) {
@@ -425,20 +506,26 @@ static int32_t next_row(struct exchange *x, int32_t e, int *rank) {
 }
 
 /* Walk the group's pairs, rank after rank: those of this rank learn who computes them, those that this rank
- * computes become its work. */
+ * computes become its work. Products that come by streams lie in the order of the pairs. */
 static void deal(struct exchange *x) {
     const struct moe_group *g = x->group;
-    int32_t group_token = 0;
+    int32_t group_token = 0, n_given = 0;
     x->work.n_tokens = 0;
+    memset(x->n_back, 0, sizeof x->n_back);
     for (int q = 0; q < g->o.n_ranks; q++) {
+        x->given_first[q] = n_given;
         const struct route *r = g->members[q].shown.route;
         for (int32_t t = 0; t < r->n_tokens; t++, group_token++) {
             for (int32_t k = 0; k < r->n_used; k++) {
                 int32_t pair = t * r->n_used + k;
                 int computes;
                 int32_t row = next_row(x, r->ids[pair], &computes);
-                if (q == x->rank) x->back_rank[pair] = computes, x->back_row[pair] = row;
+                if (q == x->rank) {
+                    x->back_rank[pair] = computes;
+                    x->back_row[pair] = g->streams && computes != q ? x->n_back[computes]++ : row;
+                }
                 if (computes != x->rank) continue;
+                if (x->given && q != x->rank) x->given[n_given++] = row;
                 int32_t *w = &x->work_of[group_token];
                 if (*w < 0) {
                     *w = x->work.n_tokens++;
@@ -449,6 +536,7 @@ static void deal(struct exchange *x) {
             }
         }
     }
+    x->given_first[g->o.n_ranks] = n_given;
 }
 
 /* By rank 0: a new plan, if the window is full and was uneven. */
@@ -469,6 +557,45 @@ static void record(struct exchange *x, int32_t layer) {
     if (layer == g->shape.n_layers - 1) replan(g, HOST_REPLAN_TOKENS);
 }
 
+static struct streams_rows stream_rows(struct exchange_rows r, int32_t n) {
+    return (struct streams_rows){.p = r.p, .stride = r.stride, .n_bytes = r.n_bytes, .n = n};
+}
+
+/* What others show lies where their message was received. */
+static enum status stream_routes(struct exchange *x) {
+    struct moe_group *g = x->group;
+    struct streams_route shown[MOE_MAX_RANKS];
+    const struct shown *own = &g->members[x->rank].shown;
+    struct streams_rows inputs = stream_rows(own->inputs, own->route->n_tokens);
+    enum status st = streams_routes(g->streams, own->route->ids, &inputs, shown);
+    for (int r = 0; r < g->o.n_ranks && st == ST_OK; r++) {
+        if (r == x->rank) continue;
+        g->routes[r].n_tokens = shown[r].n_tokens;
+        g->routes[r].n_used = g->shape.n_experts_used;
+        g->routes[r].ids = (int32_t *)(uintptr_t)shown[r].ids;
+        g->members[r].shown.route = &g->routes[r];
+        g->members[r].shown.inputs = (struct exchange_rows){
+            shown[r].inputs.p, shown[r].inputs.stride, shown[r].inputs.n_bytes};
+    }
+    return st;
+}
+
+static enum status stream_products(struct exchange *x) {
+    struct moe_group *g = x->group;
+    struct streams_rows to[MOE_MAX_RANKS], from[MOE_MAX_RANKS];
+    for (int r = 0; r < g->o.n_ranks; r++) {
+        to[r] = stream_rows(g->members[x->rank].shown.products,
+                            x->given_first[r + 1] - x->given_first[r]);
+        to[r].of = x->given + x->given_first[r];
+    }
+    enum status st = streams_products(g->streams, to, x->n_back, from);
+    for (int r = 0; r < g->o.n_ranks && st == ST_OK; r++)
+        if (r != x->rank)
+            g->members[r].shown.products =
+                (struct exchange_rows){from[r].p, from[r].stride, from[r].n_bytes};
+    return st;
+}
+
 enum status exchange_route(struct exchange *x, int32_t layer, const struct route *own,
                            struct exchange_rows inputs) {
     struct moe_group *g = x->group;
@@ -476,8 +603,8 @@ enum status exchange_route(struct exchange *x, int32_t layer, const struct route
     g->members[x->rank].shown.route = own;
     g->members[x->rank].shown.inputs = inputs;
     if (layer == 0) add_inside(x, 1);
-    enum status st = meet(g);
-    if (st == ST_OK && layer == 0 && g->moving) st = move(x);
+    enum status st = g->streams ? stream_routes(x) : meet(g);
+    if (st == ST_OK && layer == 0 && g->moving) st = g->streams ? stream_move(x) : move(x);
     if (st != ST_OK) {
         add_inside(x, -1);
         return st;
@@ -503,9 +630,10 @@ void exchange_gather(const struct exchange *x, void *dst, size_t stride) {
 
 enum status exchange_products(struct exchange *x, int32_t layer, struct exchange_rows products) {
     x->group->members[x->rank].shown.products = products;
-    enum status st = meet(x->group);
+    bool alone = x->group->streams != NULL;
+    enum status st = alone ? stream_products(x) : meet(x->group);
     /* All have dealt this layer out, and look at the tables again only after the next meeting. */
-    if (st == ST_OK && x->rank == 0) record(x, layer);
+    if (st == ST_OK && (alone || x->rank == 0)) record(x, layer);
     if (st != ST_OK) add_inside(x, -1);
     return st;
 }
@@ -553,18 +681,19 @@ void exchange_stop_word(struct exchange *x, volatile uint32_t *stop) {
     pthread_mutex_unlock(&g->lock);
 }
 
-enum status exchange_step_begin(struct exchange *x, int32_t n_tokens, int32_t *total) {
+bool exchange_is_remote(const struct exchange *x) { return x->group->streams != NULL; }
+
+enum status exchange_step_begin(struct exchange *x, int32_t n_tokens, int32_t *all) {
     struct moe_group *g = x->group;
     add_inside(x, 1);
-    g->members[x->rank].n_tokens = n_tokens;
-    enum status st = meet(g);
-    *total = 0;
-    for (int r = 0; r < g->o.n_ranks; r++) *total += g->members[r].n_tokens;
+    g->members[x->rank].n_tokens = all[x->rank] = n_tokens;
+    enum status st = g->streams ? streams_counts(g->streams, all) : meet(g);
+    for (int r = 0; r < g->o.n_ranks && !g->streams; r++) all[r] = g->members[r].n_tokens;
     if (st != ST_OK) add_inside(x, -1);
     return st;
 }
 
-enum status exchange_meet(struct exchange *x) { return meet(x->group); }
+enum status exchange_meet(struct exchange *x) { return x->group->streams ? ST_OK : meet(x->group); }
 
 void exchange_step_done(struct exchange *x) { add_inside(x, -1); }
 
@@ -584,7 +713,7 @@ void exchange_record(struct exchange *x, const uint64_t *load, const uint64_t *r
         }
         shares_record_sums(&g->shares, l, new_load, new_rows);
     }
-    replan(g, DEVICE_REPLAN_TOKENS);
+    if (!g->streams) replan(g, DEVICE_REPLAN_TOKENS);
 }
 
 bool exchange_moving(const struct exchange *x) { return x->group->moving; }

@@ -1,6 +1,6 @@
 /* exchange: where the ranks of a group meet in every layer, so that each computes the experts it holds for
- * all ranks' tokens. This is the implementation for ranks that are threads of one process: a rank shows where
- * its rows lie, and the others copy what they need while it waits for them.
+ * all ranks' tokens. Ranks that are threads of one process show where their rows lie, and the others copy what they
+ * need; ranks of several processes send their rows (moe/streams.h), and what came is shown in their place.
  *
  * A layer, on every rank at the same time:
  *   exchange_route     show this rank's routing and its experts' inputs; wait for all; deal the rows out
@@ -11,8 +11,8 @@
  * and then the rank sums them as it would have its own. So every row is computed by the one kernel that would
  * have computed it alone, and summed in rank order at home: the bits are those of one rank.
  *
- * Two waits a layer are enough: nobody overwrites inputs before the second, nor products before the first of the
- * next layer. A rank without tokens takes part with none. A wait ends with ST_ENGINE_LOST when a rank does not
+ * Two waits a layer are enough: among threads, nobody overwrites inputs before the second, nor products before the
+ * first of the next layer. A rank without tokens takes part with none. A wait ends with ST_ENGINE_LOST when a rank does not
  * come in time, or has left or failed; from then on every call of the group says so.
  *
  * Ranks whose rows lie in memory that only devices can read meet there in every layer, and here twice a step: see the end.
@@ -42,6 +42,10 @@ struct exchange {
     int32_t *counts, *seen; /* [E] rows of the group, and how many of them were placed */
     int32_t *rows,
         *first; /* [E][R] how many of them each rank computes, and where they begin there */
+    /* By streams: [R * T * K] rows of this rank that belong to others, by owner, in the order of their pairs; rank r's
+     * begin at given_first[r]. Else NULL. */
+    int32_t *given, given_first[MOE_MAX_RANKS + 1];
+    int32_t n_back[MOE_MAX_RANKS]; /* by streams: pairs of this rank that each other computes */
 };
 
 /* Join. All ranks of a group have the same shape and max_tokens, and the group's load, if it was given one, is of that
@@ -54,10 +58,12 @@ void exchange_close(struct exchange *x);
 /* Something else failed here: the others' waits end, with ST_ENGINE_LOST. */
 void exchange_fail(struct moe_group *g);
 
+int exchange_n_ranks(const struct moe_group *g);
+const struct moe_unique_id *exchange_unique_id(const struct moe_group *g); /* zeros: none */
+
 /* x, or NULL if x is NULL or its ranks compute alone. Asked at the beginning of a step, and true for all of it. */
 struct exchange *exchange_in_use(struct exchange *x);
 
-int exchange_n_ranks(const struct exchange *x);
 uint64_t exchange_timeout_ns(const struct exchange *x); /* of a wait */
 /* Tokens and routed rows that may become this rank's work. */
 int32_t exchange_max_tokens(const struct exchange *x);
@@ -101,13 +107,17 @@ void *exchange_peer(const struct exchange *x, int rank);
 /* While opening: where it is written, as 1, that the group is lost: devices that wait look there. NULL: no longer. */
 void exchange_stop_word(struct exchange *x, volatile uint32_t *stop);
 
-/* A step begins: wait for all; *total is the sum of their n_tokens. From here to exchange_step_done, or a failure, this
+/* Ranks of other processes, whose memory this one's device does not see: there is no exchange_peer, exchange_meet does not
+ * wait, and weights do not move. */
+bool exchange_is_remote(const struct exchange *x);
+
+/* A step begins: wait for all; all[r] is rank r's n_tokens. From here to exchange_step_done, or a failure, this
  * rank counts as reading what the others show; steps may overlap. */
-enum status exchange_step_begin(struct exchange *x, int32_t n_tokens, int32_t *total);
+enum status exchange_step_begin(struct exchange *x, int32_t n_tokens, int32_t *all);
 /* Wait for all: once before each launch, and once in the first step of all, if a rank has more to show. */
 enum status exchange_meet(struct exchange *x);
 void exchange_step_done(struct exchange *x);
-/* Rank 0, between exchange_meet of one step and exchange_step_begin of the next: the group's rows so far as its device
+/* Rank 0 (remote: every rank), between exchange_meet of one step and exchange_step_begin of the next: the group's rows so far as its device
  * counted them, by expert, [L][E], and by who computed them, [L][n_ranks]. May lead to a new plan. */
 void exchange_record(struct exchange *x, const uint64_t *load, const uint64_t *rows);
 

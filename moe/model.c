@@ -16,6 +16,7 @@
 #include "moe/exchange.h"
 #include "moe/forward.h"
 #include "moe/gguf.h"
+#include "moe/sampler.h"
 #ifdef MOED_CUDA
 #include "cuda/cuda_backend.h"
 #endif
@@ -24,7 +25,7 @@ struct slot_state {
     bool started;
     bool sampled; /* a submitted step samples it: MOE_LAST_TOKEN has a meaning */
     int32_t n_ids; /* its history's length once all submitted steps have sampled */
-    uint64_t step; /* the last step it was in */
+    uint64_t checked; /* the last step it was in, by the count of checks */
 };
 
 struct moe {
@@ -33,7 +34,7 @@ struct moe {
     struct forward forward;
     struct moe_group *group; /* or NULL */
     struct slot_state *slots; /* [max_seqs] */
-    uint64_t n_submitted;
+    uint64_t n_submitted, n_checked;
     int n_in_flight;
     int32_t n_result_rows; /* of the step collected last; -1: a later one was submitted */
     int32_t n_step_rows[MOE_MAX_IN_FLIGHT]; /* by step number */
@@ -168,6 +169,15 @@ static enum status open_backend(const char *device, const struct backend_config 
 #endif
 }
 
+enum status moe_unique_id_create(const char *device, struct error *e, struct moe_unique_id *out) {
+    *out = (struct moe_unique_id){{0}};
+    enum status st = check_device(device, e);
+#ifdef MOED_CUDA
+    if (st == ST_OK && strncmp(device, "cuda", 4) == 0) st = backend_cuda_unique_id(e, out);
+#endif
+    return st;
+}
+
 /* ---- loading -------------------------------------------------------------------------------- */
 
 struct loader {
@@ -300,6 +310,8 @@ static enum status start_backend(struct moe *m, const struct moe_options *o, int
                                .gpu_memory_utilization = o->gpu_memory_utilization,
                                .group = o->group,
                                .rank = o->rank,
+                               .n_ranks = o->group ? exchange_n_ranks(o->group) : 1,
+                               .unique_id = o->group ? exchange_unique_id(o->group) : NULL,
                                .offload_experts = o->offload_experts,
                                .expert_load = o->expert_load};
     enum status st = open_backend(o->device, &c, e, &m->forward.backend);
@@ -426,8 +438,13 @@ enum status moe_expert_load(struct moe *m, uint64_t *sum) {
 
 /* ---- steps ---------------------------------------------------------------------------------- */
 
+bool moe_start_fits(const struct moe *m, const struct moe_slot_start *start) {
+    const struct moe_limits *l = &m->info.limits;
+    return sampler_start_fits(start, l->max_seqs, l->max_seq_tokens, m->info.shape.n_vocab);
+}
+
 enum status moe_slot_start(struct moe *m, const struct moe_slot_start *start) {
-    CHECK(start->slot >= 0 && start->slot < m->info.limits.max_seqs);
+    CHECK(moe_start_fits(m, start));
     struct slot_state *slot = &m->slots[start->slot];
     slot->started = true;
     slot->sampled = false;
@@ -435,51 +452,68 @@ enum status moe_slot_start(struct moe *m, const struct moe_slot_start *start) {
     return m->ops->slot_start(m->forward.backend, start);
 }
 
-/* Checks one sequence and returns how many rows it takes to the head. */
-static int32_t check_seq(struct moe *m, const struct moe_step_seq *seq, const int32_t *ids,
-                         const int32_t *blocks) {
-    const struct moe_limits *l = &m->info.limits;
-    CHECK(seq->slot >= 0 && seq->slot < l->max_seqs);
-    struct slot_state *slot = &m->slots[seq->slot];
-    CHECK(slot->step != m->n_submitted); /* once per step */
-    slot->step = m->n_submitted;
-    CHECK(seq->start_pos >= 0 && seq->n_tokens >= 1 &&
-          seq->start_pos <= l->max_seq_tokens - seq->n_tokens);
-    CHECK(seq->n_blocks >= blocks_of(seq->start_pos + seq->n_tokens, l->block_tokens));
-    CHECK(seq->n_blocks <= blocks_of(l->max_seq_tokens, l->block_tokens));
-    for (int32_t i = 0; i < seq->n_blocks; i++) CHECK(blocks[i] >= 0 && blocks[i] < l->n_blocks);
-    for (int32_t i = 0; i < seq->n_tokens; i++)
-        CHECK(ids[i] == MOE_LAST_TOKEN ? slot->sampled
-                                       : ids[i] >= 0 && ids[i] < m->info.shape.n_vocab);
-    if (seq->rows == MOE_ROWS_NONE) return 0;
-    if (seq->rows == MOE_ROWS_ALL) return seq->n_tokens;
-    CHECK(seq->rows == MOE_ROWS_SAMPLE && slot->started);
-    /* The sampled token's position is the history's length: draws and penalties rest on it. */
-    CHECK(slot->n_ids++ == seq->start_pos + seq->n_tokens);
-    slot->sampled = true;
-    return 1;
+static int32_t rows_of(const struct moe_step_seq *seq) {
+    return seq->rows == MOE_ROWS_NONE ? 0 : seq->rows == MOE_ROWS_ALL ? seq->n_tokens : 1;
 }
 
-static int32_t check_step(struct moe *m, const struct moe_step *step) {
-    CHECK(step->n_seqs >= (m->group ? 0 : 1) && step->n_seqs <= m->info.limits.max_seqs);
-    CHECK(step->n_tokens <= m->info.limits.max_batch_tokens);
-    int32_t n_tokens = 0, n_rows = 0;
+static bool seq_fits(struct moe *m, const struct moe_step_seq *seq, const int32_t *ids,
+                     const int32_t *blocks) {
+    const struct moe_limits *l = &m->info.limits;
+    if (seq->slot < 0 || seq->slot >= l->max_seqs) return false;
+    struct slot_state *slot = &m->slots[seq->slot];
+    if (slot->checked == m->n_checked) return false; /* once per step */
+    slot->checked = m->n_checked;
+    bool ok = seq->start_pos >= 0 && seq->start_pos <= l->max_seq_tokens - seq->n_tokens &&
+              seq->n_blocks >= blocks_of(seq->start_pos + seq->n_tokens, l->block_tokens) &&
+              seq->n_blocks <= blocks_of(l->max_seq_tokens, l->block_tokens);
+    for (int32_t i = 0; ok && i < seq->n_blocks; i++)
+        ok = blocks[i] >= 0 && blocks[i] < l->n_blocks;
+    for (int32_t i = 0; ok && i < seq->n_tokens; i++)
+        ok = ids[i] == MOE_LAST_TOKEN ? slot->sampled
+                                      : ids[i] >= 0 && ids[i] < m->info.shape.n_vocab;
+    /* The sampled token's position is the history's length: draws and penalties rest on it. */
+    if (seq->rows == MOE_ROWS_SAMPLE)
+        ok = ok && slot->started && slot->n_ids == seq->start_pos + seq->n_tokens;
+    return ok;
+}
+
+bool moe_step_fits(struct moe *m, const struct moe_step *step) {
+    const struct moe_limits *l = &m->info.limits;
+    int32_t n_tokens = 0;
+    int64_t n_rows = 0;
     const int32_t *blocks = step->blocks;
+    m->n_checked++;
+    if (step->n_seqs < (m->group ? 0 : 1) || step->n_seqs > l->max_seqs ||
+        step->n_tokens > l->max_batch_tokens)
+        return false;
     for (int32_t s = 0; s < step->n_seqs; s++) {
         const struct moe_step_seq *seq = &step->seqs[s];
-        CHECK(seq->n_tokens >= 1 && seq->n_tokens <= step->n_tokens - n_tokens);
-        n_rows += check_seq(m, seq, step->ids + n_tokens, blocks);
+        if (seq->n_tokens < 1 || seq->n_tokens > step->n_tokens - n_tokens) return false;
+        if (!seq_fits(m, seq, step->ids + n_tokens, blocks)) return false;
+        n_rows += rows_of(seq);
         n_tokens += seq->n_tokens;
         blocks += seq->n_blocks;
     }
-    CHECK(n_tokens == step->n_tokens && n_rows <= m->info.limits.max_rows);
+    return n_tokens == step->n_tokens && n_rows <= l->max_rows;
+}
+
+/* What the slots are once the step has run; returns the rows that reach the head. */
+static int32_t note_step(struct moe *m, const struct moe_step *step) {
+    int32_t n_rows = 0;
+    for (int32_t s = 0; s < step->n_seqs; s++) {
+        n_rows += rows_of(&step->seqs[s]);
+        if (step->seqs[s].rows != MOE_ROWS_SAMPLE) continue;
+        struct slot_state *slot = &m->slots[step->seqs[s].slot];
+        slot->n_ids++;
+        slot->sampled = true;
+    }
     return n_rows;
 }
 
 enum status moe_submit(struct moe *m, const struct moe_step *step) {
-    CHECK(m->n_in_flight < MOE_MAX_IN_FLIGHT);
+    CHECK(m->n_in_flight < MOE_MAX_IN_FLIGHT && moe_step_fits(m, step));
     m->n_submitted++;
-    int32_t n_rows = check_step(m, step);
+    int32_t n_rows = note_step(m, step);
     m->n_step_rows[m->n_submitted % MOE_MAX_IN_FLIGHT] = n_rows;
     m->n_result_rows = -1;
     enum status st = forward_step(&m->forward, step, n_rows, m->probe.fn ? &m->probe : NULL);

@@ -20,7 +20,8 @@ enum {
     MOE_MAX_STOP_IDS = 24, /* ids banned until min_tokens */
     MOE_MAX_IN_FLIGHT = 2, /* steps between submit and collect */
     MOE_MAX_RANKS = 16,    /* devices that serve one model */
-    MOE_OFFLOAD_AUTO = -1  /* as many experts as it takes */
+    MOE_OFFLOAD_AUTO = -1, /* as many experts as it takes */
+    MOE_UNIQUE_ID_BYTES = 128
 };
 
 /* What the file's metadata says, range-checked by the loader (fields: model-math, GGUF keys). */
@@ -38,6 +39,14 @@ struct model_shape {
     float norm_eps;
     float rope_base;
 };
+
+/* What ranks in several processes compare before they take each other for copies. */
+struct moe_identity {
+    struct model_shape shape;
+    uint64_t fingerprint; /* of every tensor's name, type, shape and some of its bytes: no seal against malice */
+};
+/* Reads little of the file. Errors as moe_open's. */
+enum status moe_identify(const char *model_path, struct error *e, struct moe_identity *out);
 
 /* Capacity: everything is allocated from these before the first step. */
 struct moe_limits {
@@ -67,29 +76,42 @@ struct moe_options {
     size_t n_expert_load; /* L * E, else opening says ST_INVALID */
 };
 
-/* Ranks of this process that compute one model's experts together (expert parallel): each has its own
- * sequences, KV blocks and attention, and computes the experts that it holds for all ranks' tokens. Every
+/* Ranks, of this process or of several, that compute one model's experts together (expert parallel): each has its
+ * own sequences, KV blocks and attention, and computes the experts that it holds for all ranks' tokens. Every
  * rank runs the same steps at the same time, an empty one (n_seqs 0) where it has no sequences. Tokens are
  * those of one rank alone, bit for bit. */
 struct moe_group;
+/* What names a group to its backends, before its ranks know each other: an ncclUniqueId, for instance. Made in
+ * one process and carried to all. */
+struct moe_unique_id {
+    uint8_t bytes[MOE_UNIQUE_ID_BYTES];
+};
+/* For ranks on devices such as this one; zeros where the backend needs none. */
+enum status moe_unique_id_create(const char *device, struct error *e, struct moe_unique_id *out);
 struct moe_group_options {
     int n_ranks; /* 1 … MOE_MAX_RANKS */
     int32_t experts_per_rank; /* held per layer; 0: as few as hold each once; more than E: all, everywhere */
+    /* NULL: all ranks are threads of this process, and use this one group. Else [n_ranks] connected stream sockets
+     * that do not block, one to each other rank; the group is that of `rank` alone, and closes them in any case. */
+    const int *streams;
+    int rank;
     uint64_t timeout_ns; /* a rank that keeps the others waiting for longer is lost; 0: 10 s */
     uint64_t replan_tokens; /* look at the balance every so many routed tokens of all layers; 0: 2^20, on GPUs 2^26 */
     double max_imbalance; /* plan anew above it; 0: 1.1 */
     const uint64_t *load; /* [n_load] tokens of each (layer, expert), measured before: the first plan is made for
                              them; NULL: all alike. Borrowed until the models are open */
     size_t n_load; /* L * E, else opening says ST_INVALID */
+    const struct moe_unique_id *unique_id; /* as moe_unique_id_create gave it to one of the ranks; NULL: none */
 };
 /* ST_INVALID; ST_NO_MEMORY. The group outlives its models. */
 enum status moe_group_create(const struct moe_group_options *o, struct error *e,
                              struct moe_group **out);
 void moe_group_destroy(struct moe_group *g); /* NULL is fine */
 /* Whether the ranks compute their experts together (as they do at first) or each alone, as replicas; the tokens are
- * the same. ST_UNSUPPORTED: alone, but some rank does not hold all experts. The models are open, and no step
+ * the same. Said to the groups of all ranks, where each has its own. ST_UNSUPPORTED: alone, but some rank does not hold all experts. The models are open, and no step
  * is out. */
 enum status moe_group_use(struct moe_group *g, bool together);
+bool moe_group_together(const struct moe_group *g);
 /* For tests and tools: tokens routed since the group began, [L][E], L and E as in moe_info. Any thread. */
 void moe_group_load(const struct moe_group *g, uint64_t *dst);
 /* Likewise who holds each expert, a bit for each rank. No step may be out. */
@@ -229,8 +251,14 @@ void moe_counters(const struct moe *m, struct moe_counters *out);
  * memory counts them; a group has moe_group_load. No step may be out. */
 enum status moe_expert_load(struct moe *m, uint64_t *sum);
 
+/* Whether a start, or a step after the starts before it, is within limits, in the vocabulary and in order: for those
+ * that come from elsewhere. */
+bool moe_start_fits(const struct moe *m, const struct moe_slot_start *start);
+bool moe_step_fits(struct moe *m, const struct moe_step *step);
+
+/* CHECK: moe_start_fits. */
 enum status moe_slot_start(struct moe *m, const struct moe_slot_start *start);
-/* Start a step. CHECK: within limits, at most MOE_MAX_IN_FLIGHT uncollected. A CPU backend computes
+/* Start a step. CHECK: moe_step_fits, at most MOE_MAX_IN_FLIGHT uncollected. A CPU backend computes
  * here; a GPU launches. */
 enum status moe_submit(struct moe *m, const struct moe_step *step);
 /* Wait for the oldest submitted step. ST_ENGINE_LOST: the device is gone; end the process. */

@@ -99,37 +99,39 @@ void sampler_scratch_destroy(struct sampler_scratch *c) {
     free(c);
 }
 
-static void check_params(const struct moe_sampling *p, int32_t n_vocab) {
-    CHECK(isfinite(p->temperature) && p->temperature >= 0.0f);
-    CHECK(p->top_k >= 0);
-    CHECK(p->top_p >= 0.0f && p->top_p <= 1.0f);
-    CHECK(p->min_p >= 0.0f && p->min_p <= 1.0f);
-    CHECK(isfinite(p->repetition_penalty) && p->repetition_penalty > 0.0f);
-    CHECK(isfinite(p->presence_penalty) && isfinite(p->frequency_penalty));
-    CHECK(p->n_bias >= 0 && p->n_bias <= MOE_MAX_BIASES);
-    for (int32_t i = 0; i < p->n_bias; i++) {
-        CHECK(p->bias[i].token >= 0 && p->bias[i].token < n_vocab);
-        CHECK(isfinite(p->bias[i].bias));
-    }
-    CHECK(p->n_stop_ids >= 0 && p->n_stop_ids <= MOE_MAX_STOP_IDS);
-    for (int32_t i = 0; i < p->n_stop_ids; i++)
-        CHECK(p->stop_ids[i] >= 0 && p->stop_ids[i] < n_vocab);
-    CHECK(p->n_top >= 0 && p->n_top <= MOE_MAX_TOP);
+static bool params_fit(const struct moe_sampling *p, int32_t n_vocab) {
+    bool ok = isfinite(p->temperature) && p->temperature >= 0.0f && p->top_k >= 0 &&
+              p->top_p >= 0.0f && p->top_p <= 1.0f && p->min_p >= 0.0f && p->min_p <= 1.0f &&
+              isfinite(p->repetition_penalty) && p->repetition_penalty > 0.0f &&
+              isfinite(p->presence_penalty) && isfinite(p->frequency_penalty) && p->n_bias >= 0 &&
+              p->n_bias <= MOE_MAX_BIASES && p->n_stop_ids >= 0 &&
+              p->n_stop_ids <= MOE_MAX_STOP_IDS && p->n_top >= 0 && p->n_top <= MOE_MAX_TOP;
+    for (int32_t i = 0; ok && i < p->n_bias; i++)
+        ok = p->bias[i].token >= 0 && p->bias[i].token < n_vocab && isfinite(p->bias[i].bias);
+    for (int32_t i = 0; ok && i < p->n_stop_ids; i++)
+        ok = p->stop_ids[i] >= 0 && p->stop_ids[i] < n_vocab;
+    return ok;
+}
+
+bool sampler_start_fits(const struct moe_slot_start *start, int32_t n_slots, int32_t max_seq_tokens,
+                        int32_t n_vocab) {
+    bool ok = start->slot >= 0 && start->slot < n_slots && start->n_prompt >= 0 &&
+              start->n_prompt <= start->n_ids && start->n_ids <= max_seq_tokens &&
+              params_fit(&start->sampling, n_vocab);
+    for (int32_t i = 0; ok && i < start->n_ids; i++)
+        ok = start->ids[i] >= 0 && start->ids[i] < n_vocab;
+    return ok;
 }
 
 void sampler_start(struct sampler *s, const struct moe_slot_start *start) {
-    CHECK(start->slot >= 0 && start->slot < s->n_slots);
-    CHECK(start->n_prompt >= 0 && start->n_prompt <= start->n_ids && start->n_ids < s->cap);
-    check_params(&start->sampling, s->n_vocab);
+    CHECK(sampler_start_fits(start, s->n_slots, s->cap - 1, s->n_vocab));
     struct slot *slot = &s->slots[start->slot];
     slot->params = start->sampling;
     slot->n_ids = start->n_ids;
     slot->n_prompt = start->n_prompt;
     slot->last = -1;
-    for (int32_t i = 0; i < start->n_ids; i++) {
-        CHECK(start->ids[i] >= 0 && start->ids[i] < s->n_vocab);
-        slot->ids[i] = start->ids[i];
-    }
+    if (start->n_ids > 0)
+        memcpy(slot->ids, start->ids, (size_t)start->n_ids * sizeof *slot->ids);
 }
 
 int32_t sampler_last(const struct sampler *s, int32_t slot) {

@@ -36,7 +36,10 @@ enum status sampler_create(int32_t n_slots, int32_t max_seq_tokens, int32_t n_vo
 void sampler_destroy(struct sampler *s);
 uint64_t sampler_bytes(const struct sampler *s);
 
-/* Copies start's parameters and ids. CHECK: within limits; ids in the vocabulary. */
+/* Within limits; ids in the vocabulary. */
+bool sampler_start_fits(const struct moe_slot_start *start, int32_t n_slots, int32_t max_seq_tokens,
+                        int32_t n_vocab);
+/* Copies start's parameters and ids. CHECK: sampler_start_fits. */
 void sampler_start(struct sampler *s, const struct moe_slot_start *start);
 /* Sample slot's next token from logits[V] (overwritten), append it to the history, fill *row. scratch is the
  * calling thread's (sampler_scratch_create), so that rows of one step can be sampled in parallel. */

@@ -211,8 +211,11 @@ void rig_start(struct rig *r, const struct rig_options *o) {
     struct error e = {0};
     memset(r, 0, sizeof *r);
     r->n_ranks = or_default(o->n_ranks, 1);
-    void *fakes[RIG_MAX_RANKS];
-    for (int i = 0; i < r->n_ranks; i++) fake_init(fakes[i] = fake_of(r, i), o);
+    struct engine_driver fakes[RIG_MAX_RANKS];
+    for (int i = 0; i < r->n_ranks; i++) {
+        fakes[i] = (struct engine_driver){&fake_ops, fake_of(r, i)};
+        fake_init(fake_of(r, i), o);
+    }
     log_set_level(getenv("MOED_TEST_LOG") ? LOG_DEBUG : LOG_ERROR);
     snprintf(r->dir, sizeof r->dir, "/tmp/moed-test-XXXXXX");
     if (!mkdtemp(r->dir)) fail_msg("mkdtemp");
@@ -221,7 +224,7 @@ void rig_start(struct rig *r, const struct rig_options *o) {
     struct net *net = NULL;
     struct engine *engines[RIG_MAX_RANKS];
     assert_ok(net_open(r->endpoint, &e, &net), &e);
-    assert_ok(engine_start(&fake_ops, fakes, r->n_ranks, &e, engines), &e);
+    assert_ok(engine_start(fakes, r->n_ranks, &e, engines), &e);
     struct server_options options = {.text = r->text,
                                      .info = &r->fake.info,
                                      .n_ranks = r->n_ranks,

@@ -48,6 +48,7 @@ LIBRARIES = (
     ("protobuf-c/", r"proto/wire\w*\.c$"),
     ("zmq", r"(daemon|clients|tests)/"),
     ("cuda", r"(cuda/|tests/test_cuda)"),
+    ("nccl", r"cuda/nccl\.c$"),
 )
 
 MAX_LINES = 800

@@ -19,6 +19,8 @@ struct model_rig {
     int32_t n_rows;
 };
 
+static const char *rig_isa; /* of device cpu; NULL: the best there is */
+
 static inline struct model_rig rig_open(const char *device, int n_threads,
                                         const struct moe_limits *limits) {
     struct model_rig r = {0};
@@ -27,6 +29,7 @@ static inline struct model_rig rig_open(const char *device, int n_threads,
                             .device = device,
                             .limits = *limits,
                             .n_threads = n_threads,
+                            .cpu_isa = rig_isa,
                             .gpu_memory_utilization = 0.5};
     assert_ok(moe_open(&o, NULL, NULL, &e, &r.m), &e);
     r.info = moe_info(r.m);

@@ -4,7 +4,8 @@
  *
  * The gate: at least 98 % and at most 5e-3 on average. For scale: an engine with coarser activations agrees at 97.0 %
  * (tests/data/tiny-moe-card.md), because a changed activation changes which experts are chosen.
- * `test_accuracy cuda:0` gates another device. */
+ * `test_accuracy cuda:0` gates another device, `test_accuracy amx` the CPU with AMX, emulated if need be. */
+#include "tests/amx_emulated.h"
 #include "tests/model_rig.h"
 
 #include <math.h>
@@ -93,6 +94,10 @@ static void test_device(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_device)};
-    if (argc > 1) device = argv[1];
+    amx_emulate = argc > 1 && strcmp(argv[1], "amx") == 0;
+    if (amx_emulate)
+        rig_isa = "amx";
+    else if (argc > 1)
+        device = argv[1];
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

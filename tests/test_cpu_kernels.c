@@ -1,115 +1,22 @@
-/* cpu kernels: repacking, products, row kernels and attention of every instruction set this processor has, against
- * float64 on the same inputs. Bounds are derived where they stand, from the rounding of float32 (u = 2^-24)
+/* cpu kernels: repacking, products, row kernels and attention of AVX2 and AVX-512, against
+ * float64 on the same inputs (AMX: test_cpu_amx.c). Bounds are derived where they stand, from the rounding of float32 (u = 2^-24)
  * and the step of the activations' quantisation. */
-#include "tests/support.h"
+#include "tests/cpu_rig.h"
 
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "moe/cpu_kernels.h"
-#include "moe/cpu_repack.h"
-
-#define U 0x1p-24
-
-static const enum tensor_type types[] = {TENSOR_Q4_K, TENSOR_Q5_K, TENSOR_Q6_K, TENSOR_Q8_0,
-                                         TENSOR_F32,  TENSOR_F16,  TENSOR_BF16};
-enum { N_TYPES = sizeof types / sizeof *types, N_QUANT_TYPES = 4 };
-
-enum { MAX_ISAS = 3 };
+enum { MAX_ISAS = 2, WIDTHS = 16 };
 static const struct cpu_kernels *isas[MAX_ISAS];
 static int n_isas;
-
-/* ---- inputs ------------------------------------------------------------------------------------- */
-
-static float gauss(uint64_t *seed) {
-    float a = test_uniform(seed, 1e-7f, 1), b = test_uniform(seed, 0, 1);
-    return sqrtf(-2 * logf(a)) * cosf(6.2831853f * b);
-}
-
-/* Gaussian; Gaussian with twelve outliers of 30; heavy-tailed and lopsided like SwiGLU's product. */
-enum { N_KINDS = 3 };
-static void fill_input(int kind, uint64_t *seed, int32_t n, float *x) {
-    for (int32_t i = 0; i < n; i++) {
-        float g = gauss(seed);
-        x[i] = kind == 2 ? g / (1 + expf(-2 * g)) * gauss(seed) : g;
-    }
-    for (int i = 0; kind == 1 && i < 12; i++) x[test_random(seed) % (uint64_t)n] = 30 * gauss(seed);
-}
-
-/* Random GGUF bytes of a type with finite scales of about 1/64. */
-static uint8_t *random_rows(enum tensor_type type, size_t n_weights, uint64_t *seed) {
-    size_t n_bytes;
-    int32_t bw, bb;
-    assert_true(tensor_type_bytes(type, n_weights, &n_bytes));
-    assert_true(tensor_type_block(type, &bw, &bb));
-    uint8_t *p = malloc(n_bytes);
-    for (size_t i = 0; i < n_bytes; i++) p[i] = (uint8_t)test_random(seed);
-    for (size_t at = 0; at < n_bytes; at += (size_t)bb) {
-        float a = test_uniform(seed, -1, 1) / 64, b = test_uniform(seed, 0, 1) / 64;
-        uint16_t h[2] = {f32_to_f16(a), f32_to_f16(b)};
-        if (type == TENSOR_F32)
-            memcpy(p + at, &a, 4);
-        else if (type == TENSOR_F16)
-            memcpy(p + at, h, 2);
-        else if (type == TENSOR_BF16)
-            p[at + 1] = (uint8_t)((p[at + 1] & 0x81) | 0x3c);
-        else if (type == TENSOR_Q6_K)
-            memcpy(p + at + 208, h, 2);
-        else if (type == TENSOR_Q8_0)
-            memcpy(p + at, h, 2);
-        else
-            memcpy(p + at, h, 4);
-    }
-    return p;
-}
-
-struct matrix {
-    struct cpu_matrix m;
-    float *w; /* [n_experts][n_rows][n_cols] by dequantize */
-};
-
-static struct matrix make_matrix(enum tensor_type type, int32_t n_experts, int32_t n_rows,
-                                 int32_t n_cols, uint64_t *seed) {
-    struct matrix x;
-    assert_true(cpu_matrix_plan(type, n_experts, n_rows, n_cols, &x.m));
-    size_t n = (size_t)n_experts * (size_t)n_rows * (size_t)n_cols;
-    uint8_t *raw = random_rows(type, n, seed);
-    x.w = malloc(n * sizeof *x.w);
-    dequantize(type, raw, n, x.w);
-    x.m.p = aligned_alloc(64, (x.m.n_bytes + 63) / 64 * 64);
-    memset(x.m.p, 0xff, x.m.n_bytes);
-    for (int32_t e = 0; e < n_experts; e++)
-        for (int32_t t = 0; t < x.m.n_tiles; t++) {
-            int32_t row = t * CPU_ROWS, left = n_rows - row;
-            cpu_repack_tile(&x.m, raw + ((size_t)e * (size_t)n_rows + (size_t)row) * x.m.row_bytes,
-                            left < CPU_ROWS ? left : CPU_ROWS, cpu_matrix_tile(&x.m, e, t));
-        }
-    free(raw);
-    return x;
-}
-
-/* One row tile; out[t][16]. */
-static void run_dot(cpu_dot_fn *dot, const struct cpu_matrix *m, int32_t tile, const uint8_t *x,
-                    float *out) {
-    const uint8_t *w = cpu_matrix_tile(m, 0, tile);
-    dot(&(struct cpu_dot){w, w, 1, m->n_units, x, out, CPU_ROWS});
-}
-
-static void free_matrix(struct matrix *x) {
-    free(x->m.p);
-    free(x->w);
-}
 
 /* ---- repacking ------------------------------------------------------------------------------------ */
 
 static void test_round_trip(void **state) {
     (void)state;
     uint64_t seed = 1;
-    for (int i = 0; i < N_TYPES; i++) {
+    for (int k = 0; k < 2 * N_TYPES; k++) {
+        int i = k / 2;
         int32_t n_cols = types[i] == TENSOR_Q8_0 ? 96 : i < N_QUANT_TYPES ? 768 : 53;
-        struct matrix x = make_matrix(types[i], 3, 37, n_cols, &seed);
+        enum cpu_layout layout = k % 2 == 0 ? CPU_BY_LANE : CPU_BY_ROW;
+        struct matrix x = make_matrix(types[i], 3, 37, n_cols, layout, &seed);
         float *row = malloc((size_t)n_cols * sizeof *row);
         for (int32_t r = 0; r < 3 * 37; r++) {
             cpu_matrix_row(&x.m, r / 37, r % 37, row);
@@ -124,10 +31,10 @@ static void test_round_trip(void **state) {
 static void test_plan_refuses(void **state) {
     (void)state;
     struct cpu_matrix m;
-    assert_false(cpu_matrix_plan((enum tensor_type)2, 1, 16, 256, &m)); /* Q4_0 */
-    assert_false(cpu_matrix_plan(TENSOR_Q4_K, 1, 16, 128, &m));
-    assert_false(cpu_matrix_plan(TENSOR_Q8_0, 1, 16, 48, &m));
-    assert_true(cpu_matrix_plan(TENSOR_Q4_K, 128, 768, 2048, &m));
+    assert_false(cpu_matrix_plan((enum tensor_type)2, 1, 16, 256, CPU_BY_LANE, &m)); /* Q4_0 */
+    assert_false(cpu_matrix_plan(TENSOR_Q4_K, 1, 16, 128, CPU_BY_ROW, &m));
+    assert_false(cpu_matrix_plan(TENSOR_Q8_0, 1, 16, 48, CPU_BY_LANE, &m));
+    assert_true(cpu_matrix_plan(TENSOR_Q4_K, 128, 768, 2048, CPU_BY_ROW, &m));
     /* 4.625 bits a weight instead of 4.5: the file plus 2.8 %. */
     assert_int_equal(m.n_bytes, (size_t)128 * 768 * 2048 * 37 / 64);
 }
@@ -195,7 +102,7 @@ static void test_not_finite(void **state) {
     uint64_t seed = 3;
     static const float bad[] = {NAN, INFINITY, -INFINITY};
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 16, 256, &seed);
+        struct matrix x = make_matrix(types[i], 1, 16, 256, CPU_BY_LANE, &seed);
         for (int isa = 0; isa < n_isas; isa++) {
             for (int k = 0; k < 6; k++) {
                 float in[256], out[16];
@@ -203,7 +110,7 @@ static void test_not_finite(void **state) {
                 fill_input(0, &seed, 256, in);
                 in[17 + 40 * k] = bad[k % 3];
                 isas[isa]->quantize(in, 256, 1 + k / 3, row, 0, 1);
-                run_dot(isas[isa]->dot[x.m.format][k / 3][1], &x.m, 0, row, out);
+                run_dot(isas[isa]->dot[x.m.format][k / 3][1], &x.m, 0, row, 1, out);
                 for (int r = 0; r < 16; r++) assert_false(isfinite(out[r]));
             }
         }
@@ -219,15 +126,15 @@ static void test_not_finite(void **state) {
 static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, int planes,
                            const float *in) {
     int32_t n_cols = x->m.n_cols;
-    uint8_t *tile = malloc((size_t)CPU_TILE * (size_t)n_cols * 3);
-    float out[CPU_TILE * CPU_ROWS];
-    for (int n = 1; n <= CPU_TILE; n++) {
+    uint8_t *tile = malloc((size_t)WIDTHS * (size_t)n_cols * 3);
+    float out[WIDTHS * CPU_ROWS];
+    for (int n = 1; n <= WIDTHS; n++) {
         cpu_dot_fn *dot = k->dot[x->m.format][planes - 1][n];
         if (!dot) continue;
         for (int t = 0; t < n; t++)
             k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, n);
         for (int32_t row = 0; row < x->m.n_tiles * CPU_ROWS; row++) {
-            if (row % CPU_ROWS == 0) run_dot(dot, &x->m, row / CPU_ROWS, tile, out);
+            if (row % CPU_ROWS == 0) run_dot(dot, &x->m, row / CPU_ROWS, tile, n, out);
             for (int t = 0; t < n; t++) {
                 double y = 0, size = 0, scale;
                 for (int32_t c = 0; c < n_cols && row < x->m.n_rows; c++) {
@@ -252,10 +159,10 @@ static void check_accuracy(const struct cpu_kernels *k, const struct matrix *x, 
     int32_t n_cols = x->m.n_cols;
     uint8_t *row = malloc((size_t)n_cols * 3);
     double error = 0, expected = 0;
-    for (int t = 0; t < CPU_TILE; t++, in += n_cols) {
+    for (int t = 0; t < WIDTHS; t++, in += n_cols) {
         float out[CPU_ROWS];
         k->quantize(in, n_cols, planes, row, 0, 1);
-        run_dot(k->dot[x->m.format][planes - 1][1], &x->m, 0, row, out);
+        run_dot(k->dot[x->m.format][planes - 1][1], &x->m, 0, row, 1, out);
         for (int r = 0; r < CPU_ROWS; r++) {
             double y = 0, scale;
             for (int32_t c = 0; c < n_cols; c++) {
@@ -275,11 +182,11 @@ static void test_products(void **state) {
     (void)state;
     uint64_t seed = 5;
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 40, 768, &seed);
+        struct matrix x = make_matrix(types[i], 1, 40, 768, CPU_BY_LANE, &seed);
         for (int planes = 1; planes <= 2; planes++)
             for (int kind = 0; kind < N_KINDS; kind++) {
-                static float in[CPU_TILE * 768];
-                fill_input(kind, &seed, CPU_TILE * 768, in);
+                static float in[WIDTHS * 768];
+                fill_input(kind, &seed, WIDTHS * 768, in);
                 for (int isa = 0; isa < n_isas; isa++) {
                     check_rounding(isas[isa], &x, planes, in);
                     check_accuracy(isas[isa], &x, planes, in);
@@ -296,7 +203,7 @@ static void test_float_products(void **state) {
     float in[TOKENS][COLS + 5], out[TOKENS][CPU_ROWS], alone[CPU_ROWS];
     fill_input(0, &seed, TOKENS * (COLS + 5), &in[0][0]);
     for (int i = N_QUANT_TYPES; i < N_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 20, COLS, &seed);
+        struct matrix x = make_matrix(types[i], 1, 20, COLS, CPU_BY_LANE, &seed);
         for (int isa = 0; isa < n_isas; isa++) {
             cpu_dot_float_fn *const *dot = isas[isa]->dot_float[x.m.format - CPU_F32];
             for (int n = 1; n <= TOKENS; n++) {
@@ -331,17 +238,17 @@ static void test_width_does_not_matter(void **state) {
     (void)state;
     enum { MOST = 65, COLS = 512 };
     uint64_t seed = 7;
-    static float in[MOST][COLS], alone[MAX_ISAS][MOST][CPU_ROWS], out[CPU_TILE][CPU_ROWS];
-    static uint8_t tile[CPU_TILE * COLS * 3];
+    static float in[MOST][COLS], alone[MAX_ISAS][MOST][CPU_ROWS], out[WIDTHS][CPU_ROWS];
+    static uint8_t tile[WIDTHS * COLS * 3];
     fill_input(1, &seed, MOST * COLS, in[0]);
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 16, COLS, &seed);
+        struct matrix x = make_matrix(types[i], 1, 16, COLS, CPU_BY_LANE, &seed);
         for (int planes = 1; planes <= 2; planes++) {
             for (int isa = 0; isa < n_isas; isa++) {
                 const struct cpu_kernels *k = isas[isa];
                 for (int t = 0; t < MOST; t++) {
                     k->quantize(in[t], COLS, planes, tile, 0, 1);
-                    run_dot(k->dot[x.m.format][planes - 1][1], &x.m, 0, tile, alone[isa][t]);
+                    run_dot(k->dot[x.m.format][planes - 1][1], &x.m, 0, tile, 1, alone[isa][t]);
                 }
                 for (int m = 1; m <= MOST; m++) {
                     for (int at = 0; at < m;) {
@@ -350,7 +257,7 @@ static void test_width_does_not_matter(void **state) {
                         assert_non_null(k->dot[x.m.format][planes - 1][n]);
                         for (int t = 0; t < n; t++)
                             k->quantize(in[at + t], COLS, planes, tile, t, n);
-                        run_dot(k->dot[x.m.format][planes - 1][n], &x.m, 0, tile, out[0]);
+                        run_dot(k->dot[x.m.format][planes - 1][n], &x.m, 0, tile, n, out[0]);
                         assert_memory_equal(out, alone[isa][at], (size_t)n * sizeof *out);
                         at += n;
                     }
@@ -369,13 +276,13 @@ static void test_row_tiles(void **state) {
     (void)state;
     enum { COLS = 768, MOST_TILES = 5, STRIDE = MOST_TILES * CPU_ROWS + 3 };
     uint64_t seed = 11;
-    static float in[CPU_TILE][COLS], out[CPU_TILE][STRIDE], want[CPU_TILE][STRIDE];
-    static uint8_t tile[CPU_TILE * COLS * 3];
+    static float in[WIDTHS][COLS], out[WIDTHS][STRIDE], want[WIDTHS][STRIDE];
+    static uint8_t tile[WIDTHS * COLS * 3];
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, MOST_TILES * CPU_ROWS, COLS, &seed);
-        for (int width = 1; width <= 2 * MOST_TILES * CPU_TILE * n_isas; width++) {
+        struct matrix x = make_matrix(types[i], 1, MOST_TILES * CPU_ROWS, COLS, CPU_BY_LANE, &seed);
+        for (int width = 1; width <= 2 * MOST_TILES * WIDTHS * n_isas; width++) {
             /* Every combination of planes, row tiles, width and instruction set. */
-            int n = (width - 1) % CPU_TILE + 1, rest = (width - 1) / CPU_TILE;
+            int n = (width - 1) % WIDTHS + 1, rest = (width - 1) / WIDTHS;
             int isa = rest % n_isas, planes = rest / n_isas % 2 + 1,
                 n_tiles = rest / n_isas / 2 + 1;
             cpu_dot_fn *dot = isas[isa]->dot[x.m.format][planes - 1][n];
@@ -386,11 +293,11 @@ static void test_row_tiles(void **state) {
             for (int t = 0; t < n; t++) {
                 isas[0]->quantize(in[t], COLS, planes, tile, 0, 1);
                 for (int k = 0; k < n_tiles; k++)
-                    run_dot(isas[0]->dot[x.m.format][planes - 1][1], &x.m, k, tile,
+                    run_dot(isas[0]->dot[x.m.format][planes - 1][1], &x.m, k, tile, 1,
                             want[t] + k * CPU_ROWS);
             }
             for (int t = 0; t < n; t++) isas[isa]->quantize(in[t], COLS, planes, tile, t, n);
-            dot(&(struct cpu_dot){x.m.p, x.m.p, n_tiles, x.m.n_units, tile, out[0], STRIDE});
+            dot(&(struct cpu_dot){x.m.p, x.m.p, n_tiles, x.m.n_units, tile, n, out[0], STRIDE});
             assert_memory_equal(out, want, sizeof out);
         }
         free_matrix(&x);
@@ -627,9 +534,7 @@ int main(void) {
     const struct {
         const char *name;
         const struct cpu_kernels *kernels;
-    } all[MAX_ISAS] = {{"AVX2", cpu_kernels_avx2()},
-                       {"AVX-512 with VNNI", cpu_kernels_avx512()},
-                       {"AMX", cpu_kernels_amx()}};
+    } all[MAX_ISAS] = {{"AVX2", cpu_kernels_avx2()}, {"AVX-512 with VNNI", cpu_kernels_avx512()}};
     for (int i = 0; i < MAX_ISAS; i++) {
         if (all[i].kernels) isas[n_isas++] = all[i].kernels;
         printf("[ %s ] %s\n", all[i].kernels ? "testing  " : "NOT TESTED",

@@ -5,7 +5,9 @@
  * Bounds on the normalised square error, from the step of what is quantised: in a block of 32 near-Gaussian values
  * the largest is below 4.5 sigma, so 8 bits give (4.5 / 127)² / 12 = 1.1e-4 and 16 bits 1.6e-9 of the input's
  * power, and the same of an output's. f16 keys and values: half a unit of 2^-11, so 2e-8 each, on scores that
- * are of order 1. What is float32 on both sides: 1e-11. */
+ * are of order 1. What is float32 on both sides: 1e-11. AMX rounds inputs and weights to
+ * BF16, to units of 2^-7 in a significand of at least 1: (2^-7)² / 12 = 5.1e-6 of either's power at most. */
+#include "tests/amx_emulated.h"
 #include "tests/support.h"
 
 #include <math.h>
@@ -19,6 +21,7 @@
 #define NMSE_FLOAT 1e-11
 #define NMSE_16 2e-9
 #define NMSE_8 1.2e-4
+#define NMSE_BF16 1.02e-5
 #define NMSE_KV 1e-6
 
 enum { MAX_T = 65, N_SEQS = 4, BLOCKS_PER_SEQ = 24 };
@@ -296,7 +299,9 @@ static void check_case(const struct model_case *c, const char *isa) {
     int32_t qd = s->n_heads * s->head_dim, kd = s->n_kv_heads * s->head_dim, d = s->n_embd;
     int32_t f = s->n_ff_expert, k = s->n_experts_used;
     bool exact_dense = c->q == TENSOR_F32;
-    double dense = exact_dense ? NMSE_FLOAT : NMSE_16;
+    bool amx = strcmp(isa, "amx") == 0;
+    double nmse_16 = amx ? NMSE_BF16 : NMSE_16, nmse_8 = amx ? NMSE_BF16 : NMSE_8;
+    double dense = exact_dense ? NMSE_FLOAT : nmse_16;
     int32_t start[N_SEQS] = {0, 0, 0, 0}, n[N_SEQS];
     BOTH(2, m->ops->kv_poison(m->b, 0xff));
     for (int round = 0; round < 6; round++) {
@@ -340,7 +345,7 @@ static void check_case(const struct model_case *c, const char *isa) {
         for (int i = 0; i < 2; i++) write(&ms[i], ms[i].attn, t, qd, seed + 4, 1);
         for (int i = 0; i < 2; i++) write(&ms[i], ms[i].h, t, d, seed + 5, 0.01f);
         BOTH(2, m->ops->linear_add(m->b, &(struct op_linear_add){m->attn, m->out, m->h}));
-        COMPARE(h, t, d, c->out == TENSOR_F32 || c->out == TENSOR_F16 ? NMSE_FLOAT : NMSE_16);
+        COMPARE(h, t, d, c->out == TENSOR_F32 || c->out == TENSOR_F16 ? NMSE_FLOAT : nmse_16);
 
         for (int i = 0; i < 2; i++) write(&ms[i], ms[i].h, t, d, seed + 6, 2);
         BOTH(2, m->ops->route(m->b, &(struct op_route){.h = m->h,
@@ -365,20 +370,20 @@ static void check_case(const struct model_case *c, const char *isa) {
         }
         BOTH(2, m->ops->experts_up(m->b, &(struct op_experts_up){0, m->x, m->gate, m->up, m->act}));
         /* gate and up both carry the error, and silu's slope is at most 1.1. */
-        COMPARE(act, t * k, f, c->exact_up ? NMSE_FLOAT * 4 : NMSE_8 * 2.2);
+        COMPARE(act, t * k, f, c->exact_up ? NMSE_FLOAT * 4 : nmse_8 * 2.2);
         for (int i = 0; i < 2; i++) {
             write(&ms[i], ms[i].act, t * k, f, seed + 7, 1);
             write(&ms[i], ms[i].h, t, d, seed + 8, 0.01f);
         }
         BOTH(2,
              m->ops->experts_down(m->b, &(struct op_experts_down){0, m->act, m->down, m->y, m->h}));
-        COMPARE(h, t, d, c->exact_down ? NMSE_FLOAT : NMSE_16);
+        COMPARE(h, t, d, c->exact_down ? NMSE_FLOAT : nmse_16);
 
         for (int i = 0; i < 2; i++) write(&ms[i], ms[i].h, t, d, seed + 9, 2);
         BOTH(2,
              m->ops->head(m->b, &(struct op_head){m->h, m->norm, s->norm_eps, m->head, m->logits}));
         COMPARE(logits, t, s->n_vocab,
-                c->head == TENSOR_F32 || c->head == TENSOR_BF16 ? NMSE_FLOAT : NMSE_8);
+                c->head == TENSOR_F32 || c->head == TENSOR_BF16 ? NMSE_FLOAT : nmse_8);
         BOTH(2, m->ops->sample(m->b, &(struct op_sample){m->logits}));
         for (int i = 0; i < 2; i++) end(&ms[i]);
         for (int i = 0; i < N_SEQS; i++) start[i] += n[i];
@@ -402,6 +407,7 @@ static void test_against_reference(void **state) {
         struct error e;
         struct backend_config config = {
             .shape = cases[0].shape, .limits = {.max_seqs = 1}, .n_threads = 1, .cpu_isa = isas[i]};
+        amx_emulate = strcmp(isas[i], "amx") == 0;
         if (backend_cpu_open(&config, &e, &b) != ST_OK) {
             print_message("%s: %s\n", isas[i], e.text);
             assert_int_equal(e.code, ST_UNSUPPORTED);
@@ -490,12 +496,14 @@ static void check_alone(const struct model_case *c, struct model *m, int32_t t, 
 
 static void test_rows_alone(void **state) {
     (void)state;
-    for (int k = 0; k < N_CASES; k++) {
+    for (int k = 0; k < 2 * N_CASES; k++) { /* with and without AMX's kernels */
+        const struct model_case *c = &cases[k / 2];
         struct model m;
-        open_models(&cases[k], &m, 1, "auto");
+        amx_emulate = k % 2 == 1 && amx_emulated();
+        open_models(c, &m, 1, amx_emulate ? "amx" : cpu_kernels_avx512() ? "avx512" : "avx2");
         for (int32_t t = 1; t <= MAX_T; t += t < 20 ? 1 : 9) {
-            check_alone(&cases[k], &m, t, false);
-            check_alone(&cases[k], &m, t, true);
+            check_alone(c, &m, t, false);
+            check_alone(c, &m, t, true);
         }
         close_models(&m, 1);
     }
@@ -505,6 +513,7 @@ static void test_rows_alone(void **state) {
 
 static void test_opening(void **state) {
     (void)state;
+    amx_emulate = false;
     struct error e = {0};
     struct backend *b = (struct backend *)&e;
     struct backend_config config = {

@@ -18,7 +18,8 @@ struct rig {
     struct weights q_norm, k_norm;
 };
 
-static struct rig rig_open(int32_t n_heads, int32_t n_kv_heads, int32_t block_tokens) {
+static struct rig rig_open_for(int32_t n_heads, int32_t n_kv_heads, int32_t block_tokens, int32_t n_seqs,
+                               int32_t n_blocks) {
     struct model_shape shape = {.n_layers = 2,
                                 .n_embd = 256,
                                 .n_heads = n_heads,
@@ -32,11 +33,11 @@ static struct rig rig_open(int32_t n_heads, int32_t n_kv_heads, int32_t block_to
                                 .norm_eps = 1e-6f,
                                 .rope_base = 1e6f};
     struct moe_limits l = {.max_batch_tokens = MAX_TOKENS,
-                           .max_seqs = 8,
+                           .max_seqs = n_seqs,
                            .max_rows = 8,
                            .max_seq_tokens = SEQ_TOKENS,
                            .block_tokens = block_tokens,
-                           .n_blocks = SEQ_TOKENS / block_tokens + 1};
+                           .n_blocks = n_blocks};
     struct rig r = {.p = pair_open(&shape, &l)};
     r.q = pair_bufs(&r.p, BUF_TOKENS, BUF_INNER, n_heads * 128);
     r.k = pair_bufs(&r.p, BUF_TOKENS, BUF_INNER, n_kv_heads * 128);
@@ -47,6 +48,10 @@ static struct rig rig_open(int32_t n_heads, int32_t n_kv_heads, int32_t block_to
     pair_ready(&r.p);
     BOTH(&r.p, i, pair_ops(&r.p, i)->kv_poison(r.p.b[i], 0xff));
     return r;
+}
+
+static struct rig rig_open(int32_t n_heads, int32_t n_kv_heads, int32_t block_tokens) {
+    return rig_open_for(n_heads, n_kv_heads, block_tokens, 8, SEQ_TOKENS / block_tokens + 1);
 }
 
 static void rope(struct rig *r, int i, int layer) {
@@ -126,6 +131,86 @@ static void test_other_head_counts(void **state) {
     grow(12, 1, 1); /* one octet and a half */
 }
 
+/* Many sequences at once, whose first blocks are those of one prompt and whose last is their own: as many as make
+ * attention cut tokens into spans, into splits, and not at all. The same rows are the same bits in every step. */
+enum { MANY = 280, PROMPT = 1088, BLOCK = 16, PROMPT_BLOCKS = PROMPT / BLOCK };
+
+static void begin_many(struct rig *r, const int32_t *start, const int32_t *n_tokens, int32_t first, int32_t n) {
+    static struct moe_step_seq seqs[MANY];
+    struct pair *p = &r->p;
+    p->ids = calloc(MAX_TOKENS, sizeof *p->ids);
+    p->blocks = calloc((size_t)n * (PROMPT_BLOCKS + 1), sizeof *p->blocks);
+    struct moe_step step = {.n_seqs = n, .seqs = seqs, .ids = p->ids, .blocks = p->blocks};
+    int32_t *to = p->blocks;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t shared = start[first + i] / BLOCK;
+        seqs[i] = (struct moe_step_seq){
+            .slot = i, .start_pos = start[first + i], .n_tokens = n_tokens[first + i], .n_blocks = shared + 1};
+        step.n_tokens += seqs[i].n_tokens;
+        for (int32_t k = 0; k < shared; k++) *to++ = p->limits.n_blocks - 1 - k; /* as pair_begin has it */
+        *to++ = first + i;
+    }
+    for (int i = 0; i < N_BACKENDS; i++) {
+        bool issue = true;
+        assert_int_equal(pair_ops(p, i)->step_begin(p->b[i], &step, &issue), ST_OK);
+    }
+}
+
+static void fill_inputs(struct rig *r, int32_t n) {
+    pair_fill(&r->p, &r->q, n, 4.0f);
+    pair_fill(&r->p, &r->k, n, 4.0f);
+    pair_fill(&r->p, &r->v, n, 4.0f);
+}
+
+static void test_many_sequences(void **state) {
+    (void)state;
+    static const int32_t sizes[] = {MANY, 140, 20, 3};
+    struct rig r = rig_open_for(8, 1, BLOCK, MANY, PROMPT_BLOCKS + MANY);
+    struct pair *p = &r.p;
+    int32_t start[MANY], own[MANY], one[MANY];
+    for (int32_t at = 0; at < PROMPT; at += MAX_TOKENS) {
+        int32_t n = PROMPT - at < MAX_TOKENS ? PROMPT - at : MAX_TOKENS;
+        fill_inputs(&r, n);
+        pair_begin(p, at, n, MOE_ROWS_NONE);
+        BOTH(p, i, (rope(&r, i, 0), ST_OK));
+        pair_end(p);
+    }
+    for (int32_t s = 0; s < MANY; s++) {
+        start[s] = (int32_t)(test_random(&p->rng) % PROMPT_BLOCKS) * BLOCK;
+        own[s] = 1 + (int32_t)(test_random(&p->rng) % (BLOCK - 1));
+        one[s] = 1;
+    }
+    for (int32_t s = 0; s < MANY; s += 20) { /* the first tokens of their own blocks */
+        fill_inputs(&r, 20 * BLOCK > MAX_TOKENS ? MAX_TOKENS : 20 * BLOCK);
+        begin_many(&r, start, own, s, 20);
+        BOTH(p, i, (rope(&r, i, 0), ST_OK));
+        pair_end(p);
+    }
+    for (int32_t s = 0; s < MANY; s++) start[s] += own[s];
+    fill_inputs(&r, MANY);
+    float *q = pair_read(p, GPU, &r.q, MANY), *all = NULL;
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+        int32_t n = sizes[k];
+        BOTH(p, i, pair_ops(p, i)->buf_write(p->b[i], r.q.b[i], 0, n, q)); /* RoPE turns q in place */
+        pair_fill(p, &r.out, 0, 1.0f);
+        begin_many(&r, start, one, 0, n);
+        for (int i = 0; i < N_BACKENDS; i++) {
+            rope(&r, i, 0);
+            attend(&r, i, 0);
+        }
+        double error = pair_error(p, &r.out, n);
+        if (error > ATTENTION_BOUND) fail_msg("%d sequences: error %.2e", (int)n, error);
+        float *out = pair_read(p, GPU, &r.out, n);
+        pair_end(p);
+        if (all) assert_memory_equal(out, all, (size_t)n * (size_t)r.out.n_cols * sizeof *out);
+        if (all) free(out);
+        else all = out;
+    }
+    free(all);
+    free(q);
+    pair_close(p);
+}
+
 /* Layers do not share keys: the same positions in another layer, then the first one's again. */
 static void test_layers(void **state) {
     (void)state;
@@ -143,6 +228,7 @@ int main(void) {
         cmocka_unit_test(test_eight_heads_per_kv_head),
         cmocka_unit_test(test_other_head_counts),
         cmocka_unit_test(test_layers),
+        cmocka_unit_test(test_many_sequences),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -287,6 +287,50 @@ static void check_rank(struct world *w, const struct expected *x, int rank) {
     free(inputs);
 }
 
+/* ---- ids and inputs that collectives brought ------------------------------------------------- */
+
+/* The same without flags; then what is sent to each other rank, pair by pair, out of products at their rows. */
+static void check_packed(struct world *w, const struct expected *x, int rank) {
+    int n_pairs = w->first[w->n_ranks] * w->n_used;
+    size_t row = (size_t)w->n_cols, rank_rows = (size_t)w->max_tokens * (size_t)w->n_used;
+    size_t sent_bytes = (size_t)w->n_ranks * rank_rows * row * 2;
+    int32_t *arrived = device(MOE_MAX_RANKS * sizeof *arrived);
+    to_device(arrived, w->n, sizeof w->n);
+    as_rank(w, rank, rank == 0 ? 1 : 0); /* flags would end in a time-out */
+    struct exchange_args a = w->a;
+    a.arrived = arrived;
+    a.all_rows = device((size_t)n_pairs * sizeof *a.all_rows);
+    uint16_t *y = malloc((size_t)n_pairs * row * 2 + 1), *device_y = device((size_t)n_pairs * row * 2);
+    for (size_t i = 0; i < (size_t)n_pairs * row; i++) y[i] = (uint16_t)test_random(&w->rng);
+    to_device(device_y, y, (size_t)n_pairs * row * 2);
+    uint16_t *send = device(sent_bytes);
+    ok(cuda_exchange_begin(&a, &w->q));
+    ok(cuda_exchange_pack(&a, device_y, send, rank_rows, &w->q));
+    ok(cudaStreamSynchronize(w->q.stream));
+    assert_int_equal(*w->a.stop, 0);
+    uint16_t *sent = to_host(send, sent_bytes);
+    int32_t *row_of = to_host(a.lists.row_of, (size_t)w->n[rank] * (size_t)w->n_used * sizeof *row_of);
+    for (int r = 0; r < w->n_ranks; r++)
+        for (int i = 0; i < w->n[r] * w->n_used; i++) {
+            int p = w->first[r] * w->n_used + i, owner = x->owner[w->group_ids[p]];
+            const uint16_t *to = sent + ((size_t)r * rank_rows + (size_t)i) * row;
+            if (r == rank) {
+                assert_int_equal(row_of[i], (owner == rank ? x->row_of[p] : i) | owner << OWNER_SHIFT);
+            } else if (owner == rank) {
+                assert_memory_equal(to, y + (size_t)x->row_of[p] * row, row * 2);
+            } else {
+                assert_int_equal(to[0], 0xeeee); /* not this rank's to send */
+            }
+        }
+    ok(cudaFree(arrived));
+    ok(cudaFree(a.all_rows));
+    ok(cudaFree(device_y));
+    ok(cudaFree(send));
+    free(y);
+    free(sent);
+    free(row_of);
+}
+
 /* ---- tests ---------------------------------------------------------------------------------- */
 
 static void test_all_tokens(void **state) {
@@ -313,6 +357,7 @@ static void test_all_tokens(void **state) {
         struct expected x;
         expect(&w, &x);
         for (int r = 0; r < w.n_ranks; r++) check_rank(&w, &x, r);
+        for (int r = 0; r < w.n_ranks; r++) check_packed(&w, &x, r);
         free(x.row_of);
         free(x.token_of);
         world_close(&w);

@@ -137,11 +137,51 @@ static void test_tensors(void **state) {
     backend_ops_of(b)->close(b);
 }
 
+/* A kernel's fault: whoever waits for the step is told, every later call is refused, and closing still ends. No device
+ * is left to this process, so this comes last. */
+static void test_fault(void **state) {
+    (void)state;
+    struct backend_config config_ = config();
+    config_.limits.n_blocks = 1024;
+    struct pair p = pair_open(&config_.shape, &config_.limits);
+    struct weights q_norm = pair_norm(&p, 128), k_norm = pair_norm(&p, 128);
+    struct bufs q = pair_bufs(&p, BUF_TOKENS, BUF_INNER, 4 * 128), k = pair_bufs(&p, BUF_TOKENS, BUF_INNER, 128);
+    struct bufs v = pair_bufs(&p, BUF_TOKENS, BUF_INNER, 128);
+    pair_ready(&p);
+    const struct backend_ops *gpu = pair_ops(&p, GPU);
+    struct backend *b = p.b[GPU];
+    int32_t id = 0, block = 1 << 26; /* far outside the pool */
+    struct moe_step_seq seq = {.n_tokens = 1, .n_blocks = 1, .rows = MOE_ROWS_NONE};
+    struct moe_step step = {.n_seqs = 1, .n_tokens = 1, .seqs = &seq, .ids = &id, .blocks = &block};
+    struct moe_row rows[4];
+    struct moe_result result = {.rows = rows};
+    bool issue = true;
+    assert_int_equal(gpu->step_begin(b, &step, &issue), ST_OK);
+    assert_int_equal(gpu->rope_store(b, &(struct op_rope_store){.q = q.b[GPU],
+                                                                .k = k.b[GPU],
+                                                                .v = v.b[GPU],
+                                                                .q_norm = q_norm.w[GPU],
+                                                                .k_norm = k_norm.w[GPU],
+                                                                .eps = 1e-6f}),
+                     ST_OK);
+    assert_int_equal(gpu->step_end(b), ST_OK);
+    assert_int_equal(gpu->step_collect(b, &result), ST_ENGINE_LOST);
+    assert_int_equal(gpu->step_begin(b, &step, &issue), ST_ENGINE_LOST);
+    struct moe_slot_start start = {.ids = &id, .n_ids = 1, .n_prompt = 1};
+    assert_int_equal(gpu->slot_start(b, &start), ST_ENGINE_LOST);
+    struct weight *w;
+    struct error e = {0};
+    struct weight_source s = {.name = "late", .type = TENSOR_F32, .n_experts = 1, .n_rows = 1, .n_cols = 128};
+    assert_int_equal(gpu->weight_load(b, &s, &e, &w), ST_ENGINE_LOST);
+    assert_non_null(strstr(e.text, "is lost"));
+    pair_close(&p);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_devices), cmocka_unit_test(test_shapes),
         cmocka_unit_test(test_memory),  cmocka_unit_test(test_pool),
-        cmocka_unit_test(test_tensors),
+        cmocka_unit_test(test_tensors), cmocka_unit_test(test_fault),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -285,7 +285,7 @@ static void test_experts(void **state) {
                                                 {TENSOR_Q6_K, TENSOR_Q5_K},
                                                 {TENSOR_Q5_K, TENSOR_Q8_0},
                                                 {TENSOR_Q8_0, TENSOR_F16}};
-    enum { MAX = 136 };
+    enum { MAX = 300 };
     static int32_t ids[4 * MAX];
     static float weights[4 * MAX];
     for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
@@ -293,7 +293,7 @@ static void test_experts(void **state) {
         double worst = 0;
         bool common = t < 2;
         /* Random groups; the expert count leaves some of them empty. */
-        static const int32_t tokens[] = {1, 2, 8, 11, 16, 30, 64, 100, MAX};
+        static const int32_t tokens[] = {1, 2, 8, 11, 16, 30, 64, 100, 136, 250, 257, MAX};
         for (size_t k = 0; k < sizeof tokens / sizeof *tokens; k += common ? 1 : 3) {
             random_routing(&s.p.rng, tokens[k], k % 2 ? 20 : 7, ids, weights);
             run_experts(&s, tokens[k], ids, weights, types[t][0], &worst);
@@ -332,8 +332,8 @@ static void test_group_sizes(void **state) {
 /* Logits in true f32: the same experts as the reference wherever its margin is above f32's own noise, weights to
  * 1e-5, and the same sort. */
 static void run_route(int32_t n_experts, int32_t n_embd, int32_t used, bool renormalize) {
-    static const int32_t tokens[] = {1, 5, 33, 64, 65, 100, 300};
-    enum { MAX = 300 };
+    static const int32_t tokens[] = {1, 5, 33, 64, 65, 130, 256, 300, 600};
+    enum { MAX = 600 };
     struct model_shape shape = small;
     shape.n_experts = n_experts;
     shape.n_embd = n_embd;
@@ -396,7 +396,7 @@ static void test_route(void **state) {
 static void test_route_alone(void **state) {
     (void)state;
     enum { E = 128, D = 2304, K = 8, MAX = 1100 };
-    static const int32_t tokens[] = {MAX, 1, 7, 8, 9, 64, 65, 300, 1023, 1024};
+    static const int32_t tokens[] = {MAX, 1, 7, 8, 9, 64, 65, 129, 256, 257, 513};
     static int32_t ids[2][MAX * K];
     static float weights[2][MAX * K];
     struct model_shape shape = small;

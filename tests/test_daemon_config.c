@@ -119,6 +119,12 @@ static void test_refusals(void **state) {
     refuse("--offload-experts", "-1", "auto or a number");
     refuse("--offload-experts", "3x", "auto or a number");
     refuse("--offload-experts", "", "auto or a number");
+    refuse("--workers", "2", "go together");
+    refuse("--workers", "16", "between 1 and 15");
+    refuse("--worker-listen", "tcp://127.0.0.1:1", "go together");
+    refuse("--launched", "tcp://127.0.0.1:1", "no launcher");
+    assert_int_equal(parse(&c, &e, "--model=m", "--worker=a", "--worker-listen=b"), ST_INVALID);
+    assert_non_null(strstr(e.text, "--worker"));
     refuse("--block-tokens", "24", "power of two");
     refuse("--gpu-memory-utilization", "1.5", "between 0.05 and 1");
     refuse("--gpu-memory-utilization", "nan", "between 0.05 and 1");
@@ -156,6 +162,10 @@ static void test_actions(void **state) {
                                         "--experts-per-device",
                                         "--expert-load",
                                         "--offload-experts",
+                                        "--workers",
+                                        "--worker-listen",
+                                        "--worker ",
+                                        "--launched",
                                         "--threads",
                                         "--cpu-isa",
                                         "--chat-template",
@@ -175,14 +185,91 @@ static void test_actions(void **state) {
                                         "--version",
                                         "--help"};
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
-        if (!strstr(config_help, flags[i])) fail_msg("%s is not in the help", flags[i]);
+        if (!strstr(config_help[0], flags[i]) && !strstr(config_help[1], flags[i]))
+            fail_msg("%s is not in the help", flags[i]);
+}
+
+static void test_workers(void **state) {
+    (void)state;
+    struct config c;
+    struct error e;
+    char *argv[] = {"moed", "--model=m", "--workers=15", "--worker-listen=tcp://h:1",
+                    "--device=cpu,cpu"};
+    assert_int_equal(config_parse(4, argv, &e, &c), ST_OK);
+    assert_int_equal(c.action, CONFIG_SERVE);
+    assert_int_equal(c.n_workers, 15);
+    assert_string_equal(c.workers_at, "tcp://h:1");
+    assert_int_equal(config_parse(5, argv, &e, &c), ST_INVALID);
+    assert_non_null(strstr(e.text, "at most 16"));
+    assert_int_equal(parse(&c, &e, "--model=m", "--worker=tcp://h:1", NULL), ST_OK);
+    assert_int_equal(c.action, CONFIG_WORK);
+    assert_int_equal(c.launched_rank, -1);
+    assert_string_equal(c.server, "tcp://h:1");
+    assert_int_equal(parse(&c, &e, "--model=m", "--worker=tcp://h:1", "--check"), ST_OK);
+    assert_int_equal(c.action, CONFIG_CHECK);
+}
+
+static void set_launcher(const char *const names[3], const char *rank, const char *size,
+                         const char *local) {
+    const char *const values[] = {rank, size, local};
+    for (int i = 0; i < 3; i++) {
+        if (values[i])
+            setenv(names[i], values[i], 1);
+        else
+            unsetenv(names[i]);
+    }
+}
+
+static void test_launched(void **state) {
+    (void)state;
+    static const char *const mpi[] = {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+                                      "OMPI_COMM_WORLD_LOCAL_RANK"},
+                             *const pmi[] = {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"},
+                             *const slurm[] = {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"};
+    struct config c;
+    struct error e;
+    /* mpirun inside an allocation of Slurm: its word counts. */
+    set_launcher(slurm, "0", "1", "0");
+    set_launcher(mpi, "5", "8", "1");
+    assert_int_equal(parse(&c, &e, "--model=m", "--launched=tcp://h:1", "--device=cuda"), ST_OK);
+    assert_int_equal(c.action, CONFIG_WORK);
+    assert_int_equal(c.launched_rank, 5);
+    assert_string_equal(c.devices.names[0], "cuda:1");
+    assert_null(c.workers_at);
+    set_launcher(mpi, "0", "3", "0");
+    assert_int_equal(parse(&c, &e, "--model=m", "--launched=tcp://h:1", "--device=cpu,cpu"), ST_OK);
+    assert_int_equal(c.action, CONFIG_SERVE);
+    assert_int_equal(c.n_workers, 4);
+    assert_string_equal(c.workers_at, "tcp://h:1");
+    assert_null(c.server);
+    set_launcher(mpi, NULL, NULL, NULL);
+    assert_int_equal(parse(&c, &e, "--model=m", "--launched=tcp://h:1", NULL), ST_OK); /* alone */
+    assert_int_equal(c.action, CONFIG_SERVE);
+    assert_null(c.workers_at);
+    set_launcher(slurm, NULL, NULL, NULL);
+    set_launcher(pmi, "2", "4", "0");
+    assert_int_equal(parse(&c, &e, "--model=m", "--launched=tcp://h:1", "--device=cuda:3"), ST_OK);
+    assert_int_equal(c.launched_rank, 2);
+    assert_string_equal(c.devices.names[0], "cuda:3");
+    static const char *const bad[][3] = {{"4", "4", "0"},  {"x", "4", "0"}, {"-1", "4", "0"},
+                                         {"1", NULL, "0"}, {"1", "4", "2"}, {"", "4", "0"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        set_launcher(pmi, bad[i][0], bad[i][1], bad[i][2]);
+        refuse("--launched", "tcp://h:1", "no launcher");
+    }
+    set_launcher(pmi, "0", "17", "0");
+    refuse("--launched", "tcp://h:1", "at most 16");
+    set_launcher(pmi, "0", "2", "0");
+    assert_int_equal(parse(&c, &e, "--model=m", "--launched=a", "--workers=2"), ST_INVALID);
+    set_launcher(pmi, NULL, NULL, NULL);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_defaults), cmocka_unit_test(test_endpoint_rule),
         cmocka_unit_test(test_ranges),   cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_actions),
+        cmocka_unit_test(test_actions),  cmocka_unit_test(test_workers),
+        cmocka_unit_test(test_launched),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -8,6 +8,7 @@
  *  - sampling parameters dropped when batched: eleven different sets together and alone.
  *  - stale NaN in recycled blocks: a poisoned cache changes nothing.
  *  - stale KV lengths: cached decoding against recomputing the prefix for every token. */
+#include "tests/amx_emulated.h"
 #include "tests/model_rig.h"
 
 #include <stdio.h>
@@ -505,9 +506,11 @@ int main(int argc, char **argv) {
     char **devices = argc > 1 ? argv + 1 : cpu_devices;
     int n_devices = argc > 1 ? argc - 1 : 2, n_failed = 0;
     for (int i = 0; i < n_devices; i++) {
-        device = devices[i];
-        print_message("device %s\n", device);
-        n_failed += cmocka_run_group_tests_name(device, tests, setup, teardown);
+        amx_emulate = strcmp(devices[i], "amx") == 0;
+        rig_isa = amx_emulate ? "amx" : NULL;
+        device = amx_emulate ? "cpu" : devices[i];
+        print_message("device %s\n", devices[i]);
+        n_failed += cmocka_run_group_tests_name(devices[i], tests, setup, teardown);
     }
     return n_failed;
 }
