@@ -25,7 +25,7 @@ static const char usage[] =
     "tg, pl (B),\n"
     "n_kv, t_pp and t_tg in seconds, speed_pp and speed_tg in tokens per second over all sequences "
     "(t_* are\n"
-    "medians over --repeat).\n"
+    "medians over --repeat), and what the first device reads of experts in host memory in a decode step.\n"
     "\n"
     "  --model FILE            GGUF model\n"
     "  --device NAME[,NAME…]   cpu, reference or cuda:N (default cpu); several share the B "
@@ -42,7 +42,8 @@ static const char usage[] =
     "  --repeat N              runs per batch size, of which the median counts (default 3)\n"
     "  --busy PERCENT          meanwhile another process keeps one core busy so much of every 10 "
     "ms (default 0)\n"
-    "  --gpu-memory-utilization PERCENT  (default 90)\n";
+    "  --gpu-memory-utilization PERCENT  (default 90)\n"
+    "  --offload-experts auto|N  experts that a GPU reads from host memory (default 0)\n";
 
 enum { MAX_NPL = 32, BLOCK_TOKENS = 16 };
 
@@ -168,19 +169,25 @@ static void run(struct bench *b, int pl) {
     int n_repeat = b->o->n_repeat, n_seqs = share(b, b->rank, pl);
     double *t_pp = bench_alloc((size_t)n_repeat, sizeof *t_pp);
     double *t_tg = bench_alloc((size_t)n_repeat, sizeof *t_tg);
+    struct moe_counters before, after;
+    uint64_t offload_bytes = 0; /* in decode steps, of this device */
     for (int i = 0; i < n_repeat; i++) {
         for (int32_t s = 0; s < n_seqs; s++)
             bench_start_greedy(b->m, s, b->prompts + (size_t)s * (size_t)b->pp, b->pp);
         t_pp[i] = timed(b, prefill, pl);
+        moe_counters(b->m, &before);
         t_tg[i] = timed(b, decode, pl);
+        moe_counters(b->m, &after);
+        offload_bytes += after.offload_bytes - before.offload_bytes;
     }
     double pp = bench_median(t_pp, n_repeat), tg = bench_median(t_tg, n_repeat);
     if (b->rank == 0)
         printf("{\"pp\": %d, \"tg\": %d, \"pl\": %d, \"devices\": %d, \"parallel\": \"%s\", "
                "\"n_kv\": %d, \"t_pp\": %.6f, "
-               "\"speed_pp\": %.2f, \"t_tg\": %.6f, \"speed_tg\": %.2f}\n",
+               "\"speed_pp\": %.2f, \"t_tg\": %.6f, \"speed_tg\": %.2f, \"offload_bytes_per_step\": %.0f}\n",
                b->pp, b->tg, pl, b->o->devices.n, b->o->experts ? "expert" : "replica",
-               pl * (b->pp + b->tg), pp, pl * b->pp / pp, tg, pl * b->tg / tg);
+               pl * (b->pp + b->tg), pp, pl * b->pp / pp, tg, pl * b->tg / tg,
+               (double)offload_bytes / n_repeat / b->tg);
     fflush(stdout);
     free(t_pp);
     free(t_tg);
@@ -255,6 +262,7 @@ static void parse(int argc, char **argv, struct options *o) {
         REPEAT,
         BUSY,
         UTILIZATION,
+        OFFLOAD,
         HELP
     };
     static const struct option longs[] = {{"model", 1, 0, MODEL},
@@ -269,6 +277,7 @@ static void parse(int argc, char **argv, struct options *o) {
                                           {"repeat", 1, 0, REPEAT},
                                           {"busy", 1, 0, BUSY},
                                           {"gpu-memory-utilization", 1, 0, UTILIZATION},
+                                          {"offload-experts", 1, 0, OFFLOAD},
                                           {"help", 0, 0, HELP},
                                           {0, 0, 0, 0}};
     *o = (struct options){.open = {.gpu_memory_utilization = 0.9},
@@ -298,6 +307,11 @@ static void parse(int argc, char **argv, struct options *o) {
         case UTILIZATION:
             o->open.gpu_memory_utilization =
                 bench_int("gpu-memory-utilization", optarg, 1, 100) / 100.0;
+            break;
+        case OFFLOAD:
+            o->open.offload_experts = strcmp(optarg, "auto") == 0
+                                          ? MOE_OFFLOAD_AUTO
+                                          : bench_int("offload-experts", optarg, 0, INT_MAX);
             break;
         case HELP: fputs(usage, stdout); exit(0);
         default: fprintf(stderr, "%s: --help lists the options\n", program); exit(2);

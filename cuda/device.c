@@ -36,11 +36,13 @@ size_t device_free_bytes(const struct cuda *c) {
     return used < c->budget_bytes ? c->budget_bytes - (size_t)used : 0;
 }
 
+/* As the allocator does; and reads of whole vectors stay inside. */
+size_t device_rounded(size_t n) { return ((n > 0 ? n : 1) + 255) & ~(size_t)255; }
+
 enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what, size_t n,
                          struct error *e, void **out) {
     *out = NULL;
-    if (n == 0) n = 16;
-    n = (n + 255) & ~(size_t)255; /* as the allocator does; and reads of whole vectors stay inside */
+    n = device_rounded(n);
     size_t left = device_free_bytes(c);
     if (n > left)
         return error_set(e, ST_NO_MEMORY,
@@ -93,12 +95,22 @@ static enum status buf_create(struct backend *b, enum buf_rows rows, enum buf_ki
 
 /* ---- ready ------------------------------------------------------------------------------------------ */
 
+/* All that were asked for, or what one sequence takes. */
+size_t device_least_blocks(const struct cuda *c) {
+    const struct moe_limits *l = &c->limits;
+    if (l->n_blocks > 0) return (size_t)l->n_blocks;
+    return ((size_t)l->max_seq_tokens + (size_t)l->block_tokens - 1) / (size_t)l->block_tokens;
+}
+
+size_t device_block_bytes(const struct cuda *c) {
+    return (size_t)c->shape.n_layers * (size_t)c->shape.n_kv_heads * 2 * (size_t)c->limits.block_tokens * HEAD_DIM * 2;
+}
+
 static enum status create_kv(struct cuda *c, struct error *e, int32_t *n_blocks) {
     const struct moe_limits *l = &c->limits;
-    size_t block = (size_t)c->shape.n_kv_heads * 2 * (size_t)l->block_tokens * HEAD_DIM * 2;
-    size_t all_layers = block * (size_t)c->shape.n_layers, n = (size_t)l->n_blocks;
+    size_t all_layers = device_block_bytes(c), n = (size_t)l->n_blocks;
     if (n == 0) {
-        size_t seq = ((size_t)l->max_seq_tokens + (size_t)l->block_tokens - 1) / (size_t)l->block_tokens;
+        size_t seq = device_least_blocks(c);
         n = device_free_bytes(c) / all_layers;
         if (n > seq * (size_t)l->max_seqs) n = seq * (size_t)l->max_seqs;
         if (n > (size_t)(INT32_MAX / l->block_tokens)) n = (size_t)(INT32_MAX / l->block_tokens);
@@ -114,7 +126,7 @@ static enum status create_kv(struct cuda *c, struct error *e, int32_t *n_blocks)
     enum status st = device_alloc(c, MEMORY_KV, "the KV cache", n * all_layers, e, &p);
     if (st != ST_OK) return st;
     c->kv = p;
-    c->kv_layer_bytes = n * block;
+    c->kv_layer_bytes = n * (all_layers / (size_t)c->shape.n_layers);
     c->limits.n_blocks = *n_blocks = (int32_t)n;
     return ST_OK;
 }
@@ -145,6 +157,10 @@ static int memory(const struct backend *b, struct moe_memory_line *dst, int cap)
     for (; n < N_MEMORY && n < cap; n++) {
         snprintf(dst[n].what, sizeof dst[n].what, "%s", names[n]);
         dst[n].n_bytes = c->used[n];
+    }
+    if (c->far && n < cap) {
+        snprintf(dst[n].what, sizeof dst[n].what, "experts in host memory");
+        dst[n++].n_bytes = c->host_bytes;
     }
     /* Exactly, without the allocator's rounding: bytes per token are taken from it. */
     if (MEMORY_KV < n) dst[MEMORY_KV].n_bytes = c->kv_layer_bytes * (uint64_t)c->shape.n_layers;
@@ -182,6 +198,7 @@ static void close_backend(struct backend *b) {
     while (c->weights) {
         struct weight *w = c->weights;
         c->weights = w->next;
+        if (w->host) (void)cudaFreeHost(w->host);
         free(w);
     }
     while (c->bufs) {
@@ -189,6 +206,7 @@ static void close_backend(struct backend *b) {
         c->bufs = f->next;
         free(f);
     }
+    free(c->far);
     free(c->allocations);
     free(c);
 }
@@ -196,6 +214,8 @@ static void close_backend(struct backend *b) {
 static const struct backend_ops cuda_ops = {
     .kind = "cuda",
     .close = close_backend,
+    .plan = offload_plan,
+    .expert_load = offload_load,
     .weight_load = load_weight,
     .buf_create = buf_create,
     .ready = ready,
@@ -333,6 +353,8 @@ enum status backend_cuda_open(const struct backend_config *config, struct error 
     c->ops = &cuda_ops;
     c->shape = config->shape;
     c->limits = config->limits;
+    c->offload_experts = config->offload_experts;
+    c->expert_load = config->expert_load;
     while (1 << c->block_shift < c->limits.block_tokens) c->block_shift++;
     CHECK(1 << c->block_shift == c->limits.block_tokens);
     st = find_device(c, config->device, e);

@@ -29,7 +29,9 @@ struct weight {
     int32_t n_experts, n_rows, n_cols;
     int32_t type;    /* enum panel_type; -1: not a matrix */
     float scale;     /* 2^e of its panels */
-    uint8_t *panels; /* NULL for a vector */
+    uint8_t *panels; /* NULL for a vector, and where experts says */
+    struct expert_panels *experts; /* device [n_experts]: some lie in `host`, page-locked. Else NULL */
+    void *host;
     float *f32;      /* vectors, and F32 matrices (the router) */
 };
 
@@ -68,6 +70,8 @@ struct start { /* a slot start between the call and its copies */
     int32_t *ids;             /* pinned [max_seq_tokens] */
 };
 
+enum { READS_EXPERTS, READS_HOST_BYTES, N_READS }; /* expert reads, and bytes of them from host memory */
+
 enum memory_kind { MEMORY_WEIGHTS, MEMORY_KV, MEMORY_ACTIVATIONS, MEMORY_STEP, MEMORY_SAMPLER, N_MEMORY };
 
 struct cuda_exchange; /* cuda/exchange.h */
@@ -83,6 +87,11 @@ struct cuda {
     struct cuda_queue queue;
     bool lost, ready;
     cudaError_t lost_by;
+    int32_t offload_experts;     /* as configured */
+    const uint64_t *expert_load; /* until plan returns */
+    bool *far;                   /* [L][E] experts that stay in host memory; NULL: none */
+    uint64_t host_bytes;         /* of them */
+    uint64_t *load;              /* device [L][E], tokens since open; NULL: not counted */
 
     void **allocations;
     int n_allocations;
@@ -111,8 +120,8 @@ struct cuda {
     uint32_t widths; /* of the lists that the last routing has */
     uint32_t *route_tickets;
     uint8_t *route_marks;
-    uint64_t *n_reads;      /* device */
-    uint64_t *host_reads;   /* pinned [2]: n_reads after a step */
+    uint64_t *n_reads;      /* device [N_READS] */
+    uint64_t *host_reads;   /* pinned [2][N_READS]: n_reads after a step */
 
     /* Sampling. */
     struct slot_state *slots; /* [max_seqs] */
@@ -160,10 +169,26 @@ enum status device_alloc(struct cuda *c, enum memory_kind kind, const char *what
 size_t device_free_bytes(const struct cuda *c);
 
 /* load.c */
+/* What a tensor takes on the device: panels of one expert (or of the whole matrix), and what is not panels. */
+struct weight_bytes {
+    size_t expert, others;
+};
+enum status load_bytes(const struct weight_source *source, struct error *e, struct weight_bytes *out);
 enum status load_weight(struct backend *b, const struct weight_source *source, struct error *e,
                         struct weight **out);
 
-/* step.c */
+/* Bytes that device_alloc takes for n. */
+size_t device_rounded(size_t n);
+/* Blocks of the KV pool that there must be room for, and bytes of one. */
+size_t device_least_blocks(const struct cuda *c);
+size_t device_block_bytes(const struct cuda *c);
+
+/* offload.c: whether the weights fit, and which experts stay in host memory if not. */
+enum status offload_plan(struct backend *b, const struct weight_source *all, size_t n, struct error *e,
+                         struct moe_offload *out);
+enum status offload_load(struct backend *b, uint64_t *sum);
+
+/* step.c. Once; also what a plan subtracts from what is free. */
 enum status cuda_step_create(struct cuda *c, struct error *e);
 void cuda_graphs_destroy(struct cuda *c); /* they may be running */
 void cuda_step_destroy(struct cuda *c);

@@ -39,6 +39,14 @@ struct gemm_work {
     const int32_t *token_of;
 };
 
+/* An item is counted by one thread. */
+DEVICE void count_item(const struct gemm_args &a, int expert, int n_tokens, struct expert_panels at) {
+    int n_matrices = a.epilogue == GEMM_SILU_F16 ? 2 : 1; /* up's are as large as gate's, and lie beside them */
+    if (at.host_bytes > 0)
+        atomicAdd((unsigned long long *)a.host_bytes, (unsigned long long)at.host_bytes * n_matrices);
+    if (a.load) atomicAdd((unsigned long long *)a.load + expert, (unsigned long long)n_tokens);
+}
+
 /* false: nothing to do. Dense work may be asked for before depend_wait, expert work only after. */
 DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w) {
     int tile, expert = 0;
@@ -78,8 +86,15 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     w.first_row = (tile << w.rows_shift) * PANEL_ROWS;
     w.block += tile << w.rows_shift;
     w.n_panels = n_panels >> (w.n_parts - 1);
-    w.w = s.w + (((size_t)expert * (size_t)w.n_blocks + (size_t)w.block) * (size_t)n_panels +
-                 (size_t)(w.part * w.n_panels)) * (size_t)panel_bytes(s.type);
+    size_t block_bytes = (size_t)n_panels * (size_t)panel_bytes(s.type);
+    if (s.experts) {
+        struct expert_panels at = s.experts[expert];
+        w.w = at.panels;
+        if (blockIdx.x == 0 && threadIdx.x == 0) count_item(a, expert, w.n, at);
+    } else {
+        w.w = s.w + (size_t)expert * (size_t)w.n_blocks * block_bytes;
+    }
+    w.w += (size_t)w.block * block_bytes + (size_t)(w.part * w.n_panels) * (size_t)panel_bytes(s.type);
     return true;
 }
 

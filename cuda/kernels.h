@@ -153,8 +153,15 @@ enum gemm_epilogue {
     GEMM_SILU_F16   /* segments are gate and up: out f16 = silu(gate) * up */
 };
 
+/* Where an expert's panels lie, if not all experts lie in order on the device. */
+struct expert_panels {
+    const uint8_t *panels; /* on the device or in page-locked host memory */
+    uint64_t host_bytes;   /* 0: on the device */
+};
+
 struct gemm_segment {
     const uint8_t *w; /* panels */
+    const struct expert_panels *experts; /* [E]; NULL: w has them all, in order */
     void *out;        /* [rows][n_rows] */
     int32_t type;     /* enum panel_type */
     int32_t n_rows;   /* of the matrix */
@@ -179,6 +186,8 @@ struct gemm_args {
     /* Expert products; all NULL when dense: */
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
     const int32_t *n_items;
+    /* With segments' experts only: raised by what is read from host memory; [E] raised by tokens, or NULL. */
+    uint64_t *host_bytes, *load;
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
     /* f16 rows go to out_of_rank[rank_of[row]], maybe in another GPU's memory, instead of the segment's out; NULL: not so. */
     const uint8_t *rank_of;

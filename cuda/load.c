@@ -33,11 +33,32 @@ static enum status stage(struct cuda *c, const struct weight_source *s, size_t o
                                            c->queue.stream));
 }
 
-static enum status load_vector(struct cuda *c, const struct weight_source *s, int source,
-                               struct error *e, struct weight *w) {
-    if (source < SOURCE_F16)
+static bool is_vector(const struct weight_source *s) { return s->n_rows == 1 && s->n_experts == 1; }
+
+enum status load_bytes(const struct weight_source *s, struct error *e, struct weight_bytes *out) {
+    int source = source_of(s->type);
+    *out = (struct weight_bytes){0};
+    if (source < 0)
+        return error_set(e, ST_UNSUPPORTED, "tensor %s: the CUDA backend has no type %d", s->name,
+                         (int)s->type);
+    if (is_vector(s)) {
+        out->others = (size_t)s->n_cols * sizeof(float);
+        if (source >= SOURCE_F16) return ST_OK;
         return error_set(e, ST_UNSUPPORTED, "tensor %s: a vector cannot be of type %d", s->name,
                          (int)s->type);
+    }
+    if (s->n_cols % PANEL_K != 0)
+        return error_set(e, ST_UNSUPPORTED,
+                         "tensor %s: rows of %d values: the CUDA backend needs a multiple of %d",
+                         s->name, (int)s->n_cols, PANEL_K);
+    out->expert = (size_t)((s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS) * (size_t)(s->n_cols / PANEL_K) *
+                  (size_t)panel_bytes(panel_of_source(source));
+    if (source == SOURCE_F32) out->others = s->n_bytes; /* the router reads it as it is */
+    return ST_OK;
+}
+
+static enum status load_vector(struct cuda *c, const struct weight_source *s, int source,
+                               struct error *e, struct weight *w) {
     void *p;
     enum status st =
         device_alloc(c, MEMORY_WEIGHTS, s->name, (size_t)s->n_cols * sizeof(float), e, &p);
@@ -58,9 +79,9 @@ static bool is_shared(const struct cuda *c, const struct weight_source *s) {
     return c->exchange && s->n_experts > 1;
 }
 
-/* All rows of all experts; an expert's last row block is filled up with zeros. */
+/* All rows of all experts; an expert's last row block is filled up with zeros. at: where each lies, or NULL: in order. */
 static enum status load_rows(struct cuda *c, const struct weight_source *s, int source,
-                             struct weight *w) {
+                             struct weight *w, const struct expert_panels *at) {
     size_t row = (size_t)(s->n_cols / PANEL_K) * (size_t)source_bytes(source);
     size_t block = (size_t)(s->n_cols / PANEL_K) * (size_t)panel_bytes(w->type);
     int32_t most = (int32_t)(STAGING_BYTES / row) / PANEL_ROWS * PANEL_ROWS;
@@ -71,7 +92,8 @@ static enum status load_rows(struct cuda *c, const struct weight_source *s, int 
     size_t expert = (size_t)((s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS) * block;
     for (int32_t x = 0; x < s->n_experts && st == ST_OK; x++) {
         /* What another rank holds is read too: the scale is that of the whole stack, on every rank. */
-        if (is_shared(c, s)) dst = w->panels + (size_t)exchange_place(c, s->layer, x) * expert;
+        if (at) dst = (uint8_t *)(uintptr_t)at[x].panels;
+        else if (is_shared(c, s)) dst = w->panels + (size_t)exchange_place(c, s->layer, x) * expert;
         for (int32_t r = 0; r < s->n_rows && st == ST_OK; r += most, i ^= 1) {
             int32_t n = s->n_rows - r < most ? s->n_rows - r : most;
             size_t offset = ((size_t)x * (size_t)s->n_rows + (size_t)r) * row;
@@ -94,29 +116,63 @@ static enum status load_rows(struct cuda *c, const struct weight_source *s, int 
     return st;
 }
 
+/* Room for a stack of which some experts stay in host memory, and the table that says where each lies: *at, of the
+ * caller from now on, and on the device. */
+static enum status place_far(struct cuda *c, const struct weight_source *s, size_t expert_bytes,
+                             struct error *e, struct weight *w, struct expert_panels **at) {
+    const bool *far = c->far + (size_t)s->layer * (size_t)s->n_experts;
+    size_t n = (size_t)s->n_experts, n_far = 0;
+    for (size_t x = 0; x < n; x++) n_far += far[x];
+    struct expert_panels *table = *at = calloc(n, sizeof *table);
+    if (!table) return error_set(e, ST_NO_MEMORY, "tensor %s: no memory", s->name);
+    void *near, *p;
+    enum status st = device_alloc(c, MEMORY_WEIGHTS, s->name, (n - n_far) * expert_bytes, e, &near);
+    if (st == ST_OK) st = device_alloc(c, MEMORY_WEIGHTS, s->name, n * sizeof *table, e, &p);
+    if (st != ST_OK) return st;
+    w->experts = p;
+    if (n_far > 0 && cudaHostAlloc(&w->host, n_far * expert_bytes, cudaHostAllocMapped) != cudaSuccess) {
+        (void)cudaGetLastError();
+        w->host = NULL;
+        return error_set(e, ST_NO_MEMORY,
+                         "GPU %d: no page-locked host memory for %zu experts of %s (%zu MiB; %llu MiB for all "
+                         "that stay in host memory)",
+                         c->device, n_far, s->name, n_far * expert_bytes >> 20,
+                         (unsigned long long)(c->host_bytes >> 20));
+    }
+    const uint8_t *next_near = near, *next_far = w->host;
+    for (size_t x = 0; x < n; x++) {
+        const uint8_t **next = far[x] ? &next_far : &next_near;
+        table[x] = (struct expert_panels){*next, far[x] ? expert_bytes : 0};
+        *next += expert_bytes;
+    }
+    return device_check(c, cudaMemcpyAsync(w->experts, table, n * sizeof *table, cudaMemcpyHostToDevice,
+                                           c->queue.stream));
+}
+
 static enum status load_matrix(struct cuda *c, const struct weight_source *s, int source,
-                               struct error *e, struct weight *w) {
-    if (s->n_cols % PANEL_K != 0)
-        return error_set(e, ST_UNSUPPORTED,
-                         "tensor %s: rows of %d values: the CUDA backend needs a multiple of %d",
-                         s->name, (int)s->n_cols, PANEL_K);
+                               const struct weight_bytes *bytes, struct error *e, struct weight *w) {
     w->type = panel_of_source(source);
     int32_t n_places = is_shared(c, s) ? c->exchange->n_places + 1 : s->n_experts;
-    size_t n_blocks = (size_t)n_places * (size_t)((s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS);
-    size_t bytes = n_blocks * (size_t)(s->n_cols / PANEL_K) * (size_t)panel_bytes(w->type);
+    struct expert_panels *at = NULL;
+    enum status st;
     void *p;
-    enum status st = device_alloc(c, MEMORY_WEIGHTS, s->name, bytes, e, &p);
-    if (st != ST_OK) return st;
-    w->panels = p;
-    if (source == SOURCE_F32) { /* the router reads it as it is */
-        if ((st = device_alloc(c, MEMORY_WEIGHTS, s->name, s->n_bytes, e, &p)) != ST_OK) return st;
+    if (c->far && s->n_experts > 1) {
+        st = place_far(c, s, bytes->expert, e, w, &at);
+    } else {
+        st = device_alloc(c, MEMORY_WEIGHTS, s->name, (size_t)n_places * bytes->expert, e, &p);
+        w->panels = p;
+    }
+    if (st == ST_OK && bytes->others > 0) {
+        st = device_alloc(c, MEMORY_WEIGHTS, s->name, bytes->others, e, &p);
         w->f32 = p;
     }
-    if (is_shared(c, s)) {
-        st = exchange_add_stack(c, s->layer, w->panels, bytes / (size_t)n_places);
-        if (st != ST_OK) return error_set(e, st, "tensor %s: no memory", s->name);
+    if (st == ST_OK && is_shared(c, s)) {
+        st = exchange_add_stack(c, s->layer, w->panels, bytes->expert);
+        if (st != ST_OK) error_set(e, st, "tensor %s: no memory", s->name);
     }
-    if ((st = load_rows(c, s, source, w)) != ST_OK) return st;
+    if (st == ST_OK) st = load_rows(c, s, source, w, at);
+    free(at);
+    if (st != ST_OK) return st;
     uint32_t bits = 0;
     st = device_check(c, cudaMemcpyAsync(&bits, c->d_max, sizeof bits, cudaMemcpyDeviceToHost,
                                          c->queue.stream));
@@ -134,10 +190,10 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
     *out = NULL;
     if (c->lost) return device_status(c, ST_ENGINE_LOST, e);
     CHECK(s->n_experts > 0 && s->n_rows > 0 && s->n_cols > 0 && !c->ready);
+    struct weight_bytes bytes;
+    enum status st = load_bytes(s, e, &bytes);
+    if (st != ST_OK) return st;
     int source = source_of(s->type);
-    if (source < 0)
-        return error_set(e, ST_UNSUPPORTED, "tensor %s: the CUDA backend has no type %d", s->name,
-                         (int)s->type);
     struct weight *w = calloc(1, sizeof *w);
     if (!w) return error_set(e, ST_NO_MEMORY, "tensor %s: no memory", s->name);
     w->next = c->weights; /* freed by close, whatever happens */
@@ -146,8 +202,7 @@ enum status load_weight(struct backend *b, const struct weight_source *s, struct
     w->n_rows = s->n_rows;
     w->n_cols = s->n_cols;
     w->scale = 1.0f;
-    enum status st = s->n_rows == 1 && s->n_experts == 1 ? load_vector(c, s, source, e, w)
-                                                         : load_matrix(c, s, source, e, w);
+    st = is_vector(s) ? load_vector(c, s, source, e, w) : load_matrix(c, s, source, &bytes, e, w);
     if (st == ST_OK) *out = w;
     return device_status(c, st, e);
 }

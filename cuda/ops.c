@@ -32,9 +32,9 @@ enum status ops_flush(struct cuda *c) {
 }
 
 static struct gemm_segment segment(const struct weight *w, const struct buf *out) {
-    CHECK(w->panels && out->n_cols == w->n_rows);
+    CHECK((w->panels || w->experts) && out->n_cols == w->n_rows);
     return (struct gemm_segment){
-        .w = w->panels, .out = out->p, .type = w->type, .n_rows = w->n_rows, .scale = w->scale};
+        .w = w->panels, .experts = w->experts, .out = out->p, .type = w->type, .n_rows = w->n_rows, .scale = w->scale};
 }
 
 /* x [n][n_cols] times the segments; n is read through n_rows on the device and bounded by `bucket`. */
@@ -195,7 +195,7 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .marks = c->route_marks,
                                    .used_inverse = route_inverse(c->shape.n_experts_used),
                                    .widths = c->widths = widths_of(c),
-                                   .n_reads = c->n_reads,
+                                   .n_reads = c->n_reads + READS_EXPERTS,
                                    .unsorted = c->together};
     if (c->n_tokens > 0) TRY(device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue)));
     return c->together ? exchange_begin_layer(c, op->layer) : ST_OK;
@@ -211,6 +211,7 @@ static enum status grouped(struct cuda *c, struct gemm_args *a) {
     CHECK(c->widths >> p.width & 1);
     a->items = c->lists.items[p.width];
     a->n_items = c->lists.n_items + p.width;
+    a->host_bytes = c->n_reads + READS_HOST_BYTES;
     /* A group has at most one tile that is not full. */
     int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / (8 << p.width);
     return device_check(c, cuda_gemm(a, p, n_tokens, max_items, &c->queue));
@@ -232,6 +233,7 @@ enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
                           .x = c->together ? NULL : op->x->p, /* the group's inputs */
                           .n_cols = op->gate->n_cols,
                           .token_of = c->lists.token_of};
+    if (c->load) a.load = c->load + (size_t)op->layer * (size_t)c->shape.n_experts;
     a.segments[0] = segment(op->gate, op->act);
     a.segments[1] = segment(op->up, op->act);
     return grouped(c, &a);

@@ -88,7 +88,7 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
         {MEMORY_STEP, "routing", N_WIDTHS * sizeof(int32_t), (void **)&c->lists.n_items},
         {MEMORY_STEP, "routing", (2 + t / ROUTE_CHUNK) * sizeof(uint32_t), (void **)&c->route_tickets},
         {MEMORY_STEP, "routing", (1 + t / ROUTE_CHUNK) * (size_t)route_pitch(m->n_experts), (void **)&c->route_marks},
-        {MEMORY_STEP, "counters", sizeof(uint64_t), (void **)&c->n_reads},
+        {MEMORY_STEP, "counters", N_READS * sizeof(uint64_t), (void **)&c->n_reads},
         {MEMORY_STEP, "uploads", c->upload_cap, (void **)&c->upload},
         {MEMORY_SAMPLER, "sampling slots", slots * sizeof(struct slot_state), (void **)&c->slots},
         {MEMORY_SAMPLER, "token counts", slots * (size_t)m->n_vocab * sizeof(uint32_t),
@@ -112,11 +112,12 @@ static enum status create_scratch(struct cuda *c, struct error *e) {
 }
 
 enum status cuda_step_create(struct cuda *c, struct error *e) {
+    if (c->results) return ST_OK;
     TRY(create_scratch(c, e));
     TRY(create_rope_table(c, e));
     size_t result_bytes = 2 * (size_t)c->limits.max_rows * sizeof *c->results;
     TRY(pinned(c, "results", result_bytes, e, (void **)&c->results));
-    TRY(pinned(c, "counters", 2 * sizeof *c->host_reads, e, (void **)&c->host_reads));
+    TRY(pinned(c, "counters", 2 * N_READS * sizeof *c->host_reads, e, (void **)&c->host_reads));
     for (int i = 0; i < MOE_MAX_IN_FLIGHT; i++) {
         struct flight *f = &c->flights[i];
         TRY(pinned(c, "uploads", c->upload_cap, e, (void **)&f->upload));
@@ -283,8 +284,8 @@ enum status step_end(struct backend *b) {
         TRY(device_check(c, cudaGraphLaunch(g->exec, c->queue.stream)));
     }
     struct flight *f = &c->flights[c->n_begun % MOE_MAX_IN_FLIGHT];
-    TRY(device_check(c, cudaMemcpyAsync(c->host_reads + (c->n_begun & 1), c->n_reads, sizeof *c->n_reads,
-                                        cudaMemcpyDeviceToHost, c->queue.stream)));
+    TRY(device_check(c, cudaMemcpyAsync(c->host_reads + N_READS * (c->n_begun & 1), c->n_reads,
+                                        N_READS * sizeof *c->n_reads, cudaMemcpyDeviceToHost, c->queue.stream)));
     if (c->together) TRY(exchange_end_step(c, c->n_begun & 1));
     TRY(device_check(c, cudaEventRecord(f->done, c->queue.stream)));
     c->n_begun++;
@@ -311,7 +312,9 @@ enum status step_collect(struct backend *b, struct moe_result *out) {
     n->n_steps++;
     n->n_tokens += (uint64_t)f->n_tokens;
     for (int32_t i = 0; i < f->n_rows; i++) n->n_sampled += out->rows[i].token >= 0;
-    n->expert_reads = c->host_reads[parity];
+    const uint64_t *reads = c->host_reads + N_READS * parity;
+    n->expert_reads = reads[READS_EXPERTS];
+    n->offload_bytes = reads[READS_HOST_BYTES];
     n->expert_reads_ungrouped += (uint64_t)f->n_tokens * (uint64_t)c->shape.n_experts_used *
                                  (uint64_t)c->shape.n_layers;
     n->busy_ns += out->run_ns;

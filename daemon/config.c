@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-const char config_help[] =
+const char *const config_help[CONFIG_HELP_PARTS] = {
     "moed serves a Mixture-of-Experts language model from a GGUF file to many clients at once.\n"
     "\n"
     "Usage: moed --model FILE [flags]\n"
@@ -41,7 +41,8 @@ const char config_help[] =
     "  --expert-load FILE        with expert: place experts by the load in FILE, if it is there, "
     "and "
     "write\n"
-    "                            what was measured to it at the end (CSV)\n"
+    "                            what was measured to it at the end (CSV); likewise with\n"
+    "                            --offload-experts, if there are any in host memory\n"
     "  --workers N               wait for N devices of other processes, which then count as this "
     "one's\n"
     "  --worker-listen tcp://ADDRESS:PORT  where they join. Not encrypted: for trusted networks "
@@ -50,8 +51,9 @@ const char config_help[] =
     "listens "
     "there,\n"
     "                            on the same model. Of the other flags only --threads, --cpu-isa,\n"
-    "                            --gpu-memory-utilization and --log-level count; the rest is the "
-    "server's\n"
+    "                            --gpu-memory-utilization, --offload-experts and --log-level count; "
+    "the\n"
+    "                            rest is the server's\n"
     "  --launched tcp://HOST:PORT  the same command in every process of an mpirun or srun: the "
     "first "
     "one\n"
@@ -59,7 +61,7 @@ const char config_help[] =
     "then "
     "the\n"
     "                            GPU with the process's number on its host\n"
-    "\n"
+    "\n",
     "Capacity, of each device (memory follows from it; --check prints the table)\n"
     "  --max-seqs N              sequences that run at once (256)\n"
     "  --max-seq-tokens N        longest prompt and completion together; default: the model's "
@@ -79,6 +81,12 @@ const char config_help[] =
     "  --kv-blocks N             blocks in the KV pool; default: what memory allows\n"
     "  --block-tokens N          tokens in a KV block, a power of two (16)\n"
     "  --gpu-memory-utilization F  share of a GPU's memory to use (0.90)\n"
+    "  --offload-experts auto|N  keep experts in host memory, page-locked, those least in demand\n"
+    "                            first: N of all layers together, or as many as the GPU has no room\n"
+    "                            for beside --kv-blocks (or 1024 tokens for each of --max-seqs, if\n"
+    "                            that is at most a quarter of the room there is). A step reads what\n"
+    "                            it needs of them over PCIe, some 30 GB/s: --check says how much.\n"
+    "                            Default 0: a model that does not fit is refused\n"
     "\n"
     "Load\n"
     "  --max-queue N             requests that may wait; more are refused (1024)\n"
@@ -95,7 +103,7 @@ const char config_help[] =
     "once.\n"
     "Exit status: 0 done, 1 the engine, a worker or the server was lost, or a fault of the daemon, "
     "2\n"
-    "the command line, the model, a worker or the socket was not usable.\n";
+    "the command line, the model, a worker or the socket was not usable.\n"};
 
 enum { CPU_BATCH_TOKENS = 512, GPU_BATCH_TOKENS = 2048 };
 
@@ -105,6 +113,7 @@ enum flag {
     F_DEVICE,
     F_PARALLEL,
     F_EXPERT_LOAD,
+    F_OFFLOAD,
     F_WORKER_LISTEN,
     F_WORKER,
     F_LAUNCHED,
@@ -150,6 +159,7 @@ static const struct option words[] = {
     {"device", required_argument, NULL, F_DEVICE},
     {"parallel", required_argument, NULL, F_PARALLEL},
     {"expert-load", required_argument, NULL, F_EXPERT_LOAD},
+    {"offload-experts", required_argument, NULL, F_OFFLOAD},
     {"worker-listen", required_argument, NULL, F_WORKER_LISTEN},
     {"worker", required_argument, NULL, F_WORKER},
     {"launched", required_argument, NULL, F_LAUNCHED},
@@ -198,6 +208,17 @@ static enum status set_share(const char *arg, struct error *e, struct config *c)
     return ST_OK;
 }
 
+static enum status set_offload(const char *arg, struct error *e, int32_t *out) {
+    char *end;
+    errno = 0;
+    long long v = strtoll(arg, &end, 10);
+    bool automatic = strcmp(arg, "auto") == 0, whole = *arg != '\0' && *end == '\0' && errno == 0;
+    if (!automatic && (!whole || v < 0 || v > INT32_MAX))
+        return error_set(e, ST_INVALID, "--offload-experts %s: must be auto or a number of experts", arg);
+    *out = automatic ? MOE_OFFLOAD_AUTO : (int32_t)v;
+    return ST_OK;
+}
+
 static enum status set_devices(const char *list, struct error *e, struct moe_devices *out) {
     if (moe_devices_parse(list, NULL, out) == ST_OK) return ST_OK;
     return error_set(e, ST_INVALID,
@@ -227,6 +248,7 @@ static enum status set_word(int flag, const char *arg, struct error *e, struct c
     case F_DEVICE: return set_devices(arg, e, &c->devices);
     case F_PARALLEL: return set_parallel(arg, e, &c->parallel);
     case F_EXPERT_LOAD: c->expert_load = arg; return ST_OK;
+    case F_OFFLOAD: return set_offload(arg, e, &c->offload_experts);
     case F_WORKER_LISTEN: c->workers_at = arg; return ST_OK;
     case F_WORKER: c->server = arg; return ST_OK;
     case F_LAUNCHED: c->workers_at = c->server = arg; return ST_OK; /* settle_launch */
@@ -309,8 +331,11 @@ static enum status check_together(const struct config *c, struct error *e) {
     if (st != ST_OK) return st;
     if (c->experts_per_device > 0 && c->parallel != PARALLEL_EXPERT)
         return error_set(e, ST_INVALID, "--experts-per-device is for --parallel expert");
-    if (c->expert_load && c->parallel != PARALLEL_EXPERT)
-        return error_set(e, ST_INVALID, "--expert-load is for --parallel expert");
+    if (c->offload_experts != 0 &&
+        (c->parallel != PARALLEL_REPLICA || strncmp(c->devices.names[0], "cuda", 4) != 0))
+        return error_set(e, ST_INVALID, "--offload-experts is for GPUs with --parallel replica");
+    if (c->expert_load && c->parallel != PARALLEL_EXPERT && c->offload_experts == 0)
+        return error_set(e, ST_INVALID, "--expert-load is for --parallel expert and --offload-experts");
     return ST_OK;
 }
 

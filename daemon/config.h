@@ -17,6 +17,7 @@ struct config {
     struct moe_devices devices;
     enum config_parallel parallel; /* what several devices do */
     int32_t experts_per_device; /* of a layer; 0: as few as hold each once */
+    int32_t offload_experts; /* in host memory, or MOE_OFFLOAD_AUTO */
     const char *expert_load; /* NULL, or where the measured load is kept */
     /* Ranks in other processes: */
     const char *server; /* CONFIG_WORK: tcp:// address of the moed to compute for */
@@ -40,7 +41,8 @@ struct config {
 /* Strings are borrowed from argv. With --launched, the launcher's variables say which of several processes this is
  * (config_launcher). ST_INVALID, with the flag and its range named. */
 enum status config_parse(int argc, char **argv, struct error *e, struct config *out);
-extern const char config_help[];
+enum { CONFIG_HELP_PARTS = 2 }; /* a string literal has at most 4095 characters */
+extern const char *const config_help[CONFIG_HELP_PARTS];
 
 /* Which of how many processes this is, and which of its host, as mpirun (Open MPI, MPICH) or srun tells. False: no
  * launcher, or one that contradicts itself. */

@@ -219,6 +219,7 @@ static enum status moe_ops_open(void *ctx, struct error *e) {
 }
 static void moe_ops_close(void *ctx) {
     struct engine_moe *m = ctx;
+    if (m->load) (void)moe_expert_load(m->moe, m->load); /* if not: none was counted, or the device is lost */
     moe_close(m->moe);
     m->moe = NULL;
 }

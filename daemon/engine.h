@@ -72,6 +72,8 @@ enum status engine_lost(const struct engine *g);
 struct engine_moe {
     struct moe_options options; /* filled by the caller; its strings are borrowed */
     void (*progress)(void *ctx, uint64_t done, uint64_t total); /* may be NULL */
+    uint64_t *load; /* NULL, or [L][E]: what moe_expert_load says is added at the end, by one engine at a time, as
+                       engine_stop ends them; it may be set while the engine runs */
     struct moe *moe; /* set by open; moe_info and moe_memory may be read from any thread */
 };
 extern const struct engine_ops engine_moe_ops;

@@ -92,16 +92,11 @@ static void write_lines(FILE *f, const struct model_shape *shape, const uint64_t
     }
 }
 
-enum status load_file_write(const char *path, const struct moe_group *g,
-                            const struct model_shape *shape, struct error *e) {
-    size_t n = (size_t)shape->n_layers * (size_t)shape->n_experts;
-    uint64_t *tokens = calloc(n, sizeof *tokens);
-    uint16_t *held = calloc(n, sizeof *held);
+enum status load_file_write(const char *path, const struct model_shape *shape, const uint64_t *tokens,
+                            const uint16_t *held, struct error *e) {
     char *temporary = malloc(strlen(path) + 5);
-    enum status st = tokens && held && temporary ? ST_OK : ST_NO_MEMORY;
+    enum status st = temporary ? ST_OK : ST_NO_MEMORY;
     if (st == ST_OK) {
-        moe_group_load(g, tokens);
-        moe_group_held(g, held);
         sprintf(temporary, "%s.new", path);
         FILE *f = fopen(temporary, "w");
         if (f) write_lines(f, shape, tokens, held);
@@ -110,8 +105,6 @@ enum status load_file_write(const char *path, const struct moe_group *g,
         if (!written || rename(temporary, path) != 0) st = ST_IO;
     }
     if (st != ST_OK) error_set(e, st, "%s: cannot be written: %s", path, strerror(errno));
-    free(tokens);
-    free(held);
     free(temporary);
     return st;
 }

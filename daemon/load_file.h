@@ -12,8 +12,8 @@
 /* *n tokens counts, malloc'd. A file that does not exist gives none (NULL, 0) and ST_OK; ST_CORRUPT names the
  * line; ST_IO; ST_NO_MEMORY. */
 enum status load_file_read(const char *path, struct error *e, uint64_t **tokens, size_t *n);
-/* Replaces the file in one go. No step of the group may be out. */
-enum status load_file_write(const char *path, const struct moe_group *g,
-                            const struct model_shape *shape, struct error *e);
+/* Replaces the file in one go. tokens[L][E]; held[L][E]: a bit for each device that has the expert. */
+enum status load_file_write(const char *path, const struct model_shape *shape, const uint64_t *tokens,
+                            const uint16_t *held, struct error *e);
 
 #endif

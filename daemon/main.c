@@ -64,18 +64,6 @@ static struct moe_limits limits_of(const struct config *c) {
                                .n_blocks = c->kv_blocks};
 }
 
-static struct moe_options model_options(const struct config *c, struct moe_group *group, int rank) {
-    return (struct moe_options){.model_path = c->model,
-                                .device = c->devices.names[rank],
-                                .n_ranks = c->devices.n,
-                                .group = group,
-                                .rank = rank,
-                                .limits = limits_of(c),
-                                .n_threads = c->threads,
-                                .cpu_isa = c->cpu_isa,
-                                .gpu_memory_utilization = c->gpu_memory_utilization};
-}
-
 static void log_model(const struct moe_info *i, int rank) {
     const struct model_shape *s = &i->shape;
     log_event(LOG_INFO, "daemon", "model",
@@ -106,7 +94,14 @@ static void print_check(const struct moe *m) {
     printf("backend   %s\n", i->backend);
     printf("capacity  %d sequences, %d tokens in a step, %d of one sequence\n", i->limits.max_seqs,
            i->limits.max_batch_tokens, i->limits.max_seq_tokens);
-    printf("kv pool   %d blocks of %d tokens\n\n", i->limits.n_blocks, i->limits.block_tokens);
+    printf("kv pool   %d blocks of %d tokens\n", i->limits.n_blocks, i->limits.block_tokens);
+    if (i->offload.n_experts > 0)
+        printf("offload   %d of %d experts in host memory; expected over PCIe: %.1f MiB in a step of one "
+               "token, %.1f MiB in one of %d sequences\n",
+               i->offload.n_experts, i->shape.n_layers * i->shape.n_experts,
+               i->offload.alone_bytes / 1048576.0, i->offload.full_bytes / 1048576.0,
+               i->limits.max_seqs);
+    putchar('\n');
     for (int k = 0; k < n; k++) {
         printf("%-48s %14.1f MiB\n", lines[k].what, (double)lines[k].n_bytes / 1048576.0);
         total += lines[k].n_bytes;
@@ -126,12 +121,28 @@ struct devices {
     struct moe_group
         *groups[MOE_MAX_RANKS]; /* expert parallel: one for all here, or one each (moe.h) */
     int n_groups;
-    uint64_t *load; /* what the group began with, or NULL */
+    uint64_t *load; /* what --expert-load said, or NULL */
     size_t n_load;
     struct engine_moe models[MOE_MAX_RANKS]; /* [n_here] */
     struct engine_remote remotes[MOE_MAX_RANKS]; /* [n - n_here] */
     struct engine *engines[MOE_MAX_RANKS];
 };
+
+static struct moe_options model_options(const struct config *c, const struct devices *d,
+                                        struct moe_group *group, int rank) {
+    return (struct moe_options){.model_path = c->model,
+                                .device = c->devices.names[rank],
+                                .n_ranks = c->devices.n,
+                                .group = group,
+                                .rank = rank,
+                                .limits = limits_of(c),
+                                .n_threads = c->threads,
+                                .cpu_isa = c->cpu_isa,
+                                .gpu_memory_utilization = c->gpu_memory_utilization,
+                                .offload_experts = c->offload_experts,
+                                .expert_load = d->load,
+                                .n_expert_load = d->n_load};
+}
 
 static const struct moe_info *info_of(const struct devices *d, int i) {
     return i < d->n_here ? moe_info(d->models[i].moe) : &d->remotes[i - d->n_here].info;
@@ -146,9 +157,30 @@ static const struct moe_info *common_info(const struct devices *d) {
     return least;
 }
 
+/* The load that was measured, by the group or, while their engines stop, by the devices. */
+static enum status write_load(const struct config *c, struct devices *d, struct error *e) {
+    const struct model_shape shape = common_info(d)->shape;
+    size_t n = (size_t)shape.n_layers * (size_t)shape.n_experts;
+    uint64_t *load = calloc(n, sizeof *load), sum = 0;
+    uint16_t *held = calloc(n, sizeof *held);
+    enum status st = load && held ? ST_OK : error_set(e, ST_NO_MEMORY, "no memory for the measured load");
+    for (int i = 0; i < d->n_here && st == ST_OK && d->n_groups == 0; i++) d->models[i].load = load;
+    server_destroy(serving);
+    for (size_t i = 0; i < n && st == ST_OK; i++) held[i] = (uint16_t)((1u << d->n) - 1u);
+    if (st == ST_OK && d->n_groups > 0) {
+        moe_group_load(d->groups[0], load);
+        moe_group_held(d->groups[0], held);
+    }
+    for (size_t i = 0; i < n && st == ST_OK; i++) sum += load[i];
+    if (sum > 0) st = load_file_write(c->expert_load, &shape, load, held, e); /* else what is there is better */
+    free(load);
+    free(held);
+    return st;
+}
+
 /* The models are open; `net` holds the endpoint's lock. All are closed here. */
 static int serve(const struct config *c, struct text *text, struct net *net,
-                 const struct devices *d) {
+                 struct devices *d) {
     struct error e;
     bool together = d->n_groups > 0;
     if (together && c->parallel == PARALLEL_AUTO) {
@@ -191,10 +223,8 @@ static int serve(const struct config *c, struct text *text, struct net *net,
         server_abandon(serving);
         _exit(EXIT_LOST); /* whatever an engine is stuck in */
     }
-    const struct model_shape shape = o.info->shape;
+    if (c->expert_load) return write_load(c, d, &e) == ST_OK ? EXIT_SUCCESS : complain(&e);
     server_destroy(serving);
-    if (c->expert_load && load_file_write(c->expert_load, d->groups[0], &shape, &e) != ST_OK)
-        return complain(&e);
     return EXIT_SUCCESS;
 }
 
@@ -274,7 +304,7 @@ static enum status open_models(const struct config *c, struct error *e, struct d
     d->n_here = c->devices.n;
     d->n = d->n_here + (any_others ? c->n_workers : 0);
     bool group = may_share(c, d);
-    enum status st = group ? read_load(c, e, d) : ST_OK;
+    enum status st = read_load(c, e, d);
     if (st == ST_OK && group && any_others)
         st = moe_unique_id_create(c->devices.names[0], e, &id);
     if (st == ST_OK && any_others) st = gather_workers(c, group, e, d, &id, &others);
@@ -282,7 +312,7 @@ static enum status open_models(const struct config *c, struct error *e, struct d
     if (st != ST_OK) return st;
     for (int i = 0; i < d->n_here; i++) {
         struct moe_group *own = group ? d->groups[i % d->n_groups] : NULL;
-        d->models[i] = (struct engine_moe){.options = model_options(c, own, i),
+        d->models[i] = (struct engine_moe){.options = model_options(c, d, own, i),
                                            .progress = i == 0 ? report_progress : NULL};
         drivers[i] = (struct engine_driver){&engine_moe_ops, &d->models[i]};
     }
@@ -323,7 +353,10 @@ int main(int argc, char **argv) {
         fprintf(stderr, "moed: %s\n", e.text);
         return EXIT_UNUSABLE;
     }
-    if (c.action == CONFIG_HELP) return fputs(config_help, stdout) < 0 ? EXIT_LOST : EXIT_SUCCESS;
+    if (c.action == CONFIG_HELP) {
+        for (int i = 0; i < CONFIG_HELP_PARTS; i++) fputs(config_help[i], stdout);
+        return ferror(stdout) || fflush(stdout) != 0 ? EXIT_LOST : EXIT_SUCCESS;
+    }
     if (c.action == CONFIG_VERSION) return puts(MOED_SERVER_NAME) < 0 ? EXIT_LOST : EXIT_SUCCESS;
     log_set_level(c.log_level);
     signal(SIGPIPE, SIG_IGN); /* a closed stderr costs log lines, not the daemon */

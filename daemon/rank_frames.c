@@ -215,7 +215,8 @@ static void pass_counters(struct pass *p, struct moe_counters *v) {
                                 &v->expert_rows,
                                 &v->exchange_bytes,
                                 &v->n_replans,
-                                &v->n_moved};
+                                &v->n_moved,
+                                &v->offload_bytes};
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) pass_u64(p, fields[i]);
 }
 

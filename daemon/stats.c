@@ -85,6 +85,7 @@ static struct moe_counters all_counters(const struct server *v) {
         sum.n_sampled += c->n_sampled;
         sum.expert_reads += c->expert_reads;
         sum.expert_reads_ungrouped += c->expert_reads_ungrouped;
+        sum.offload_bytes += c->offload_bytes;
         sum.busy_ns += c->busy_ns;
     }
     return sum;
@@ -110,6 +111,7 @@ static void add_steps(struct counter_list *l, const struct server *v) {
     add(l, "", "tokens_sampled", (double)c->n_sampled);
     add(l, "", "expert_reads", (double)c->expert_reads);
     add(l, "", "expert_reads_ungrouped", (double)c->expert_reads_ungrouped);
+    add(l, "", "expert_offload_bytes", (double)c->offload_bytes);
     add(l, "", "engine_busy_seconds", (double)c->busy_ns / 1e9);
 }
 

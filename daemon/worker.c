@@ -170,7 +170,8 @@ static enum status open_model(struct worker *w, struct error *e) {
                                             .group = w->group,
                                             .rank = w->welcome.rank,
                                             .cpu_isa = c->cpu_isa,
-                                            .gpu_memory_utilization = c->gpu_memory_utilization};
+                                            .gpu_memory_utilization = c->gpu_memory_utilization,
+                                            .offload_experts = c->offload_experts};
     pthread_t thread;
     if (pthread_create(&thread, NULL, open_main, w) != 0)
         return error_set(e, ST_NO_MEMORY, "cannot start a thread");

@@ -60,6 +60,8 @@ struct backend_config {
     /* In a group: the same bytes for all its ranks, made by moe_unique_id_create in one of their processes, for a
      * backend whose ranks find each other by such an id (an ncclUniqueId). Borrowed until ready() returns. */
     const struct moe_unique_id *unique_id;
+    int32_t offload_experts;     /* as in struct moe_options */
+    const uint64_t *expert_load; /* [L][E], NULL: not known; borrowed until plan returns */
 };
 
 /* A tensor of the file: n_experts matrices of n_rows x n_cols, row-major (GGUF ne = [n_cols,
@@ -186,8 +188,12 @@ struct op_sample {
 struct backend_ops {
     const char *kind; /* "reference", "cpu", "cuda" */
 
-    /* -- life: open, load every weight, create every buf, ready, steps, close -- */
+    /* -- life: open, create every buf, plan, load every weight, ready, steps, close -- */
     void (*close)(struct backend *b); /* frees everything, weights and bufs included */
+    /* What will be loaded, each tensor once (read and ctx are not to be used): does it fit, and what goes where? May be
+     * NULL, and a caller with few weights may leave it out. ST_NO_MEMORY names what is missing. */
+    enum status (*plan)(struct backend *b, const struct weight_source *all, size_t n, struct error *e,
+                        struct moe_offload *out);
     /* Load one tensor. ST_UNSUPPORTED with the tensor and type named if this backend cannot;
      * ST_NO_MEMORY; or what source->read returned. */
     enum status (*weight_load)(struct backend *b, const struct weight_source *source,
@@ -204,6 +210,8 @@ struct backend_ops {
      * worth, from which moe_info takes the bytes per token. */
     int (*memory)(const struct backend *b, struct moe_memory_line *dst, int cap);
     void (*counters)(const struct backend *b, struct moe_counters *out);
+    /* sum[L][E] += tokens routed to each (layer, expert) since open. NULL or ST_UNSUPPORTED: not counted. */
+    enum status (*expert_load)(struct backend *b, uint64_t *sum);
 
     /* -- sampling slots -- */
     enum status (*slot_start)(struct backend *b, const struct moe_slot_start *start);

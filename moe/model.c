@@ -190,6 +190,8 @@ struct loader {
     void *ctx;
     uint64_t done; /* bytes of the tensors before this one */
     uint64_t total;
+    struct weight_source *list; /* not NULL: tensors are listed here, not loaded */
+    size_t n_list;
 };
 
 static enum status loader_read(void *ctx, size_t offset, void *dst, size_t n) {
@@ -215,6 +217,11 @@ static enum status load(struct loader *l, const struct gguf_tensor *t, struct we
                                    .n_bytes = t->n_bytes,
                                    .read = loader_read,
                                    .ctx = l};
+    if (l->list) {
+        l->list[l->n_list++] = source;
+        *out = NULL;
+        return ST_OK;
+    }
     enum status st = backend_ops_of(l->backend)->weight_load(l->backend, &source, l->error, out);
     l->done += t->n_bytes;
     return st;
@@ -256,6 +263,19 @@ static enum status load_all(struct loader *l, const struct arch_model *a, struct
     return a->output == a->token_embd ? ST_OK : load(l, a->output, &f->head);
 }
 
+/* Tell the backend what is coming. */
+static enum status plan(struct loader *l, const struct arch_model *a, struct moe *m) {
+    enum { PER_LAYER = 12, OTHERS = 3 };
+    if (!m->ops->plan) return ST_OK;
+    l->list = calloc((size_t)a->shape.n_layers * PER_LAYER + OTHERS, sizeof *l->list);
+    if (!l->list) return error_set(l->error, ST_NO_MEMORY, "no memory");
+    enum status st = load_all(l, a, &m->forward);
+    if (st == ST_OK) st = m->ops->plan(l->backend, l->list, l->n_list, l->error, &m->info.offload);
+    free(l->list);
+    l->list = NULL;
+    return st;
+}
+
 /* ---- opening -------------------------------------------------------------------------------- */
 
 static enum status read_info(const struct gguf *g, const struct arch_model *a, struct error *e,
@@ -291,7 +311,9 @@ static enum status start_backend(struct moe *m, const struct moe_options *o, int
                                .group = o->group,
                                .rank = o->rank,
                                .n_ranks = o->group ? exchange_n_ranks(o->group) : 1,
-                               .unique_id = o->group ? exchange_unique_id(o->group) : NULL};
+                               .unique_id = o->group ? exchange_unique_id(o->group) : NULL,
+                               .offload_experts = o->offload_experts,
+                               .expert_load = o->expert_load};
     enum status st = open_backend(o->device, &c, e, &m->forward.backend);
     if (st == ST_OK) m->ops = backend_ops_of(m->forward.backend);
     return st;
@@ -300,11 +322,8 @@ static enum status start_backend(struct moe *m, const struct moe_options *o, int
 /* The pool as the backend made it must hold at least one block; the memory table tells bytes per token. */
 static enum status finish_backend(struct moe *m, struct error *e) {
     int32_t n_blocks = 0;
-    enum status st = forward_create_bufs(&m->forward);
-    if (st != ST_OK)
-        return error_set(e, st, "no memory for the activations of a batch of %d tokens",
-                         (int)m->info.limits.max_batch_tokens);
-    if ((st = m->ops->ready(m->forward.backend, e, &n_blocks)) != ST_OK) return st;
+    enum status st = m->ops->ready(m->forward.backend, e, &n_blocks);
+    if (st != ST_OK) return st;
     if (n_blocks <= 0) return error_set(e, ST_NO_MEMORY, "no memory is left for KV blocks");
     m->info.limits.n_blocks = n_blocks;
     m->ops->describe(m->forward.backend, m->info.backend, sizeof m->info.backend);
@@ -315,6 +334,22 @@ static enum status finish_backend(struct moe *m, struct error *e) {
             m->info.kv_bytes_per_token =
                 lines[i].n_bytes / ((uint64_t)n_blocks * (uint64_t)m->info.limits.block_tokens);
     return ST_OK;
+}
+
+static enum status check_offload(const struct moe_options *o, const struct model_shape *m, bool on_gpu,
+                                 struct error *e) {
+    int64_t n = (int64_t)m->n_layers * m->n_experts;
+    if (o->expert_load && o->n_expert_load != (size_t)n)
+        return error_set(e, ST_INVALID, "the measured load is of %zu experts, the model has %lld",
+                         o->n_expert_load, (long long)n);
+    if (o->offload_experts == 0) return ST_OK;
+    if (o->group || !on_gpu)
+        return error_set(e, ST_UNSUPPORTED, "only a GPU that computes all experts itself can have some of them "
+                                            "in host memory");
+    if (o->offload_experts == MOE_OFFLOAD_AUTO) return ST_OK;
+    if (o->offload_experts >= 0 && o->offload_experts <= n) return ST_OK;
+    return error_set(e, ST_INVALID, "%d experts in host memory: the model has %lld", (int)o->offload_experts,
+                     (long long)n);
 }
 
 static enum status alloc_model(const struct arch_model *a, struct moe *m) {
@@ -334,10 +369,15 @@ static enum status open_into(struct moe *m, const struct moe_options *o, struct 
     if (st != ST_OK) return st;
     m->group = o->group;
     m->info.limits = o->limits;
+    if ((st = check_offload(o, &a->shape, cuda, l->error)) != ST_OK) return st;
     if ((st = settle_limits(&a->shape, cuda, l->error, &m->info.limits)) != ST_OK) return st;
     if ((st = alloc_model(a, m)) != ST_OK) return error_set(l->error, st, "no memory");
     if ((st = start_backend(m, o, device, l->error)) != ST_OK) return st;
     l->backend = m->forward.backend;
+    if ((st = forward_create_bufs(&m->forward)) != ST_OK)
+        return error_set(l->error, st, "no memory for the activations of a batch of %d tokens",
+                         (int)m->info.limits.max_batch_tokens);
+    if ((st = plan(l, a, m)) != ST_OK) return st;
     if ((st = load_all(l, a, &m->forward)) != ST_OK) return st;
     return finish_backend(m, l->error);
 }
@@ -390,6 +430,10 @@ int moe_memory(const struct moe *m, struct moe_memory_line *dst, int cap) {
 
 void moe_counters(const struct moe *m, struct moe_counters *out) {
     m->ops->counters(m->forward.backend, out);
+}
+
+enum status moe_expert_load(struct moe *m, uint64_t *sum) {
+    return m->ops->expert_load ? m->ops->expert_load(m->forward.backend, sum) : ST_UNSUPPORTED;
 }
 
 /* ---- steps ---------------------------------------------------------------------------------- */

@@ -20,6 +20,7 @@ enum {
     MOE_MAX_STOP_IDS = 24, /* ids banned until min_tokens */
     MOE_MAX_IN_FLIGHT = 2, /* steps between submit and collect */
     MOE_MAX_RANKS = 16,    /* devices that serve one model */
+    MOE_OFFLOAD_AUTO = -1, /* as many experts as it takes */
     MOE_UNIQUE_ID_BYTES = 128
 };
 
@@ -67,6 +68,12 @@ struct moe_options {
     int rank;            /* in the group; each once */
     const char *cpu_isa; /* NULL = auto */
     double gpu_memory_utilization;
+    /* Experts, of all layers together, that a GPU reads from page-locked host memory: coldest first; 0: a model that does
+     * not fit is refused (ST_NO_MEMORY says what it would take). Not in a group. */
+    int32_t offload_experts; /* or MOE_OFFLOAD_AUTO */
+    const uint64_t *expert_load; /* [n_expert_load] tokens of each (layer, expert), measured before; NULL: not known.
+                                    Borrowed until the model is open */
+    size_t n_expert_load; /* L * E, else opening says ST_INVALID */
 };
 
 /* Ranks, of this process or of several, that compute one model's experts together (expert parallel): each has its
@@ -118,6 +125,13 @@ struct moe_devices {
 /* ST_INVALID names the word that is no device. All must be of one kind (cpu, reference or cuda). */
 enum status moe_devices_parse(const char *list, struct error *e, struct moe_devices *out);
 
+/* Experts in host memory, and what a step is expected to read of them over PCIe. */
+struct moe_offload {
+    int32_t n_experts; /* 0: all weights are on the device */
+    uint64_t host_bytes;
+    double alone_bytes, full_bytes; /* in a step of one token, and of one for each of max_seqs sequences */
+};
+
 struct moe_info {
     char name[128];         /* general.name */
     char architecture[32];
@@ -127,6 +141,7 @@ struct moe_info {
     struct moe_limits limits; /* as in force: n_blocks filled */
     uint64_t weight_bytes;      /* in the file */
     uint64_t kv_bytes_per_token;
+    struct moe_offload offload;
     int32_t eos_id;         /* -1 if the file names none */
 };
 
@@ -141,6 +156,7 @@ struct moe_counters {
     uint64_t expert_reads;         /* non-empty (layer, expert) groups */
     uint64_t expert_reads_ungrouped; /* what serving each token alone would have read: sum of T*K */
     uint64_t busy_ns;              /* in steps */
+    uint64_t offload_bytes;        /* of experts, read from host memory */
     /* In a group: */
     uint64_t expert_rows; /* (token, expert) pairs that this rank computed */
     uint64_t exchange_bytes; /* rows that came from other ranks */
@@ -231,6 +247,9 @@ const struct moe_info *moe_info(const struct moe *m);
 /* Boot-time byte table: weights, KV, activations, sampler, …; returns the number of lines. */
 int moe_memory(const struct moe *m, struct moe_memory_line *dst, int cap);
 void moe_counters(const struct moe *m, struct moe_counters *out);
+/* sum[L][E] += tokens routed to each (layer, expert) since open. ST_UNSUPPORTED: only a model with experts in host
+ * memory counts them; a group has moe_group_load. No step may be out. */
+enum status moe_expert_load(struct moe *m, uint64_t *sum);
 
 /* Whether a start, or a step after the starts before it, is within limits, in the vocabulary and in order: for those
  * that come from elsewhere. */

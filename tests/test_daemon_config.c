@@ -115,6 +115,10 @@ static void test_refusals(void **state) {
     refuse("--parallel", "both", "--parallel both");
     refuse("--experts-per-device", "3", "for --parallel expert");
     refuse("--expert-load", "x", "for --parallel expert");
+    refuse("--offload-experts", "auto", "for GPUs");
+    refuse("--offload-experts", "-1", "auto or a number");
+    refuse("--offload-experts", "3x", "auto or a number");
+    refuse("--offload-experts", "", "auto or a number");
     refuse("--workers", "2", "go together");
     refuse("--workers", "16", "between 1 and 15");
     refuse("--worker-listen", "tcp://127.0.0.1:1", "go together");
@@ -157,6 +161,7 @@ static void test_actions(void **state) {
                                         "--parallel",
                                         "--experts-per-device",
                                         "--expert-load",
+                                        "--offload-experts",
                                         "--workers",
                                         "--worker-listen",
                                         "--worker ",
@@ -180,7 +185,8 @@ static void test_actions(void **state) {
                                         "--version",
                                         "--help"};
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
-        if (!strstr(config_help, flags[i])) fail_msg("%s is not in the help", flags[i]);
+        if (!strstr(config_help[0], flags[i]) && !strstr(config_help[1], flags[i]))
+            fail_msg("%s is not in the help", flags[i]);
 }
 
 static void test_workers(void **state) {

@@ -39,6 +39,25 @@ static void test_read(void **state) {
     assert_int_equal(load_file_read("/", &e, &tokens, &n), ST_IO);
 }
 
+static void test_write(void **state) {
+    (void)state;
+    const struct model_shape shape = {.n_layers = 2, .n_experts = 3};
+    const uint64_t want[] = {5, 0, UINT64_MAX, 7, 8, 9};
+    const uint16_t held[] = {1, 2, 3, 0x8000, 0xffff, 1};
+    uint64_t *tokens;
+    size_t n;
+    struct error e = {0};
+    char *path = test_write_temp("old", 3);
+    assert_ok(load_file_write(path, &shape, want, held, &e), &e);
+    assert_ok(load_file_read(path, &e, &tokens, &n), &e);
+    assert_int_equal(n, 6);
+    assert_memory_equal(tokens, want, sizeof want);
+    free(tokens);
+    unlink(path);
+    free(path);
+    assert_int_equal(load_file_write("/nonexistent/load.csv", &shape, want, held, &e), ST_IO);
+}
+
 static void test_refusals(void **state) {
     (void)state;
     static const struct {
@@ -76,6 +95,7 @@ static void test_refusals(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_read),
+        cmocka_unit_test(test_write),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
