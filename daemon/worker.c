@@ -334,6 +334,8 @@ static void *rank_main(void *ctx) {
     struct worker *w = ctx;
     struct error e = {0};
     int fd;
+    log_event(LOG_INFO, "daemon", "joining", "server=%s device=%s seconds=%d", w->config->server,
+              w->config->devices.names[w->index], (int)(CONNECT_NS / 1000000000u));
     enum status st = rank_link_connect(w->config->server, CONNECT_NS, &e, &fd);
     if (st == ST_OK && (st = rank_link_create(fd, JOIN_BYTES, &w->link)) != ST_OK)
         error_set(&e, st, "no memory for the link");
