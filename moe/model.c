@@ -191,7 +191,7 @@ struct loader {
     uint64_t done; /* bytes of the tensors before this one */
     uint64_t total;
     struct weight_source *list; /* not NULL: tensors are listed here, not loaded */
-    size_t n_list;
+    size_t n_list, n_list_room;
 };
 
 static enum status loader_read(void *ctx, size_t offset, void *dst, size_t n) {
@@ -218,6 +218,7 @@ static enum status load(struct loader *l, const struct gguf_tensor *t, struct we
                                    .read = loader_read,
                                    .ctx = l};
     if (l->list) {
+        CHECK(l->n_list < l->n_list_room);
         l->list[l->n_list++] = source;
         *out = NULL;
         return ST_OK;
@@ -267,7 +268,8 @@ static enum status load_all(struct loader *l, const struct arch_model *a, struct
 static enum status plan(struct loader *l, const struct arch_model *a, struct moe *m) {
     enum { PER_LAYER = 12, OTHERS = 3 };
     if (!m->ops->plan) return ST_OK;
-    l->list = calloc((size_t)a->shape.n_layers * PER_LAYER + OTHERS, sizeof *l->list);
+    l->n_list_room = (size_t)a->shape.n_layers * PER_LAYER + OTHERS;
+    l->list = calloc(l->n_list_room, sizeof *l->list);
     if (!l->list) return error_set(l->error, ST_NO_MEMORY, "no memory");
     enum status st = load_all(l, a, &m->forward);
     if (st == ST_OK) st = m->ops->plan(l->backend, l->list, l->n_list, l->error, &m->info.offload);
