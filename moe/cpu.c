@@ -145,8 +145,7 @@ static enum status cpu_weight_load(struct backend *b, const struct weight_source
     struct cpu *c = cpu_of(b);
     struct cpu_matrix m;
     const char *type = tensor_type_name(source->type);
-    if (!cpu_matrix_plan(source->type, source->n_experts, source->n_rows, source->n_cols,
-                         c->kernels->layout, &m))
+    if (!cpu_matrix_plan(source->type, source->n_experts, source->n_rows, source->n_cols, &m))
         return error_set(e, ST_UNSUPPORTED,
                          "tensor %s: no CPU kernel for rows of %d values of type %s", source->name,
                          (int)source->n_cols, type ? type : "unknown");
@@ -225,8 +224,8 @@ static bool create_exchange(struct cpu *c) {
     c->returned.f = map2(c, CPU_MEM_ACTIVATIONS, n_own, stride, sizeof(float));
     if (!c->inputs.f || !c->returned.f) return false;
     if (!c->x_q) return true;
-    c->inputs_q =
-        map2(c, CPU_MEM_ACTIVATIONS, n_work, cpu_q_bytes(c, c->shape.n_embd, CPU_PLANES_UP), 1);
+    c->inputs_q = map2(c, CPU_MEM_ACTIVATIONS, n_work,
+                       cpu_q_bytes(c, c->shape.n_embd, c->kernels->up_planes), 1);
     return c->inputs_q != NULL;
 }
 
@@ -245,7 +244,8 @@ static bool create_inputs(struct cpu *c) {
         return false;
     /* Widths that are not whole blocks never meet a quantised matrix. */
     if (d % CPU_BLOCK == 0) {
-        c->x_q = map2(c, CPU_MEM_ACTIVATIONS, n_tokens, cpu_q_bytes(c, d, CPU_PLANES_UP), 1);
+        c->x_q =
+            map2(c, CPU_MEM_ACTIVATIONS, n_tokens, cpu_q_bytes(c, d, c->kernels->up_planes), 1);
         if (!c->x_q) return false;
     }
     if (f % CPU_BLOCK == 0) {
@@ -439,10 +439,9 @@ static enum status choose_kernels(const char *isa, struct error *e,
         const struct cpu_kernels *(*kernels)(void);
         const char *lacks;
     } sets[] = {
-        /* The best first. AMX, which is slower than AVX-512 for few tokens, only on demand. */
+        /* The best first. */
+        {"amx", cpu_kernels_amx, "no AMX, or this kernel does not give its tiles out"},
         {"avx512", cpu_kernels_avx512, "no AVX-512 with VNNI"},
-        {"amx", cpu_kernels_amx,
-         "no AMX and AVX-512 with BF16, or this kernel does not give its tiles out"},
         {"avx2", cpu_kernels_avx2, "no AVX2 with FMA and F16C"},
     };
     bool any = strcmp(isa, "auto") == 0;

@@ -7,9 +7,10 @@
  *     cpu_pool.h     threads; cpu_repack.h weights' layout; cpu_kernels.h arithmetic per instruction set
  *
  * An op is one or a few jobs on the pool; items of a job write disjoint rows or columns. Buffers are
- * float32. What meets a quantised matrix is quantised on the way in, per 32 values: to 16 bits in
- * attention, in the experts' second half and in whatever feeds them, to 8 bits before the experts' gate
- * and up matrices and before the head, where the error does least harm (ARCHITECTURE.md has the figures).
+ * float32. What meets a quantised matrix is quantised on the way in: per 32 values, to 16 bits in attention, in
+ * the experts' second half and in whatever feeds them, to 8 bits before the experts' gate and up matrices and
+ * before the head, where the error does least harm; with AMX per 256 values, to 8 bits before the head, else
+ * to 11 (ARCHITECTURE.md has the figures).
  *
  * Invariant: a row's bits depend on its own sequence alone; see cpu_kernels.h for how. One caller
  * thread. */
@@ -25,7 +26,7 @@
 #include "moe/route.h"
 #include "moe/sampler.h"
 
-enum { CPU_PLANES_DENSE = 2, CPU_PLANES_HEAD = 1, CPU_PLANES_UP = 1, CPU_PLANES_DOWN = 2 };
+enum { CPU_PLANES_DENSE = 2, CPU_PLANES_HEAD = 1, CPU_PLANES_DOWN = 2 };
 
 enum cpu_memory {
     CPU_MEM_WEIGHTS,
@@ -149,7 +150,7 @@ void *cpu_map(struct cpu *c, enum cpu_memory what, size_t n_bytes);
 /* How many items to cut a job into: it has n_parts equal parts of `cost` clocks each. */
 int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost);
 /* Clocks of a row tile of m times n tokens, roughly. */
-double cpu_tile_cost(const struct cpu_matrix *m, double n, int planes);
+double cpu_tile_cost(const struct cpu *c, const struct cpu_matrix *m, double n, int planes);
 
 /* The tokens of one tile: quantised, float or both. */
 struct cpu_input {

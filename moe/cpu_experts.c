@@ -23,8 +23,8 @@ static void route_norm(struct cpu *c, const struct op_route *op, int32_t t) {
     int32_t n_cols = op->h->n_cols;
     c->kernels->rms_norm(cpu_row(op->h, t), op->norm->vector, op->eps, n_cols, x);
     if (!c->x_q) return;
-    size_t row_bytes = cpu_q_bytes(c, n_cols, CPU_PLANES_UP);
-    c->kernels->quantize_row(x, n_cols, CPU_PLANES_UP, c->x_q + (size_t)t * row_bytes);
+    size_t row_bytes = cpu_q_bytes(c, n_cols, c->kernels->up_planes);
+    c->kernels->quantize_row(x, n_cols, c->kernels->up_planes, c->x_q + (size_t)t * row_bytes);
 }
 
 static void route_choose(struct cpu *c, const struct op_route *op, int32_t t, const float *logits) {
@@ -153,7 +153,7 @@ static struct cpu_input gather(const struct experts *x, int32_t first, int n, in
         else
             memcpy(s->rows + (size_t)i * in.f_stride, cpu_row(x->src, row), (size_t)n_cols * 4);
     }
-    if (quantized && n == 1 && c->kernels->layout == CPU_BY_LANE) /* a row is a tile */
+    if (quantized && n == 1) /* a row is a tile */
         in.q = rows[0];
     else if (quantized)
         c->kernels->gather(rows, n, n_cols, x->planes, s->tile);
@@ -248,7 +248,7 @@ static void run_experts(struct experts *x) {
     if (c->n_groups == 0) return;
     int32_t n_routed = n_work_rows(c);
     double n = (double)n_routed / (double)c->n_groups;
-    double cost = cpu_tile_cost(x->gate, n, x->planes);
+    double cost = cpu_tile_cost(c, x->gate, n, x->planes);
     if (x->up) cost *= 2 * CPU_BLOCK / CPU_ROWS;
     int32_t n_items = cpu_n_items(c, c->n_groups * x->n_parts, cost);
     x->n_row_items = (n_items + c->n_groups - 1) / c->n_groups;
@@ -262,20 +262,20 @@ enum status cpu_experts_up(struct backend *b, const struct op_experts_up *op) {
     CHECK(gate->p && up->p && gate->n_rows == up->n_rows && gate->n_cols == up->n_cols);
     bool quantized = cpu_matrix_quantized(gate) || cpu_matrix_quantized(up);
     if (quantized && c->peers) {
-        requantize(c, &c->inputs, c->inputs_q, CPU_PLANES_UP, cpu_work(c)->n_tokens);
+        requantize(c, &c->inputs, c->inputs_q, c->kernels->up_planes, cpu_work(c)->n_tokens);
     } else if (quantized && c->x_q_of != op->x) {
-        requantize(c, op->x, c->x_q, CPU_PLANES_UP, c->batch.n_tokens);
+        requantize(c, op->x, c->x_q, c->kernels->up_planes, c->batch.n_tokens);
         c->x_q_of = op->x;
     }
     struct experts x = {.c = c,
                         .src = c->peers ? &c->inputs : op->x,
                         .src_q = c->peers ? c->inputs_q : c->x_q,
-                        .planes = CPU_PLANES_UP,
+                        .planes = c->kernels->up_planes,
                         .by_token = true,
                         .gate = gate,
                         .up = up,
                         .dst = op->act,
-                        .quantize = c->act_q && !c->float_experts,
+                        .quantize = c->act_q && !c->float_experts && c->kernels->quantize_block,
                         .part_tiles = CPU_BLOCK / CPU_ROWS,
                         .n_parts = (gate->n_rows + CPU_BLOCK - 1) / CPU_BLOCK};
     c->counters.expert_reads += (uint64_t)c->n_groups;

@@ -5,11 +5,10 @@
  * over one (row, token) pair in one fixed order, so that a token's result does not depend on the width of the
  * tile it was computed in.
  *
- * By lanes (AVX2, AVX-512) a weight row is a lane of the registers, and activations that meet quantised
- * weights are quantised too: per 32 values a float scale and integers of 8 bits (one plane) or 16 bits (two
- * planes of 8, high and low byte: 32639 = 127 * 256 + 127 steps on either side). Dot products of a block of 32
- * are exact integers; block sums are combined in float32, in order. A tile of n tokens is, per block of 32
- * columns:
+ * Activations that meet quantised weights are quantised too. By blocks (AVX2, AVX-512): per 32 values a float
+ * scale and integers of 8 bits (one plane) or 16 bits (two planes of 8, high and low byte: 32639 = 127 * 256 +
+ * 127 steps on either side). Dot products of a block of 32 are exact integers; block sums are combined in
+ * float32, in order. A tile of n tokens is, per block of 32 columns:
  *
  *     int8  high[n][32]; int8 low[n][32] (two planes only);
  *     float scale[n]; float sum[n] (scale times the integers' sum);
@@ -17,12 +16,16 @@
  *
  * and a quantised row is a tile of one.
  *
- * By rows (AMX) a weight row is a row of the processor's tiles, weights become BF16 on the way, and sums are float32. Row
- * and tile of activations:
+ * By units (AMX): per 256 values, the superblock of K quants, a float scale and integers of one byte (one plane), or of two
+ * (two planes, high and low byte, both signed) in CPU_X_LIMIT_2 steps on either side, so that their sums of 32 fit
+ * 16 bits and those of a superblock 32. Dot products of a superblock (of Q8_0: of a block) are exact integers; these
+ * are combined in float32, in order. A row is one or two planes of cpu_x_plane_bytes each:
  *
- *     row   bf16 x[n_cols]; per 256 columns, begun ones too, bf16 high[8], low[8], 0[16]: the parts of the sum of
- *           each 32 columns' x
- *     tile  per 16 tokens, dwords [row / 4 bytes][16] (of fewer than 16 tokens: whatever is there)
+ *     int8 x[units][256], where the last unit is filled up with zeros
+ *     in the first plane per unit CPU_X_TAIL bytes: float scale; at CPU_X_SUMS_32 int16 [8], sums of each 32 values;
+ *     at CPU_X_SUMS_16 int16 [16], of each 16
+ *
+ * A tile is rows one after the other, and up to CPU_TILE_PAD - 1 more are read, whatever they hold.
  *
  * Private to the CPU backend and its tests. */
 #ifndef MOED_MOE_CPU_KERNELS_H
@@ -34,14 +37,23 @@
 enum {
     CPU_ROWS = 16, /* weight rows per tile: the lanes of a 512-bit register */
     CPU_TILE = 64, /* tokens per tile at most */
-    CPU_TILE_PAD = 16, /* what tiles of tokens are padded to, by rows */
+    CPU_TILE_PAD = 16, /* what tiles of tokens are padded to, by units */
     CPU_BLOCK = 32, /* columns per activation scale */
     CPU_POS = 16, /* key positions interleaved in the KV cache */
     CPU_SPLIT = 64, /* positions per step of the running softmax, from multiples of it */
     CPU_QROWS = 8 /* query rows that attention handles together at most */
 };
 
-enum cpu_layout { CPU_BY_LANE, CPU_BY_ROW };
+enum {
+    CPU_X_SCALE = 0,
+    CPU_X_SUMS_32 = 16,
+    CPU_X_SUMS_16 = 32,
+    CPU_X_TAIL = 64,
+    CPU_X_LIMIT_1 = 127,
+    CPU_X_LIMIT_2 = 1023
+};
+
+enum cpu_inputs { CPU_BY_BLOCK, CPU_BY_UNIT };
 
 /* Weights: [row tile][unit], a unit being CPU_ROWS rows of one superblock (K quants), of 32 columns (Q8_0)
  * or of one column (float types). See cpu_repack.c. */
@@ -57,16 +69,8 @@ enum cpu_format {
     CPU_N_FORMATS
 };
 
-/* Offsets and sizes in bytes of one unit. By lanes: in 4-bit parts the byte b of 32-bit lane r of 64-byte vector j
- * holds, of row r, column 4j + b in the low nibble and 16 + 4j + b in the high one, per 32 columns.
- *
- * By rows each row's integers lie together, at the unit's beginning and in CPU_Q5_K_H, and so do its scales and minima,
- * u8 [16][8]; the rest is the same:
- *     Q4_K, Q5_K  u16 [2][32]: bits 4i of word j of half h: column 32(4h + i) + j
- *     Q5_K        u8 [32]: bit i of byte j: column 32i + j
- *     Q6_K        u32 [3][16]: of group g = 5v + i < 15 of 16 columns, column j is in lane j of vector v, at bits
- *                 (17 + 6i) % 32 and on, around the end; of group 15, bits 2v of the integer at bits 15 of vector v
- *     Q8_0        i8 [32] */
+/* Offsets and sizes in bytes of one unit. In 4-bit parts the byte b of 32-bit lane r of 64-byte vector j
+ * holds, of row r, column 4j + b in the low nibble and 16 + 4j + b in the high one, per 32 columns. */
 enum {
     CPU_Q4_K_SC = 2048, /* u8 [8][16] scales */
     CPU_Q4_K_M = CPU_Q4_K_SC + 128, /* u8 [8][16] minima */
@@ -82,7 +86,7 @@ enum {
     CPU_Q6_K_SC = CPU_Q6_K_H + 1024, /* i8 [16][16] scales, one per 16 columns */
     CPU_Q6_K_D = CPU_Q6_K_SC + 256, /* f32 [16] d */
     CPU_Q6_K_UNIT = CPU_Q6_K_D + 64,
-    CPU_Q8_0_D = 512, /* before it, by lanes, u8 (value + 128), vector j, byte b: column 4j + b */
+    CPU_Q8_0_D = 512, /* before it u8 (value + 128), vector j, byte b: column 4j + b */
     CPU_Q8_0_UNIT = CPU_Q8_0_D + 64 /* f32 [16] d */
 };
 
@@ -140,19 +144,20 @@ struct cpu_attend {
 
 struct cpu_kernels {
     const char *name; /* "avx512-vnni" */
-    enum cpu_layout layout;
+    enum cpu_inputs inputs;
+    int up_planes; /* of the input of gate and up */
     int max_tile; /* tokens: 64, 16 or 4; there are kernels for all widths up to it */
     cpu_dot_fn *dot[CPU_N_QUANTS][2][CPU_TILE + 1]; /* [format][planes - 1][tokens] */
     cpu_dot_float_fn
         *dot_float[CPU_N_FORMATS - CPU_N_QUANTS][4]; /* [format - CPU_F32][tokens - 1] */
     /* y = x / sqrt(mean(x²) + eps) * norm over n values. y may be x. */
     void (*rms_norm)(const float *x, const float *norm, float eps, int32_t n, float *y);
-    /* From here on "quantised" is what the layout says. By rows, planes make no difference. */
+    /* From here on "quantised" is what `inputs` says. */
     /* Row of n values (a multiple of 32) to column t of a quantised tile of n_tokens. */
     void (*quantize)(const float *x, int32_t n, int planes, uint8_t *tile, int t, int n_tokens);
     void (*quantize_row)(const float *x, int32_t n, int planes, uint8_t *row);
     /* Block `block` of 32 values of each of n_rows rows x[n_rows][32], to successive rows of n values,
-     * which are zero or have been quantised before. */
+     * which are zero or have been quantised before. NULL by units, which are longer than blocks. */
     void (*quantize_block)(const float *x, int n_rows, int32_t block, int32_t n, int planes,
                            uint8_t *rows);
     /* n_tokens quantised rows of n values to a tile. */
@@ -172,13 +177,15 @@ struct cpu_kernels {
     void (*divide)(float *x, float sum, int32_t n);
 };
 
-/* Bytes of a quantised row. The tile whose first token is the i-th of many begins i rows on: by rows, what is not the last
- * of them has a width that is a multiple of CPU_TILE_PAD. */
-static inline size_t cpu_bf16_row_bytes(int32_t n_cols) {
-    return 2 * (size_t)n_cols + ((size_t)n_cols + QK_K - 1) / QK_K * 64;
+/* Bytes of a plane and of a quantised row. The tile whose first token is the i-th of many begins i rows on. */
+static inline size_t cpu_x_plane_bytes(int32_t n_cols) {
+    return ((size_t)n_cols + QK_K - 1) / QK_K * (QK_K + CPU_X_TAIL);
+}
+static inline size_t cpu_x_row_bytes(int32_t n_cols, int planes) {
+    return (size_t)planes * cpu_x_plane_bytes(n_cols);
 }
 static inline size_t cpu_row_bytes(const struct cpu_kernels *k, int32_t n_cols, int planes) {
-    if (k->layout == CPU_BY_ROW) return cpu_bf16_row_bytes(n_cols);
+    if (k->inputs == CPU_BY_UNIT) return cpu_x_row_bytes(n_cols, planes);
     return (size_t)(n_cols / CPU_BLOCK) * cpu_tile_block_bytes(planes, 1);
 }
 

@@ -14,10 +14,8 @@ static bool available;
 
 static bool has_amx(void) {
     unsigned a, b, c, d;
-    const unsigned tiles = 1u << 22 | 1u << 24, vbmi = 1u << 1,
-                   bf16 = 1u << 5; /* AMX-BF16, -TILE */
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tiles) == tiles && (c & vbmi) != 0 &&
-           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bf16) != 0;
+    const unsigned tiles = 1u << 24 | 1u << 25; /* AMX-TILE, -INT8 */
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tiles) == tiles;
 }
 
 /* Linux hands out the tile registers on request, for the whole process. Kernels before 5.16 refuse. */
@@ -30,7 +28,7 @@ static void fill_table(void) {
     const struct cpu_kernels *avx512 = cpu_kernels_avx512();
     if (!avx512 || !has_amx() || !ask_for_tiles()) return;
     amx_table(&kernels, avx512);
-    kernels.name = "amx-bf16";
+    kernels.name = "amx-int8";
     available = true;
 }
 #endif

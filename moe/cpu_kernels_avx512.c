@@ -16,6 +16,7 @@ static bool cpu_has_f16c(void) {
 
 static const struct cpu_kernels kernels = {
     .name = "avx512-vnni",
+    .up_planes = 1,
     .max_tile = CPU_VECTOR_TILE,
     .dot = CPU_DOT_TABLE,
     .dot_float = CPU_DOT_FLOAT_TABLE,

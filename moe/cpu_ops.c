@@ -27,11 +27,10 @@ int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost) {
     return n < 1 ? 1 : (int32_t)n;
 }
 
-double cpu_tile_cost(const struct cpu_matrix *m, double n, int planes) {
+double cpu_tile_cost(const struct cpu *c, const struct cpu_matrix *m, double n, int planes) {
     double n_blocks = (double)m->n_cols / CPU_BLOCK;
     if (!cpu_matrix_quantized(m)) return (double)m->n_cols * (1.0 + n);
-    if (m->layout == CPU_BY_ROW) /* unpacking a block; again for every 64 tokens */
-        return n_blocks * (60.0 + 1.3 * n);
+    if (c->kernels->inputs == CPU_BY_UNIT) return n_blocks * (40.0 + 4.0 * n);
     return n_blocks * (20.0 + (planes == 2 ? 21.0 : 13.0) * n);
 }
 
@@ -82,12 +81,17 @@ void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const str
 
 void cpu_dequantize_row(const struct cpu *c, const uint8_t *row, int32_t n_cols, int planes,
                         float *dst) {
-    for (int32_t i = 0; i < n_cols && c->kernels->layout == CPU_BY_ROW; i++) {
-        uint16_t h;
-        memcpy(&h, row + 2 * i, sizeof h);
-        dst[i] = bf16_to_f32(h);
+    if (c->kernels->inputs == CPU_BY_UNIT) {
+        const uint8_t *low = row + cpu_x_plane_bytes(n_cols),
+                      *tails = row + cpu_pad((size_t)n_cols, QK_K);
+        for (int32_t i = 0; i < n_cols; i++) {
+            float scale;
+            memcpy(&scale, tails + i / QK_K * CPU_X_TAIL + CPU_X_SCALE, sizeof scale);
+            dst[i] = scale *
+                     (float)(planes == 2 ? (int8_t)row[i] * 256 + (int8_t)low[i] : (int8_t)row[i]);
+        }
+        return;
     }
-    if (c->kernels->layout == CPU_BY_ROW) return;
     for (int32_t i = 0; i < n_cols; i += CPU_BLOCK, row += cpu_tile_block_bytes(planes, 1)) {
         float scale;
         memcpy(&scale, row + planes * CPU_BLOCK, sizeof scale);
@@ -240,7 +244,7 @@ static void product(struct product *p, int32_t n) {
         const struct cpu_matrix *m = &p->w[i]->matrix;
         CHECK(p->out[i]->n_cols == m->n_rows);
         p->n_row_tiles += m->n_tiles;
-        cost += cpu_tile_cost(m, n, p->planes) * (double)m->n_tiles;
+        cost += cpu_tile_cost(c, m, n, p->planes) * (double)m->n_tiles;
     }
     size_t tile_bytes =
         (size_t)c->kernels->max_tile * cpu_q_bytes(c, p->w[0]->matrix.n_cols, p->planes);

@@ -32,10 +32,10 @@ static bool format_of(enum tensor_type type, enum cpu_format *format, size_t *un
 }
 
 bool cpu_matrix_plan(enum tensor_type type, int32_t n_experts, int32_t n_rows, int32_t n_cols,
-                     enum cpu_layout layout, struct cpu_matrix *out) {
+                     struct cpu_matrix *out) {
     CHECK(n_experts > 0 && n_rows > 0 && n_cols > 0);
     struct cpu_matrix m = {
-        .layout = layout, .type = type, .n_experts = n_experts, .n_rows = n_rows, .n_cols = n_cols};
+        .type = type, .n_experts = n_experts, .n_rows = n_rows, .n_cols = n_cols};
     size_t unit_bytes, n_tiles;
     int32_t unit_cols;
     if (!format_of(type, &m.format, &unit_bytes, &unit_cols) || n_cols % unit_cols != 0)
@@ -77,15 +77,10 @@ static void pack_nibbles(const uint8_t *src, int shift, int r, uint8_t *dst) {
     }
 }
 
-/* Block b's scale or minimum of row r. */
-static int scale_at(enum cpu_layout layout, int r, int b) {
-    return layout == CPU_BY_ROW ? BLOCKS_PER_UNIT * r + b : CPU_ROWS * b + r;
-}
-
 /* Q4_K and Q5_K share their 6-bit scales and minima: see quant.c. */
-static void pack_scales(const uint8_t *s, enum cpu_layout layout, int r, uint8_t *sc, uint8_t *m) {
+static void pack_scales(const uint8_t *s, int r, uint8_t *sc, uint8_t *m) {
     for (int i = 0; i < 4; i++) {
-        int at = scale_at(layout, r, i), at4 = scale_at(layout, r, i + 4);
+        int at = CPU_ROWS * i + r, at4 = CPU_ROWS * (i + 4) + r;
         sc[at] = s[i] & 63;
         m[at] = s[i + 4] & 63;
         sc[at4] = (uint8_t)((s[i + 8] & 15) | (s[i] >> 6) << 4);
@@ -93,38 +88,18 @@ static void pack_scales(const uint8_t *s, enum cpu_layout layout, int r, uint8_t
     }
 }
 
-/* By rows: GGUF has blocks 2i and 2i + 1 in the nibbles of 32 bytes. */
-static void pack_nibble_words(const uint8_t *src, int r, uint8_t *u) {
-    for (int h = 0; h < 2; h++) {
-        uint8_t *dst = u + 128 * r + 64 * h;
-        for (int j = 0; j < CPU_BLOCK; j++) {
-            dst[2 * j] = src[64 * h + j];
-            dst[2 * j + 1] = src[64 * h + 32 + j];
-        }
-    }
-}
-
-static void pack_q4_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t *u) {
+static void pack_q4_k(const uint8_t *src, int r, uint8_t *u) {
     memcpy(u + CPU_Q4_K_D + 2 * r, src, 2);
     memcpy(u + CPU_Q4_K_D + 32 + 2 * r, src + 2, 2);
-    pack_scales(src + 4, layout, r, u + CPU_Q4_K_SC, u + CPU_Q4_K_M);
-    if (layout == CPU_BY_ROW) {
-        pack_nibble_words(src + 16, r, u);
-        return;
-    }
+    pack_scales(src + 4, r, u + CPU_Q4_K_SC, u + CPU_Q4_K_M);
     for (int b = 0; b < BLOCKS_PER_UNIT; b++)
         pack_nibbles(src + 16 + b / 2 * 32, b % 2 * 4, r, u + 256 * b);
 }
 
-static void pack_q5_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t *u) {
+static void pack_q5_k(const uint8_t *src, int r, uint8_t *u) {
     memcpy(u + CPU_Q5_K_D + 2 * r, src, 2);
     memcpy(u + CPU_Q5_K_D + 32 + 2 * r, src + 2, 2);
-    pack_scales(src + 4, layout, r, u + CPU_Q5_K_SC, u + CPU_Q5_K_M);
-    if (layout == CPU_BY_ROW) {
-        memcpy(u + CPU_Q5_K_H + 32 * r, src + 16, 32);
-        pack_nibble_words(src + 48, r, u);
-        return;
-    }
+    pack_scales(src + 4, r, u + CPU_Q5_K_SC, u + CPU_Q5_K_M);
     for (int b = 0; b < BLOCKS_PER_UNIT; b++) {
         uint32_t bits = 0;
         for (int j = 0; j < 8; j++) bits |= (load4(src + 16 + 4 * j) >> b & 0x01010101) << j;
@@ -133,37 +108,10 @@ static void pack_q5_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t
     }
 }
 
-/* By rows: where field i of a vector begins, and the bits that group 15 has there. */
-static int q6_k_bit(int i) { return (17 + 6 * i) % 32; }
-enum { Q6_K_LAST = 15 };
-
-static void pack_q6_k_words(const uint8_t *src, int r, uint8_t *u) {
-    uint8_t q[QK_K];
-    for (int c = 0; c < QK_K; c++) {
-        int low = src[c / 128 * 64 + c % 64] >> c % 128 / 64 * 4 & 15;
-        q[c] = (uint8_t)(low | (src[128 + c / 128 * 32 + c % 32] >> c % 128 / 32 * 2 & 3) << 4);
-    }
-    for (int v = 0; v < 3; v++) {
-        for (int j = 0; j < 16; j++) {
-            uint32_t x = (uint32_t)(q[16 * 15 + j] >> 2 * v & 3) << Q6_K_LAST;
-            for (int i = 0; i < 5; i++) {
-                uint32_t y = q[16 * (5 * v + i) + j];
-                int bit = q6_k_bit(i);
-                x |= y << bit | (bit > 26 ? y >> (32 - bit) : 0);
-            }
-            store4(u + 192 * r + 64 * v + 4 * j, x);
-        }
-    }
-}
-
-static void pack_q6_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t *u) {
+static void pack_q6_k(const uint8_t *src, int r, uint8_t *u) {
     float d = load_f16(src + 208);
     memcpy(u + CPU_Q6_K_D + 4 * r, &d, sizeof d);
     for (int i = 0; i < 16; i++) u[CPU_Q6_K_SC + 16 * i + r] = src[192 + i];
-    if (layout == CPU_BY_ROW) {
-        pack_q6_k_words(src, r, u);
-        return;
-    }
     for (int b = 0; b < BLOCKS_PER_UNIT; b++) {
         const uint8_t *high = src + 128 + b / 4 * 32;
         for (int v = 0; v < 2; v++) {
@@ -176,13 +124,9 @@ static void pack_q6_k(const uint8_t *src, enum cpu_layout layout, int r, uint8_t
     }
 }
 
-static void pack_q8_0(const uint8_t *src, enum cpu_layout layout, int r, uint8_t *u) {
+static void pack_q8_0(const uint8_t *src, int r, uint8_t *u) {
     float d = load_f16(src);
     memcpy(u + CPU_Q8_0_D + 4 * r, &d, sizeof d);
-    if (layout == CPU_BY_ROW) {
-        memcpy(u + 32 * r, src + 2, 32);
-        return;
-    }
     for (int j = 0; j < 8; j++) store4(u + 64 * j + 4 * r, load4(src + 2 + 4 * j) ^ 0x80808080);
 }
 
@@ -195,10 +139,10 @@ void cpu_repack_tile(const struct cpu_matrix *m, const uint8_t *rows, int n_rows
         uint8_t *u = tile;
         for (int32_t i = 0; i < m->n_units; i++, u += unit) {
             switch (m->format) {
-            case CPU_Q4_K: pack_q4_k(src + (size_t)i * Q4_K_BYTES, m->layout, r, u); break;
-            case CPU_Q5_K: pack_q5_k(src + (size_t)i * Q5_K_BYTES, m->layout, r, u); break;
-            case CPU_Q6_K: pack_q6_k(src + (size_t)i * Q6_K_BYTES, m->layout, r, u); break;
-            case CPU_Q8_0: pack_q8_0(src + (size_t)i * Q8_0_BYTES, m->layout, r, u); break;
+            case CPU_Q4_K: pack_q4_k(src + (size_t)i * Q4_K_BYTES, r, u); break;
+            case CPU_Q5_K: pack_q5_k(src + (size_t)i * Q5_K_BYTES, r, u); break;
+            case CPU_Q6_K: pack_q6_k(src + (size_t)i * Q6_K_BYTES, r, u); break;
+            case CPU_Q8_0: pack_q8_0(src + (size_t)i * Q8_0_BYTES, r, u); break;
             case CPU_F32: memcpy(u + 4 * r, src + (size_t)i * 4, 4); break;
             case CPU_F16:
             case CPU_BF16: memcpy(u + 2 * r, src + (size_t)i * 2, 2); break;
@@ -217,64 +161,45 @@ static int nibble(const uint8_t *block, int r, int c) {
 }
 
 /* Integers of Q4_K or Q5_K, column c (0 … 31) of block b. */
-static int q_scale_min(const uint8_t *u, enum cpu_layout layout, int r, bool five, int b, int c) {
-    int q, high;
-    if (layout == CPU_BY_ROW) {
-        q = u[128 * r + b / 4 * 64 + 2 * c + b % 4 / 2] >> b % 2 * 4 & 15;
-        high = five ? u[CPU_Q5_K_H + 32 * r + c] >> b & 1 : 0;
-    } else {
-        q = nibble(u + 256 * b, r, c);
-        high = five ? u[CPU_Q5_K_H + 64 * b + 4 * r + c % 4] >> c / 4 & 1 : 0;
-    }
-    return q | high << 4;
+static int q_scale_min(const uint8_t *u, int r, bool five, int b, int c) {
+    int high = five ? u[CPU_Q5_K_H + 64 * b + 4 * r + c % 4] >> c / 4 & 1 : 0;
+    return nibble(u + 256 * b, r, c) | high << 4;
 }
 
-static void unpack_scale_min(const uint8_t *u, enum cpu_layout layout, int r, bool five,
-                             float *dst) {
+static void unpack_scale_min(const uint8_t *u, int r, bool five, float *dst) {
     const uint8_t *d_at = u + (five ? CPU_Q5_K_D : CPU_Q4_K_D) + 2 * r;
     float d = load_f16(d_at), dmin = load_f16(d_at + 32);
     for (int b = 0; b < BLOCKS_PER_UNIT; b++) {
-        int at = scale_at(layout, r, b);
+        int at = CPU_ROWS * b + r;
         float a = d * (float)u[(five ? CPU_Q5_K_SC : CPU_Q4_K_SC) + at];
         float min = dmin * (float)u[(five ? CPU_Q5_K_M : CPU_Q4_K_M) + at];
         for (int c = 0; c < CPU_BLOCK; c++) {
-            int q = q_scale_min(u, layout, r, five, b, c);
+            int q = q_scale_min(u, r, five, b, c);
             dst[CPU_BLOCK * b + c] = a * (float)q - min;
         }
     }
 }
 
-static int q_q6_k(const uint8_t *u, enum cpu_layout layout, int r, int b, int c) {
-    if (layout == CPU_BY_LANE) {
-        int high = u[CPU_Q6_K_H + 128 * b + c / 16 * 64 + 4 * r + c % 4] >> c % 16 / 4 * 2 & 3;
-        return nibble(u + 256 * b, r, c) | high << 4;
-    }
-    const uint8_t *words = u + 192 * r + 4 * (c % 16);
-    int g = 2 * b + c / 16, q = 0;
-    if (g == 15) {
-        for (int v = 0; v < 3; v++) q |= (int)(load4(words + 64 * v) >> Q6_K_LAST & 3) << 2 * v;
-        return q;
-    }
-    uint32_t x = load4(words + 64 * (g / 5));
-    int bit = q6_k_bit(g % 5);
-    return (int)((x >> bit | (bit > 26 ? x << (32 - bit) : 0)) & 63);
+static int q_q6_k(const uint8_t *u, int r, int b, int c) {
+    int high = u[CPU_Q6_K_H + 128 * b + c / 16 * 64 + 4 * r + c % 4] >> c % 16 / 4 * 2 & 3;
+    return nibble(u + 256 * b, r, c) | high << 4;
 }
 
-static void unpack_q6_k(const uint8_t *u, enum cpu_layout layout, int r, float *dst) {
+static void unpack_q6_k(const uint8_t *u, int r, float *dst) {
     float d = load_f32(u + CPU_Q6_K_D + 4 * r);
     for (int b = 0; b < BLOCKS_PER_UNIT; b++) {
         for (int c = 0; c < CPU_BLOCK; c++) {
-            int q = q_q6_k(u, layout, r, b, c) - 32;
+            int q = q_q6_k(u, r, b, c) - 32;
             float a = d * (float)(int8_t)u[CPU_Q6_K_SC + 16 * (2 * b + c / 16) + r];
             dst[CPU_BLOCK * b + c] = a * (float)q;
         }
     }
 }
 
-static void unpack_q8_0(const uint8_t *u, enum cpu_layout layout, int r, float *dst) {
+static void unpack_q8_0(const uint8_t *u, int r, float *dst) {
     float d = load_f32(u + CPU_Q8_0_D + 4 * r);
     for (int c = 0; c < CPU_BLOCK; c++) {
-        int q = layout == CPU_BY_ROW ? u[32 * r + c] : u[c / 4 * 64 + 4 * r + c % 4] ^ 0x80;
+        int q = u[c / 4 * 64 + 4 * r + c % 4] ^ 0x80;
         dst[c] = (float)(int8_t)q * d;
     }
 }
@@ -287,10 +212,10 @@ void cpu_matrix_row(const struct cpu_matrix *m, int32_t expert, int32_t row, flo
     for (int32_t i = 0; i < m->n_units; i++, u += unit) {
         uint16_t h;
         switch (m->format) {
-        case CPU_Q4_K: unpack_scale_min(u, m->layout, r, false, dst + (size_t)i * QK_K); break;
-        case CPU_Q5_K: unpack_scale_min(u, m->layout, r, true, dst + (size_t)i * QK_K); break;
-        case CPU_Q6_K: unpack_q6_k(u, m->layout, r, dst + (size_t)i * QK_K); break;
-        case CPU_Q8_0: unpack_q8_0(u, m->layout, r, dst + (size_t)i * CPU_BLOCK); break;
+        case CPU_Q4_K: unpack_scale_min(u, r, false, dst + (size_t)i * QK_K); break;
+        case CPU_Q5_K: unpack_scale_min(u, r, true, dst + (size_t)i * QK_K); break;
+        case CPU_Q6_K: unpack_q6_k(u, r, dst + (size_t)i * QK_K); break;
+        case CPU_Q8_0: unpack_q8_0(u, r, dst + (size_t)i * CPU_BLOCK); break;
         case CPU_F32: dst[i] = load_f32(u + 4 * r); break;
         case CPU_F16: dst[i] = load_f16(u + 2 * r); break;
         case CPU_BF16:

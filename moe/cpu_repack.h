@@ -8,7 +8,6 @@
 
 struct cpu_matrix {
     enum cpu_format format;
-    enum cpu_layout layout;
     enum tensor_type type;
     int32_t n_experts, n_rows, n_cols;
     int32_t n_tiles; /* row tiles per expert: n_rows / 16, rounded up; rows beyond are zero */
@@ -20,7 +19,7 @@ struct cpu_matrix {
 
 /* Fill in everything but p. False: a type we do not have, rows that are not whole blocks, overflow. */
 bool cpu_matrix_plan(enum tensor_type type, int32_t n_experts, int32_t n_rows, int32_t n_cols,
-                     enum cpu_layout layout, struct cpu_matrix *out);
+                     struct cpu_matrix *out);
 static inline bool cpu_matrix_quantized(const struct cpu_matrix *m) {
     return m->format < CPU_N_QUANTS;
 }

@@ -5,7 +5,7 @@
 
 #include "moe/cpu_kernels.h"
 
-/* NULL if this processor lacks what the rest of these kernels needs: AVX-512 with VBMI and BF16. */
+/* NULL if this processor lacks what the rest of these kernels needs: AVX-512 with VNNI. */
 const struct cpu_kernels *amx_emulated(void);
 
 /* In a program linked with --wrap=cpu_kernels_amx, where the processor has no AMX: these kernels stand in for it while

@@ -68,9 +68,9 @@ struct matrix {
 };
 
 static inline struct matrix make_matrix(enum tensor_type type, int32_t n_experts, int32_t n_rows,
-                                        int32_t n_cols, enum cpu_layout layout, uint64_t *seed) {
+                                        int32_t n_cols, uint64_t *seed) {
     struct matrix x;
-    assert_true(cpu_matrix_plan(type, n_experts, n_rows, n_cols, layout, &x.m));
+    assert_true(cpu_matrix_plan(type, n_experts, n_rows, n_cols, &x.m));
     size_t n = (size_t)n_experts * (size_t)n_rows * (size_t)n_cols;
     uint8_t *raw = random_rows(type, n, seed);
     x.w = malloc(n * sizeof *x.w);

@@ -100,7 +100,7 @@ int main(int argc, char **argv) {
     else if (argc > 1)
         device = argv[1];
     if (amx_emulate && !cpu_kernels_amx()) {
-        printf("NOT TESTED: AMX, or AVX-512 with VBMI and BF16 to emulate it, is not there\n");
+        printf("NOT TESTED: AMX, or AVX-512 with VNNI to emulate it, is not there\n");
         return NOTHING_TESTED;
     }
     return cmocka_run_group_tests(tests, NULL, NULL);

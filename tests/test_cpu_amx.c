@@ -3,155 +3,234 @@
 #include "tests/amx_emulated.h"
 #include "tests/cpu_rig.h"
 
-enum { MAX_ISAS = 2 };
+enum { MAX_ISAS = 2, MAX_COLS = 768 };
 static const struct cpu_kernels *isas[MAX_ISAS];
 static int n_isas;
 
-static double bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits += 0x7fff + (bits >> 16 & 1);
-    return (double)bf16_to_f32((uint16_t)(bits >> 16));
+/* A tile, and behind it what products may read but must not heed. */
+static uint8_t *new_tile(int32_t n_cols) {
+    size_t n = (CPU_TILE + CPU_TILE_PAD) * cpu_x_row_bytes(n_cols, 2);
+    uint8_t *tile = aligned_alloc(64, n);
+    memset(tile, 0xa5, n);
+    return tile;
 }
 
-/* Half the range of a format's integers if it has minima, or 0. */
-static int half_range(enum cpu_format format) {
-    return format == CPU_Q4_K ? 8 : format == CPU_Q5_K ? 16 : 0;
+/* ---- quantisation ------------------------------------------------------------------------------------ */
+
+/* Value c of a row, as an integer, and what one step of it is. */
+static int row_value(const uint8_t *row, int32_t n_cols, int planes, int32_t c, float *scale) {
+    size_t tail = ((size_t)n_cols + QK_K - 1) / QK_K * QK_K + (size_t)(c / QK_K) * CPU_X_TAIL;
+    memcpy(scale, row + tail + CPU_X_SCALE, sizeof *scale);
+    if (planes == 1) return (int8_t)row[c];
+    return (int8_t)row[c] * 256 + (int8_t)row[cpu_x_plane_bytes(n_cols) + (size_t)c];
 }
 
-/* Each weight as the kernel sees it, found by products with one 1 among zeros. Q6_K and Q8_0 are rounded to 8 bits, so off by
- * 2^-8 at most. Of Q4_K and Q5_K that is done to scale times integer less half its range, which is up to 504 or 1,008 and
- * so off by 1 or 2, times a d of up to 1/64. float32 rounds a product of up to 96 steps of a scale below 1. */
-static float *seen_weights(const struct cpu_kernels *k, const struct matrix *x) {
-    int32_t n = x->m.n_cols, n_rows = x->m.n_tiles * CPU_ROWS;
-    float *seen = malloc((size_t)n * (size_t)n_rows * sizeof *seen), out[CPU_TILE * CPU_ROWS];
-    float *in = calloc((size_t)n, sizeof *in);
-    uint8_t *tile = aligned_alloc(64, CPU_TILE * cpu_row_bytes(k, n, 1));
-    for (int32_t c = 0; c < n; c += CPU_TILE) {
-        int width = n - c < CPU_TILE ? (int)(n - c) : CPU_TILE;
-        for (int t = 0; t < width; t++) {
-            in[c + t] = 1;
-            k->quantize(in, n, 1, tile, t, width);
-            in[c + t] = 0;
+static int16_t sum_at(const uint8_t *p, int i) {
+    int16_t sum;
+    memcpy(&sum, p + 2 * i, sizeof sum);
+    return sum;
+}
+
+/* Half a step and the rounding of scale and reciprocal; the sums are of the integers; what a begun unit lacks is zero. */
+static void check_quantize(const struct cpu_kernels *k, int planes, const float *x,
+                           int32_t n_cols) {
+    const int limit = planes == 2 ? CPU_X_LIMIT_2 : CPU_X_LIMIT_1,
+              n_units = (n_cols + QK_K - 1) / QK_K;
+    const size_t bytes = cpu_row_bytes(k, n_cols, planes);
+    uint8_t *row = aligned_alloc(64, bytes);
+    assert_int_equal(bytes, (size_t)planes * cpu_x_plane_bytes(n_cols));
+    memset(row, 0xaa, bytes);
+    k->quantize_row(x, n_cols, planes, row);
+    for (int u = 0; u < n_units; u++) {
+        const uint8_t *tail = row + QK_K * n_units + u * CPU_X_TAIL;
+        double max = 0;
+        int sums[16] = {0};
+        float scale;
+        for (int c = QK_K * u; c < QK_K * (u + 1) && c < n_cols; c++)
+            max = fmax(max, fabs((double)x[c]));
+        for (int c = QK_K * u; c < QK_K * (u + 1); c++) {
+            int v = row_value(row, n_cols, planes, c, &scale);
+            double want = c < n_cols ? (double)x[c] : 0;
+            assert_in_range(v + limit, 0, 2 * limit);
+            assert_true(fabs((double)scale * limit - max) <= 2 * U * max);
+            assert_true(fabs(v * (double)scale - want) <= (double)scale * (0.5 + 4 * U * limit));
+            sums[c % QK_K / 16] += v;
         }
-        for (int32_t rt = 0; rt < x->m.n_tiles; rt++) {
-            run_dot(k->dot[x->m.format][0][width], &x->m, rt, tile, width, out);
-            for (int i = 0; i < width * CPU_ROWS; i++) {
-                int32_t row = rt * CPU_ROWS + i % CPU_ROWS, col = c + i / CPU_ROWS;
-                float want = row < x->m.n_rows ? x->w[row * n + col] : 0, w = out[i];
-                seen[row * n + col] = w;
-                float off = (float)half_range(x->m.format) / 8 / 64;
-                if (off == 0) off = 0x1p-8f * fabsf(want);
-                assert_true(fabsf(w - want) <= off + 96 * (float)U);
-            }
-        }
+        for (int i = 0; i < 16; i++) assert_int_equal(sum_at(tail + CPU_X_SUMS_16, i), sums[i]);
+        for (int i = 0; i < 8; i++)
+            assert_int_equal(sum_at(tail + CPU_X_SUMS_32, i), sums[2 * i] + sums[2 * i + 1]);
     }
-    free(in);
-    free(tile);
-    return seen;
+    free(row);
 }
 
-/* Every width. A sum is of up to 16 fused products, twice, then one term per block of 32. With minima its terms are up to 2
- * half ranges and a minimum of below 1 larger than what they leave together; what meets a sum of 32 values in two parts of
- * 8 bits, half a range and the minimum, is off by 2^-17. */
-static void check_products(const struct cpu_kernels *k, const struct matrix *x, const float *seen,
+static void test_quantize(void **state) {
+    (void)state;
+    enum { COLS = 544 };
+    uint64_t seed = 20;
+    float x[COLS];
+    for (int kind = 0; kind <= N_KINDS; kind++) {
+        fill_input(kind, &seed, COLS, x);
+        for (int c = 0; c < COLS && kind == N_KINDS; c++)
+            x[c] = c < QK_K ? 0 : 3; /* no range, all of it */
+        for (int isa = 0; isa < n_isas; isa++)
+            for (int planes = 1; planes <= 2; planes++) check_quantize(isas[isa], planes, x, COLS);
+    }
+}
+
+/* Rows as such, rows of tiles and gathered rows are the same. */
+static void test_rows_and_tiles(void **state) {
+    (void)state;
+    enum { COLS = 288, WIDTH = 37 };
+    uint64_t seed = 22;
+    for (int i = 0; i < 2 * n_isas; i++) {
+        const struct cpu_kernels *k = isas[i / 2];
+        const int planes = 1 + i % 2;
+        const size_t bytes = cpu_x_row_bytes(COLS, planes);
+        uint8_t *rows = new_tile(COLS), *tile = new_tile(COLS), *gathered = new_tile(COLS);
+        const uint8_t *at[WIDTH];
+        float in[COLS];
+        memset(rows, 0, WIDTH * bytes);
+        memset(tile, 0, WIDTH * bytes);
+        for (int t = 0; t < WIDTH; t++) {
+            fill_input(t % N_KINDS, &seed, COLS, in);
+            at[t] = rows + (size_t)t * bytes;
+            k->quantize_row(in, COLS, planes, rows + (size_t)t * bytes);
+            k->quantize(in, COLS, planes, tile, t, WIDTH);
+        }
+        k->gather(at, WIDTH, COLS, planes, gathered);
+        assert_memory_equal(tile, rows, WIDTH * bytes);
+        assert_memory_equal(gathered, rows, (WIDTH + 1) * bytes); /* and nothing beyond */
+        free(rows);
+        free(tile);
+        free(gathered);
+    }
+}
+
+/* ---- products ------------------------------------------------------------------------------------------ */
+
+/* Every width against float64 on the integers themselves. An output sums N units (Q8_0: blocks), each with at most four rounded
+ * operations of its own terms before the sum, so |error| <= (N + 4) u times the sum of the terms' magnitudes. */
+static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, int planes,
                            const float *in) {
     int32_t n_cols = x->m.n_cols;
-    uint8_t *tile = aligned_alloc(64, CPU_TILE * cpu_row_bytes(k, n_cols, 2));
+    double n = (double)n_cols / (x->m.format == CPU_Q8_0 ? CPU_BLOCK : QK_K);
+    uint8_t *tile = new_tile(n_cols);
     float out[CPU_TILE * CPU_ROWS];
-    for (int n = 1; n <= CPU_TILE; n++) {
-        for (int t = 0; t < n; t++)
-            k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, 2, tile, t, n);
+    for (int t = 0; t < CPU_TILE; t++)
+        k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, CPU_TILE);
+    for (int width = 1; width <= CPU_TILE; width++) {
         for (int32_t row = 0; row < x->m.n_tiles * CPU_ROWS; row++) {
             if (row % CPU_ROWS == 0)
-                run_dot(k->dot[x->m.format][1][n], &x->m, row / CPU_ROWS, tile, n, out);
-            for (int t = 0; t < n; t++) {
-                double y = 0, size = 0, block = 0, values = 0, sums = 0;
-                for (int32_t c = 0; c < n_cols; c++) {
-                    double w = (double)seen[row * n_cols + c], v = bf16(in[t * n_cols + c]);
-                    y += w * v;
-                    size += fabs(w * v);
-                    block += v;
-                    values += fabs(v);
-                    if (c % CPU_BLOCK < CPU_BLOCK - 1) continue;
-                    sums += fabs(block);
-                    block = 0;
+                run_dot(k->dot[x->m.format][planes - 1][width], &x->m, row / CPU_ROWS, tile, width,
+                        out);
+            for (int t = 0; t < width; t++) {
+                double y = 0, size = 0;
+                for (int32_t c = 0; c < n_cols && row < x->m.n_rows; c++) {
+                    float scale;
+                    const uint8_t *values = tile + (size_t)t * cpu_x_row_bytes(n_cols, planes);
+                    int v = row_value(values, n_cols, planes, c, &scale);
+                    double w = (double)x->w[(size_t)row * (size_t)n_cols + (size_t)c];
+                    y += w * v * (double)scale;
+                    size += (fabs(w) + 2) * abs(v) *
+                            (double)scale; /* min < 1, and w is scale * q - min */
                 }
                 double got = (double)out[t * CPU_ROWS + row % CPU_ROWS];
-                int half = half_range(x->m.format);
-                double bound =
-                    (16 + 6 + n_cols / 32.0) * U * (size + (half ? (2 * half + 1) * values : 0));
-                assert_true(fabs(got - y) <= bound + (half ? (half + 1) * 0x1p-17 * sums : 0));
+                assert_true(fabs(got - y) <= (n + 4) * U * size);
             }
         }
     }
+    free(tile);
+}
+
+/* Against float64 on the raw inputs: see test_cpu_kernels.c. */
+static void check_accuracy(const struct cpu_kernels *k, const struct matrix *x, int planes,
+                           const float *in) {
+    enum { TOKENS = 16 };
+    int32_t n_cols = x->m.n_cols;
+    uint8_t *tile = new_tile(n_cols);
+    double error = 0, expected = 0;
+    float out[TOKENS * CPU_ROWS];
+    for (int t = 0; t < TOKENS; t++) k->quantize(in + t * n_cols, n_cols, planes, tile, t, TOKENS);
+    run_dot(k->dot[x->m.format][planes - 1][TOKENS], &x->m, 0, tile, TOKENS, out);
+    for (int i = 0; i < TOKENS * CPU_ROWS; i++) {
+        int t = i / CPU_ROWS, r = i % CPU_ROWS;
+        double y = 0;
+        for (int32_t c = 0; c < n_cols; c++) {
+            float scale;
+            double w = (double)x->w[r * n_cols + c];
+            row_value(tile + (size_t)t * cpu_x_row_bytes(n_cols, planes), n_cols, planes, c,
+                      &scale);
+            y += w * (double)in[t * n_cols + c];
+            expected += w * w * (double)scale * (double)scale / 12;
+        }
+        error += ((double)out[i] - y) * ((double)out[i] - y);
+    }
+    assert_true(error <= 2.5 * expected);
     free(tile);
 }
 
 static void test_products(void **state) {
     (void)state;
     uint64_t seed = 21;
+    static float in[CPU_TILE * MAX_COLS];
     for (int i = 0; i < N_QUANT_TYPES; i++) {
         struct matrix x =
-            make_matrix(types[i], 1, 40, types[i] == TENSOR_Q8_0 ? 96 : 768, CPU_BY_ROW, &seed);
-        for (int isa = 0; isa < n_isas; isa++) {
-            float *seen = seen_weights(isas[isa], &x);
+            make_matrix(types[i], 1, 40, types[i] == TENSOR_Q8_0 ? 352 : MAX_COLS, &seed);
+        for (int isa = 0; isa < n_isas; isa++)
             for (int kind = 0; kind < N_KINDS; kind++) {
-                static float in[CPU_TILE * 768];
-                fill_input(kind, &seed, CPU_TILE * 768, in);
-                check_products(isas[isa], &x, seen, in);
+                fill_input(kind, &seed, CPU_TILE * MAX_COLS, in);
+                for (int planes = 1; planes <= 2; planes++) {
+                    check_rounding(isas[isa], &x, planes, in);
+                    check_accuracy(isas[isa], &x, planes, in);
+                }
             }
-            free(seen);
-        }
         free_matrix(&x);
     }
 }
 
-/* Rows as such, rows block by block, and columns of tiles are the same; sums are those of the rounded values. */
-static void test_rows_and_tiles(void **state) {
+/* The largest integers that there are fit the sums: all bits set, or, of Q6_K, quants of 0 (-32) with scales of -128. With d 1
+ * and no minimum a row of ones is the row's sum, exact but for float32's rounding. */
+static void test_largest_sums(void **state) {
     (void)state;
-    enum { COLS = 288, WIDTH = 37, BYTES = 2 * COLS + 2 * 64 };
-    uint64_t seed = 22;
-    for (int isa = 0; isa < n_isas; isa++) {
-        const struct cpu_kernels *k = isas[isa];
-        static float in[WIDTH][COLS];
-        static uint8_t a[CPU_TILE * BYTES], b[CPU_TILE * BYTES];
-        static uint8_t rows[WIDTH][BYTES];
-        const uint8_t *at[WIDTH];
-        assert_int_equal(cpu_row_bytes(k, COLS, 1), BYTES);
-        memset(a, 0xee, sizeof a);
-        for (int t = 0; t < WIDTH; t++) {
-            uint8_t blocks[BYTES] = {0};
-            uint16_t h[BYTES / 2];
-            at[t] = rows[t];
-            fill_input(t % N_KINDS, &seed, COLS, in[t]);
-            k->quantize_row(in[t], COLS, 1, rows[t]);
-            memcpy(h, rows[t], sizeof h);
-            for (int c = 0; c < COLS; c++) assert_true((double)bf16_to_f32(h[c]) == bf16(in[t][c]));
-            for (int i = 0; i < COLS / CPU_BLOCK; i++) {
-                double sum = 0, size = 0;
-                for (int c = CPU_BLOCK * i; c < CPU_BLOCK * (i + 1); c++) {
-                    sum += bf16(in[t][c]);
-                    size += fabs(bf16(in[t][c]));
-                }
-                const uint16_t *parts = h + COLS + 32 * (i / 8) + i % 8;
-                double got = (double)bf16_to_f32(parts[0]) + (double)bf16_to_f32(parts[8]);
-                assert_true(fabs(got - sum) <= 0x1p-17 * fabs(sum) + 6 * U * size);
-                k->quantize_block(in[t] + CPU_BLOCK * i, 1, i, COLS, 1, blocks);
-            }
-            for (int i = 0; i < 64; i++)
-                assert_true(i % 32 < (i < 32 ? 16 : 9) || h[COLS + i] == 0);
-            assert_memory_equal(rows[t], blocks, BYTES);
-            k->quantize(in[t], COLS, 1, a, t, WIDTH);
+    uint64_t seed = 25;
+    for (int i = 0; i < N_QUANT_TYPES; i++) {
+        struct matrix x = make_matrix(types[i], 1, 16, QK_K, &seed);
+        uint8_t *raw = malloc(16 * x.m.row_bytes);
+        const uint16_t one = f32_to_f16(1), zero = 0;
+        int32_t bw, bb;
+        assert_true(tensor_type_block(types[i], &bw, &bb));
+        memset(raw,
+               types[i] == TENSOR_Q6_K   ? 0
+               : types[i] == TENSOR_Q8_0 ? 0x80
+                                         : 0xff,
+               16 * x.m.row_bytes);
+        for (size_t at = 0; at < 16 * x.m.row_bytes; at += (size_t)bb) {
+            if (types[i] == TENSOR_Q6_K) memset(raw + at + 192, 0x80, 16);
+            memcpy(raw + at + (types[i] == TENSOR_Q6_K ? 208 : 0), &one, 2);
+            if (types[i] == TENSOR_Q4_K || types[i] == TENSOR_Q5_K) memcpy(raw + at + 2, &zero, 2);
         }
-        k->gather(at, WIDTH, COLS, 1, b);
-        for (int t = 0; t < CPU_TILE; t++)
-            for (int i = 0; i < BYTES / 4; i++) {
-                const uint8_t *p = a + t / 16 * 16 * BYTES + 64 * i + 4 * (t % 16);
-                static const uint8_t untouched[4] = {0xee, 0xee, 0xee, 0xee};
-                assert_memory_equal(p, t < WIDTH ? rows[t] + 4 * i : untouched, 4);
-                if (t < WIDTH) assert_memory_equal(p, b + (p - a), 4);
+        dequantize(types[i], raw, 16 * QK_K, x.w);
+        cpu_repack_tile(&x.m, raw, 16, x.m.p);
+        for (int isa = 0; isa < n_isas; isa++) {
+            for (int k = 0; k < 16; k++) {
+                static const int widths[] = {1, 3, 8, CPU_TILE};
+                const int planes = 1 + k % 2, sign = k / 2 % 2 * 2 - 1, n = widths[k / 4];
+                float in[QK_K], out[CPU_TILE * CPU_ROWS];
+                double want = 0;
+                uint8_t *tile = new_tile(QK_K);
+                for (int c = 0; c < QK_K; c++) {
+                    in[c] = (float)sign;
+                    want += (double)x.w[c] * sign;
+                }
+                for (int t = 0; t < n; t++) isas[isa]->quantize(in, QK_K, planes, tile, t, n);
+                run_dot(isas[isa]->dot[x.m.format][planes - 1][n], &x.m, 0, tile, n, out);
+                for (int j = 0; j < n * CPU_ROWS; j++)
+                    assert_true(fabs((double)out[j] - want) <= 12 * U * fabs(want));
+                free(tile);
             }
+        }
+        free(raw);
+        free_matrix(&x);
     }
 }
 
@@ -159,17 +238,23 @@ static void test_not_finite(void **state) {
     (void)state;
     uint64_t seed = 23;
     static const float bad[] = {NAN, INFINITY, -INFINITY};
+    static const int widths[] = {1, 5, 20};
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 16, 256, CPU_BY_ROW, &seed);
+        struct matrix x = make_matrix(types[i], 1, 16, 256, &seed);
         for (int isa = 0; isa < n_isas; isa++) {
-            for (int k = 0; k < 6; k++) {
-                float in[256], out[16];
-                static uint8_t tile[16 * (256 * 2 + 64)];
-                fill_input(0, &seed, 256, in);
-                in[17 + 40 * k] = bad[k % 3];
-                isas[isa]->quantize(in, 256, 1, tile, 0, 1);
-                run_dot(isas[isa]->dot[x.m.format][0][1], &x.m, 0, tile, 1, out);
-                for (int r = 0; r < 16; r++) assert_false(isfinite(out[r]));
+            for (int k = 0; k < 9; k++) {
+                int width = widths[k / 3];
+                float in[256], out[CPU_TILE * CPU_ROWS];
+                uint8_t *tile = new_tile(256);
+                for (int t = 0; t < width; t++) {
+                    fill_input(0, &seed, 256, in);
+                    if (t == width / 2) in[17 + 25 * k] = bad[k % 3];
+                    isas[isa]->quantize(in, 256, 1, tile, t, width);
+                }
+                run_dot(isas[isa]->dot[x.m.format][0][width], &x.m, 0, tile, width, out);
+                for (int j = 0; j < width * CPU_ROWS; j++)
+                    assert_int_equal(isfinite(out[j]) != 0, j / CPU_ROWS != width / 2);
+                free(tile);
             }
         }
         free_matrix(&x);
@@ -180,30 +265,30 @@ static void test_not_finite(void **state) {
  * token's bits are those it has alone, tile by tile, and nothing is written beside them. */
 static void test_width_does_not_matter(void **state) {
     (void)state;
-    enum { MOST = 100, COLS = 768, MOST_TILES = 3, STRIDE = MOST_TILES * CPU_ROWS + 3 };
+    enum { MOST = 100, COLS = MAX_COLS, MOST_TILES = 3, STRIDE = MOST_TILES * CPU_ROWS + 3 };
     uint64_t seed = 24;
     static float in[MOST][COLS], alone[MAX_ISAS][MOST][STRIDE], out[CPU_TILE][STRIDE];
-    static uint8_t tile[CPU_TILE * (COLS * 2 + 3 * 64)];
-    for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, MOST_TILES * CPU_ROWS, COLS, CPU_BY_ROW, &seed);
+    uint8_t *tile = new_tile(COLS);
+    for (int i = 0; i < 2 * N_QUANT_TYPES; i++) {
+        const int planes = 1 + i % 2;
+        struct matrix x = make_matrix(types[i / 2], 1, MOST_TILES * CPU_ROWS, COLS, &seed);
         fill_input(1, &seed, MOST * COLS, in[0]);
         for (int isa = 0; isa < n_isas; isa++) {
             const struct cpu_kernels *k = isas[isa];
+            cpu_dot_fn *const *dot = k->dot[x.m.format][planes - 1];
             for (int t = 0; t < MOST; t++) {
-                k->quantize(in[t], COLS, 1, tile, 0, 1);
+                k->quantize(in[t], COLS, planes, tile, 0, 1);
                 for (int rt = 0; rt < MOST_TILES; rt++)
-                    run_dot(k->dot[x.m.format][0][1], &x.m, rt, tile, 1,
-                            alone[isa][t] + rt * CPU_ROWS);
+                    run_dot(dot[1], &x.m, rt, tile, 1, alone[isa][t] + rt * CPU_ROWS);
             }
             for (int m = 1; m <= MOST; m += m < 20 ? 1 : 9) {
                 for (int at = 0; at < m;) {
                     int n = cpu_tile_width(k, m - at), n_tiles = m % MOST_TILES + 1;
                     assert_in_range(n, 1, m - at);
-                    assert_true(n % CPU_TILE_PAD == 0 || at + n == m);
-                    for (int t = 0; t < n; t++) k->quantize(in[at + t], COLS, 1, tile, t, n);
+                    for (int t = 0; t < n; t++) k->quantize(in[at + t], COLS, planes, tile, t, n);
                     memset(out, 0x7b, sizeof out);
-                    k->dot[x.m.format][0][n](&(struct cpu_dot){x.m.p, x.m.p, n_tiles, x.m.n_units,
-                                                               tile, n, out[0], STRIDE});
+                    dot[n](&(struct cpu_dot){x.m.p, x.m.p, n_tiles, x.m.n_units, tile, n, out[0],
+                                             STRIDE});
                     for (int t = 0; t < CPU_TILE; t++)
                         for (int r = 0; r < STRIDE; r++) {
                             bool mine = t < n && r < n_tiles * CPU_ROWS;
@@ -218,13 +303,14 @@ static void test_width_does_not_matter(void **state) {
         if (n_isas == 2) assert_memory_equal(alone[0], alone[1], sizeof alone[0]);
         free_matrix(&x);
     }
+    free(tile);
 }
 
 int main(void) {
     const struct {
         const char *name;
         const struct cpu_kernels *kernels;
-    } all[MAX_ISAS] = {{"AMX emulated, for want of AVX-512 with VBMI and BF16", amx_emulated()},
+    } all[MAX_ISAS] = {{"AMX emulated, for want of AVX-512 with VNNI", amx_emulated()},
                        {"AMX", cpu_kernels_amx()}};
     for (int i = 0; i < MAX_ISAS; i++) {
         if (all[i].kernels) isas[n_isas++] = all[i].kernels;
@@ -233,10 +319,9 @@ int main(void) {
     }
     if (n_isas == 0) return NOTHING_TESTED;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_products),
-        cmocka_unit_test(test_rows_and_tiles),
-        cmocka_unit_test(test_not_finite),
-        cmocka_unit_test(test_width_does_not_matter),
+        cmocka_unit_test(test_quantize),   cmocka_unit_test(test_rows_and_tiles),
+        cmocka_unit_test(test_products),   cmocka_unit_test(test_largest_sums),
+        cmocka_unit_test(test_not_finite), cmocka_unit_test(test_width_does_not_matter),
     };
     return cmocka_run_group_tests_name("cpu_amx", tests, NULL, NULL);
 }

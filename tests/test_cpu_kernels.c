@@ -12,11 +12,9 @@ static int n_isas;
 static void test_round_trip(void **state) {
     (void)state;
     uint64_t seed = 1;
-    for (int k = 0; k < 2 * N_TYPES; k++) {
-        int i = k / 2;
+    for (int i = 0; i < N_TYPES; i++) {
         int32_t n_cols = types[i] == TENSOR_Q8_0 ? 96 : i < N_QUANT_TYPES ? 768 : 53;
-        enum cpu_layout layout = k % 2 == 0 ? CPU_BY_LANE : CPU_BY_ROW;
-        struct matrix x = make_matrix(types[i], 3, 37, n_cols, layout, &seed);
+        struct matrix x = make_matrix(types[i], 3, 37, n_cols, &seed);
         float *row = malloc((size_t)n_cols * sizeof *row);
         for (int32_t r = 0; r < 3 * 37; r++) {
             cpu_matrix_row(&x.m, r / 37, r % 37, row);
@@ -31,10 +29,10 @@ static void test_round_trip(void **state) {
 static void test_plan_refuses(void **state) {
     (void)state;
     struct cpu_matrix m;
-    assert_false(cpu_matrix_plan((enum tensor_type)2, 1, 16, 256, CPU_BY_LANE, &m)); /* Q4_0 */
-    assert_false(cpu_matrix_plan(TENSOR_Q4_K, 1, 16, 128, CPU_BY_ROW, &m));
-    assert_false(cpu_matrix_plan(TENSOR_Q8_0, 1, 16, 48, CPU_BY_LANE, &m));
-    assert_true(cpu_matrix_plan(TENSOR_Q4_K, 128, 768, 2048, CPU_BY_ROW, &m));
+    assert_false(cpu_matrix_plan((enum tensor_type)2, 1, 16, 256, &m)); /* Q4_0 */
+    assert_false(cpu_matrix_plan(TENSOR_Q4_K, 1, 16, 128, &m));
+    assert_false(cpu_matrix_plan(TENSOR_Q8_0, 1, 16, 48, &m));
+    assert_true(cpu_matrix_plan(TENSOR_Q4_K, 128, 768, 2048, &m));
     /* 4.625 bits a weight instead of 4.5: the file plus 2.8 %. */
     assert_int_equal(m.n_bytes, (size_t)128 * 768 * 2048 * 37 / 64);
 }
@@ -102,7 +100,7 @@ static void test_not_finite(void **state) {
     uint64_t seed = 3;
     static const float bad[] = {NAN, INFINITY, -INFINITY};
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 16, 256, CPU_BY_LANE, &seed);
+        struct matrix x = make_matrix(types[i], 1, 16, 256, &seed);
         for (int isa = 0; isa < n_isas; isa++) {
             for (int k = 0; k < 6; k++) {
                 float in[256], out[16];
@@ -182,7 +180,7 @@ static void test_products(void **state) {
     (void)state;
     uint64_t seed = 5;
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 40, 768, CPU_BY_LANE, &seed);
+        struct matrix x = make_matrix(types[i], 1, 40, 768, &seed);
         for (int planes = 1; planes <= 2; planes++)
             for (int kind = 0; kind < N_KINDS; kind++) {
                 static float in[WIDTHS * 768];
@@ -203,7 +201,7 @@ static void test_float_products(void **state) {
     float in[TOKENS][COLS + 5], out[TOKENS][CPU_ROWS], alone[CPU_ROWS];
     fill_input(0, &seed, TOKENS * (COLS + 5), &in[0][0]);
     for (int i = N_QUANT_TYPES; i < N_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 20, COLS, CPU_BY_LANE, &seed);
+        struct matrix x = make_matrix(types[i], 1, 20, COLS, &seed);
         for (int isa = 0; isa < n_isas; isa++) {
             cpu_dot_float_fn *const *dot = isas[isa]->dot_float[x.m.format - CPU_F32];
             for (int n = 1; n <= TOKENS; n++) {
@@ -242,7 +240,7 @@ static void test_width_does_not_matter(void **state) {
     static uint8_t tile[WIDTHS * COLS * 3];
     fill_input(1, &seed, MOST * COLS, in[0]);
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, 16, COLS, CPU_BY_LANE, &seed);
+        struct matrix x = make_matrix(types[i], 1, 16, COLS, &seed);
         for (int planes = 1; planes <= 2; planes++) {
             for (int isa = 0; isa < n_isas; isa++) {
                 const struct cpu_kernels *k = isas[isa];
@@ -279,7 +277,7 @@ static void test_row_tiles(void **state) {
     static float in[WIDTHS][COLS], out[WIDTHS][STRIDE], want[WIDTHS][STRIDE];
     static uint8_t tile[WIDTHS * COLS * 3];
     for (int i = 0; i < N_QUANT_TYPES; i++) {
-        struct matrix x = make_matrix(types[i], 1, MOST_TILES * CPU_ROWS, COLS, CPU_BY_LANE, &seed);
+        struct matrix x = make_matrix(types[i], 1, MOST_TILES * CPU_ROWS, COLS, &seed);
         for (int width = 1; width <= 2 * MOST_TILES * WIDTHS * n_isas; width++) {
             /* Every combination of planes, row tiles, width and instruction set. */
             int n = (width - 1) % WIDTHS + 1, rest = (width - 1) / WIDTHS;

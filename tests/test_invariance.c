@@ -510,7 +510,7 @@ int main(int argc, char **argv) {
         rig_isa = amx_emulate ? "amx" : NULL;
         device = amx_emulate ? "cpu" : devices[i];
         if (amx_emulate && !cpu_kernels_amx()) {
-            printf("NOT TESTED: AMX, or AVX-512 with VBMI and BF16 to emulate it, is not there\n");
+            printf("NOT TESTED: AMX, or AVX-512 with VNNI to emulate it, is not there\n");
             return n_failed > 0 ? n_failed : NOTHING_TESTED;
         }
         print_message("device %s\n", devices[i]);
