@@ -382,7 +382,6 @@ static DEVICE bool gather(struct handed (&to)[WARPS - 1], const struct place &at
 template <int RING>
 static __global__ void __launch_bounds__(32 * WARPS, 1)
     k_attn_splits_f16(const __grid_constant__ struct attn_args a) {
-    depend_release();
     struct splits_shared<RING> &shared = *(struct splits_shared<RING> *)shared_bytes;
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     struct work_list list = read_list(a);
@@ -397,6 +396,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     if (!a.fused) depend_wait();
 #pragma unroll 1
     for (int n = 0; n < RING; n++) refill<RING>(a, list, f, r.ring);
+    depend_release(); /* when the first copies are under way */
     if (a.fused && at.valid) touch_rows(a, at);
     depend_wait();
 #pragma unroll 1

@@ -223,6 +223,9 @@ DEVICE void depend_wait() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+/* Lets the next kernel's blocks in, as far as there is room, once all of this one's have called it or ended. Where counts for
+ * more than what a kernel gains by itself: too early, and they take room, and memory's time for their weights, from
+ * blocks that have not begun; too late, and their weights are not there when their turn comes. */
 DEVICE void depend_release() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

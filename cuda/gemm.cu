@@ -4,10 +4,12 @@
 static const struct gemm_kernel *const kernels[N_WIDTHS] = {&gemm_few8, &gemm_few16, &gemm_few32,
                                                             &gemm_many64, &gemm_many128};
 
+static int parts_of(const struct gemm_args &a) { return 1 << a.parts_shift; }
+
 static size_t shared_bytes_of(const struct gemm_args &a, int width, int warps) {
     size_t most = 0;
     for (int i = 0; i < a.n_segments; i++) {
-        size_t n = kernels[width]->shared(a.segments[i].type, warps, gemm_parts(a.n_cols));
+        size_t n = kernels[width]->shared(a.segments[i].type, warps, parts_of(a));
         if (n > most) most = n;
     }
     return most;
@@ -16,7 +18,7 @@ static size_t shared_bytes_of(const struct gemm_args &a, int width, int warps) {
 /* Blocks along the rows. Fills first_tile. */
 static int count_tiles(struct gemm_args &a, int warps, int n_tiles) {
     bool silu = a.epilogue == GEMM_SILU_F16;
-    int n = 0, rows = n_tiles * (warps / gemm_parts(a.n_cols) * PANEL_ROWS / (silu ? 2 : 1));
+    int n = 0, rows = n_tiles * (warps / parts_of(a) * PANEL_ROWS / (silu ? 2 : 1));
     for (int i = 0; i < (silu ? 1 : a.n_segments); i++) {
         a.segments[i].first_tile = n;
         n += (a.segments[i].n_rows + rows - 1) / rows;
@@ -39,27 +41,45 @@ static bool fits(const struct gemm_args &a, struct gemm_plan p, const struct cud
  * together. */
 static int least_warps(const struct gemm_args &a, int width) {
     int n = a.epilogue == GEMM_SILU_F16 ? 2 : 1, least = kernels[width]->least_warps;
-    return gemm_parts(a.n_cols) * (n > least ? n : least);
+    return parts_of(a) * (n > least ? n : least);
 }
 
-/* Dense: wide tiles where whole blocks of them, if need be of half the rows, leave few processors without one; else few tokens to
- * a block, and as few rows as it takes. */
+enum : int { MANY_ROWS = 8192 };
+
+/* The parts of the columns. The order of sums rests on them, so the matrix decides (and the card), never the step. Dense matrices
+ * other than the head have too few rows to give every processor its warps, so warps share the columns. Of experts there
+ * are many; theirs have two parts where one chain of sums would be the longest wait of a small step. */
+static void set_parts(struct gemm_args &a, bool dense, const struct cuda_queue *q) {
+    int n_rows = 0, n_panels = a.n_cols / PANEL_K;
+    for (int i = 0; i < a.n_segments; i++) n_rows += a.segments[i].n_rows;
+    bool narrow = dense && n_rows < MANY_ROWS;
+    int most = narrow ? 2 : 1, least_panels = narrow ? 4 : 8;
+    a.parts_shift = 0;
+    while (a.parts_shift < most && n_panels >= least_panels << (a.parts_shift + 1) && n_panels % (2 << a.parts_shift) == 0)
+        a.parts_shift++;
+    while (a.parts_shift > 0 && shared_bytes_of(a, 0, least_warps(a, 0)) > q->max_shared) a.parts_shift--;
+}
+
+/* Dense: the widest tiles whose blocks, if need be of fewer rows, are a quarter as many as processors or more; of few tokens, as
+ * few rows as give nearly every processor a block. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
     struct gemm_plan p = {N_WIDTHS - 1, 0, 1};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
     for (;; p.width--) {
-        int least = least_warps(a, p.width);
-        if (!is_few(p.width) && least < kernels[p.width]->most_warps / 2) least = kernels[p.width]->most_warps / 2;
-        p.warps = kernels[p.width]->most_warps;
-        if (!is_few(p.width) && !fits(a, p, q)) continue;
-        while (p.warps > least && (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) * 4 < q->n_sm * 3))
+        bool few = is_few(p.width);
+        int least = least_warps(a, p.width), most = kernels[p.width]->most_warps;
+        if (least > most) continue;
+        if (!few && least < most / 2) least = most / 2;
+        p.warps = most;
+        if (!few && !fits(a, p, q)) continue;
+        while (p.warps > least && (!fits(a, p, q) || blocks_of(a, p.width, p.warps, bucket) * (few ? 4 : 5) < q->n_sm * 3))
             p.warps /= 2;
-        int blocks = blocks_of(a, p.width, p.warps, bucket);
-        if (p.width == 0 || blocks * 4 >= (is_few(p.width) ? q->n_sm : q->n_sm * 3)) return p;
+        if (p.width == 0 || blocks_of(a, p.width, p.warps, bucket) * 4 >= q->n_sm) return p;
     }
 }
 
-/* Experts: tiles that hold most groups whole; few panels to a row are made one stream with those of the next rows. */
+/* Experts: tiles that hold most groups whole; few panels to a row are made one stream with those of the next rows. Where
+ * activations are few, blocks are small: processors end more evenly, and the kernels before and after find room sooner. */
 static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_experts, int n_used,
                                      const struct cuda_queue *q) {
     static const int most[N_WIDTHS - 1] = {6, 12, 26, 56}; /* mean group, with room for its spread */
@@ -69,10 +89,11 @@ static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_expe
     for (;; p.width--) {
         int least = least_warps(a, p.width);
         p.warps = bucket == 1 ? least : kernels[p.width]->most_warps;
+        if (p.warps > 4 && kernels[p.width]->width <= 16) p.warps = 4;
         while (p.warps > least && !fits(a, p, q)) p.warps /= 2;
         if (p.width == 0 || fits(a, p, q)) break;
     }
-    int n_panels = a.n_cols / PANEL_K / gemm_parts(a.n_cols);
+    int n_panels = a.n_cols / PANEL_K / parts_of(a);
     if (is_few(p.width) && bucket > 1) p.tiles = n_panels < 8 ? 8 / n_panels : 1;
     return p;
 }
@@ -80,6 +101,7 @@ static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_expe
 struct gemm_plan cuda_gemm_plan(const struct gemm_args *args, int bucket, int n_experts, int n_used,
                                 const struct cuda_queue *q) {
     struct gemm_args a = *args;
+    set_parts(a, n_experts == 0, q);
     return n_experts > 0 ? plan_experts(a, bucket, n_experts, n_used, q) : plan_dense(a, bucket, q);
 }
 
@@ -87,6 +109,7 @@ cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int buck
                       const struct cuda_queue *q) {
     struct gemm_args a = *args;
     a.n_tiles = p.tiles;
+    set_parts(a, !a.items, q);
     for (a.warps_shift = 0; 1 << a.warps_shift < p.warps;) a.warps_shift++;
     unsigned tiles = (unsigned)count_tiles(a, p.warps, p.tiles);
     unsigned width = (unsigned)kernels[p.width]->width;

@@ -2,7 +2,7 @@
  * the B operand (8 columns), so that a group of 8 tokens costs one column of tensor work, however few experts
  * share a batch.
  *
- * One order of summation for every kernel and every batch: the columns are cut into gemm_parts(k) parts; a part is summed
+ * One order of summation for every kernel and every batch: a matrix's columns are cut into parts (gemm.cu); a part is summed
  * 16 columns at a time, first to last, in one f32 accumulator of the matrix units; parts are added in order. wgmma and
  * mma.sync have given the same bits for that wherever they were compared, and test_cuda_ops and test_invariance on a GPU
  * hold them to it. Which kernel runs, and how wide its tiles are, is therefore free to follow the batch.
@@ -20,11 +20,6 @@
 #include "cuda/fragment.cuh"
 
 enum : int { X_ROW = 128 /* bytes of one token's 64 columns */ };
-
-/* Parts of the columns: two where one chain of sums would be the longest wait. */
-__host__ DEVICE int gemm_parts(int n_cols) {
-    return n_cols >= 4096 && n_cols % (2 * PANEL_K) == 0 ? 2 : 1;
-}
 
 /* What a warp works on. */
 struct gemm_work {
@@ -52,8 +47,8 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     int tile, expert = 0;
     w.token_of = NULL;
     if (a.items) {
+        struct gemm_item item = a.items[blockIdx.y]; /* the loads do not wait for each other */
         if ((int)blockIdx.y >= *a.n_items) return false;
-        struct gemm_item item = a.items[blockIdx.y];
         expert = item.expert, w.n = item.n, w.first = item.first;
         if (a.token_of) w.token_of = a.token_of + item.first;
         tile = (int)blockIdx.x;
@@ -63,8 +58,8 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
         if (w.n <= 0) return false;
         tile = (int)blockIdx.y;
     }
-    w.n_parts = gemm_parts(a.n_cols);
-    int shift = a.warps_shift - (w.n_parts - 1); /* there are one or two */
+    w.n_parts = 1 << a.parts_shift;
+    int shift = a.warps_shift - a.parts_shift;
     w.n_warps = 1 << shift;
     w.part = (int)threadIdx.x >> (5 + shift);
     w.warp = ((int)threadIdx.x >> 5) & (w.n_warps - 1);
@@ -85,7 +80,7 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     w.n_tiles = min(a.n_tiles, ((w.n_blocks - 1) >> w.rows_shift) + 1 - tile);
     w.first_row = (tile << w.rows_shift) * PANEL_ROWS;
     w.block += tile << w.rows_shift;
-    w.n_panels = n_panels >> (w.n_parts - 1);
+    w.n_panels = n_panels >> a.parts_shift;
     size_t block_bytes = (size_t)n_panels * (size_t)panel_bytes(s.type);
     if (s.experts) {
         struct expert_panels at = s.experts[expert];
@@ -180,6 +175,7 @@ DEVICE void store_rows(const struct gemm_args &a, const struct gemm_segment &s, 
 
 DEVICE float4 add_parts(const float *at, int n_parts, int size, float scale) {
     float4 v = *(const float4 *)at;
+#pragma unroll 1
     for (int p = 1; p < n_parts; p++) {
         float4 u = *(const float4 *)(at + p * size);
         v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;

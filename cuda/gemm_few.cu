@@ -138,6 +138,7 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
     int slot = 0;
+    depend_release(); /* the first panels are under way */
 #pragma unroll 1
     for (int tile = 0; tile < w.n_tiles; tile++) {
         float acc[NG][4] = {};
@@ -167,7 +168,6 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
 
 template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
     struct gemm_work w;
-    depend_release();
     if (a.items) depend_wait();
     if (!find_work(a, 8 * NG, w)) return;
     switch (a.segments[w.segment].type) {

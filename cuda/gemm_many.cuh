@@ -8,15 +8,18 @@
 
 #include "cuda/gemm.cuh"
 
-enum : int { STAGES = 6, AHEAD = STAGES - 2 /* units copied in advance: see many_tile */, MAX_WARPS = 16 };
+enum : int { MAX_WARPS = 16 };
 
-template <int TYPE> DEVICE constexpr int warp_bytes() {
-    return STAGES * format<TYPE>::unit + 2 * format<TYPE>::header + TABLE_BYTES;
+/* Units in the ring: fewer where every part has a ring for many tokens. */
+KERNEL_FN int many_stages(int width, int parts) { return width * parts <= 128 ? 6 : 4; }
+
+template <int TYPE> DEVICE int warp_bytes(int stages) {
+    return stages * format<TYPE>::unit + 2 * format<TYPE>::header + TABLE_BYTES;
 }
 
 template <int WIDTH> static size_t many_shared(int type, int warps, int parts) {
-    int own = STAGES * panel_unit_bytes(type) + 2 * panel_header_bytes(type) + TABLE_BYTES;
-    int rings = parts * STAGES * WIDTH * X_ROW + WIDTH * 4 + warps * own;
+    int stages = many_stages(WIDTH, parts), own = stages * panel_unit_bytes(type) + 2 * panel_header_bytes(type) + TABLE_BYTES;
+    int rings = parts * stages * WIDTH * X_ROW + WIDTH * 4 + warps * own;
     size_t sums = gemm_sums_bytes(WIDTH, warps, parts); /* where the rings were */
     return (size_t)rings > sums ? (size_t)rings : sums;
 }
@@ -26,7 +29,7 @@ template <int WIDTH> static size_t many_shared(int type, int warps, int parts) {
 struct many_ring {
     const uint32_t *rows;  /* of this lane's first token */
     uint8_t *x, *units, *headers;
-    int lane, n_rows, stride; /* how many tokens, and from one to the next */
+    int stages, lane, n_rows, stride; /* how many tokens, and from one to the next */
     bool stored;              /* the row block exists */
 };
 
@@ -55,30 +58,32 @@ static DEVICE void copy_activations(const struct many_ring &r, const struct many
         copy16(dst + i * r.stride * X_ROW, next.x + (size_t)r.rows[i * r.stride] * 16);
 }
 
-template <int TYPE> static DEVICE void advance(struct many_next &next) {
+template <int TYPE> static DEVICE void advance(const struct many_ring &r, struct many_next &next) {
     next.x += PANEL_UNIT_K * 2;
-    next.slot = next.slot == STAGES - 1 ? 0 : next.slot + 1;
+    next.slot = next.slot == r.stages - 1 ? 0 : next.slot + 1;
     next.left--;
     if (++next.unit < PANEL_UNITS) return;
     next.unit = 0, next.parity ^= 1;
     next.w += format<TYPE>::bytes;
 }
 
-/* A place in the ring is written again two units after it was read, hence AHEAD: when the block meets for unit i, products
+/* A place in the ring is written again two units after it was read, hence `ahead`: when the block meets for unit i, products
  * of unit i - 1 may still run, but none of unit i - 2. */
 template <int TYPE, int WIDTH, int NG>
 static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &w, uint8_t *shared) {
     using f = format<TYPE>;
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    uint8_t *x = shared + w.part * STAGES * WIDTH * X_ROW;
-    uint32_t *rows = (uint32_t *)(shared + w.n_parts * STAGES * WIDTH * X_ROW);
-    uint8_t *own = (uint8_t *)(rows + WIDTH) + warp * warp_bytes<TYPE>();
-    uint8_t *headers = own + STAGES * f::unit, *table = headers + 2 * f::header;
+    int stages = many_stages(WIDTH, w.n_parts), ahead = stages - 2; /* units copied in advance */
+    uint8_t *x = shared + w.part * stages * WIDTH * X_ROW;
+    uint32_t *rows = (uint32_t *)(shared + w.n_parts * stages * WIDTH * X_ROW);
+    uint8_t *own = (uint8_t *)(rows + WIDTH) + warp * warp_bytes<TYPE>(stages);
+    uint8_t *headers = own + stages * f::unit, *table = headers + 2 * f::header;
     int token = w.warp * 4 + (lane >> 3), stride = w.n_warps * 4; /* a multiple of 8: all of its chunks lie alike */
     const struct many_ring ring = {rows + token,
                                    x + token * X_ROW + ((lane ^ token) & 7) * 16,
                                    own + lane * 16,
                                    headers + lane * 16,
+                                   stages,
                                    lane,
                                    (w.n - token + stride - 1) / stride,
                                    stride,
@@ -89,33 +94,35 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         w.n_panels * PANEL_UNITS, 0};
     struct many_next next = first;
 #pragma unroll 1
-    for (int i = 0; i < AHEAD; i++) { /* weights do not depend on the kernels before */
+    for (int i = 0; i < ahead; i++) { /* weights do not depend on the kernels before */
         copy_weights<TYPE>(ring, next);
-        advance<TYPE>(next);
+        advance<TYPE>(ring, next);
     }
     if (!a.items) depend_wait();
     find_rows(a, w, rows);
     next = first;
 #pragma unroll 1
-    for (int i = 0; i < AHEAD; i++) {
+    for (int i = 0; i < ahead; i++) {
         copy_activations<WIDTH>(ring, next);
         copy_commit(); /* the first group has all of the weights so far */
-        advance<TYPE>(next);
+        advance<TYPE>(ring, next);
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
     float acc[NG][4] = {};
     wgmma_pin(acc);
     int slot = 0;
+    depend_release(); /* the first units are under way */
 #pragma unroll 1
     for (int i = 0; i < w.n_panels * PANEL_UNITS; i++) {
         int u = i % PANEL_UNITS;
-        copy_wait<AHEAD - 1>();
+        if (stages == 6) copy_wait<3>();
+        else copy_wait<1>();
         matrix_fence(); /* what this thread copied, before the others' matrix units read it */
         __syncthreads();
         copy_weights<TYPE>(ring, next);
         copy_activations<WIDTH>(ring, next);
         copy_commit();
-        advance<TYPE>(next);
+        advance<TYPE>(ring, next);
         if (u == 0 && f::header > 0) {
             unpack_scales<TYPE>(headers + (i / PANEL_UNITS & 1) * f::header, table, lane, c);
             __syncwarp();
@@ -124,7 +131,7 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         wgmma_wait<0>(); /* the last unit's products: the operands are free */
         load_fragments<TYPE>(operands, own + slot * f::unit, table, u, lane);
         multiply<NG>(acc, operands, x + slot * WIDTH * X_ROW, lane);
-        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        slot = slot == stages - 1 ? 0 : slot + 1;
     }
     wgmma_wait<0>();
     wgmma_pin(acc);
@@ -148,7 +155,6 @@ static DEVICE void many_groups(const struct gemm_args &a, const struct gemm_work
 
 template <int WIDTH> static DEVICE void many_block(const struct gemm_args &a, uint8_t *shared) {
     struct gemm_work w;
-    depend_release();
     if (a.items) depend_wait();
     if (!find_work(a, WIDTH, w)) return;
     switch (a.segments[w.segment].type) {

@@ -180,8 +180,9 @@ struct gemm_args {
     int32_t epilogue;
     const void *x;  /* f16 [rows][n_cols] */
     int32_t n_cols; /* a multiple of 256 */
-    /* Filled by the launcher: tiles of rows that a block takes one after the other, log2 of its warps. */
-    int32_t n_tiles, warps_shift;
+    /* Filled by the launcher: tiles of rows that a block takes one after the other; log2 of its warps, and of the parts
+     * of the columns. */
+    int32_t n_tiles, warps_shift, parts_shift;
     const int32_t *n_tokens;        /* dense: how many rows of x */
     /* Expert products; all NULL when dense: */
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */

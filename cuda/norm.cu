@@ -8,7 +8,8 @@
 enum : int {
     EMBED_THREADS = 256,
     THREADS = 512,
-    RANKS = 8 /* experts' products under way at a time */
+    RANKS = 8, /* experts' products under way at a time */
+    FEW_ROWS = 16
 };
 
 static __global__ void __launch_bounds__(EMBED_THREADS)
@@ -71,7 +72,8 @@ static DEVICE float4 combine(const struct norm_args &a, int row, int i, float4 h
 template <int QUADS>
 static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
     k_norm_f16(const __grid_constant__ struct norm_args a) {
-    if (!a.meeting.header) depend_release();
+    const bool few = (int)gridDim.x <= FEW_ROWS; /* then the next kernel may come at once: there is room */
+    if (!a.meeting.header && few) depend_release();
     int r = (int)blockIdx.x, n = a.n_cols / 4;
     if (r >= *a.n_rows) return;
     int row = a.rows ? a.rows[r].token : r;
@@ -83,6 +85,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
         if (a.norm && i < n) norm[j] = ((const float4 *)a.norm)[i];
     }
     depend_wait();
+    if (!a.meeting.header && !few) depend_release();
     float4 *h = (float4 *)(a.h + (size_t)row * (size_t)a.n_cols);
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {

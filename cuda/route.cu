@@ -352,13 +352,13 @@ static __global__ void __launch_bounds__(THREADS, 1)
     k_route_few_f32(const __grid_constant__ struct route_args a) {
     __shared__ int ids[ROUTE_CHUNK * MAX_EXPERTS_USED];
     __shared__ bool last;
-    depend_release();
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, quads = a.n_cols / 4;
     int e = (int)blockIdx.x * WARPS + warp, t0 = (int)blockIdx.y * N, n_tokens = a.header->n_tokens;
     if (t0 >= n_tokens) return;
     const float4 *h = (const float4 *)a.h + (size_t)t0 * (size_t)quads;
     int n = min(n_tokens - t0, N);
     few_logits<N>(a, h, n, e, a.partials + (size_t)t0 * (size_t)pitch_of(a), lane);
+    depend_release();
     __syncthreads();
     if (threadIdx.x == 0) last = draw_last(a.tickets + 1 + blockIdx.y, (int)gridDim.x);
     float inverse = 0.0f;
@@ -382,7 +382,6 @@ static __global__ void __launch_bounds__(THREADS, 2)
     k_route_logits_f32(const __grid_constant__ struct route_args a) {
     typedef logit_tile<TT> tile;
     tile &b = *(tile *)shared_bytes;
-    depend_release();
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     int t0 = (int)blockIdx.x * TT, n_tokens = a.header->n_tokens, quads = a.n_cols / (8 * ROUTE_PLANES);
     if (t0 >= n_tokens) return;
@@ -408,6 +407,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
     if (blockIdx.y == 0 && threadIdx.x < 2 * TT && threadIdx.x % 2 == 0 && t < n_tokens)
         __stcg(squares_of(a) + (size_t)t * ROUTE_PLANES + blockIdx.z, squares);
     __syncthreads();
+    depend_release();
     b.store(a, t0, lane, warp, acc);
 }
 
@@ -415,7 +415,6 @@ static __global__ void __launch_bounds__(THREADS, 2)
     k_route_choose_f32(const __grid_constant__ struct route_args a) {
     __shared__ int ids[ROUTE_CHUNK * MAX_EXPERTS_USED];
     __shared__ float inverses[ROUTE_CHUNK];
-    depend_release();
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     int t0 = (int)blockIdx.x * ROUTE_CHUNK, n = min(a.header->n_tokens - t0, (int)ROUTE_CHUNK);
     if (n <= 0) return;
@@ -428,6 +427,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
         if (lane == 0) inverses[warp] = inverse;
     }
     choose_chunk<ROUTE_PLANES>(a, t0, n, inverse, ids, lane, warp);
+    depend_release();
     if (!a.unsorted) sort_chunk(a, t0, n, ids);
     write_rows(a, t0, n, inverses); /* last: who sorts is waited for */
 }

@@ -68,28 +68,34 @@ static DEVICE bool precedes(const struct candidate &a, const struct candidate &b
     return a.value > b.value || (a.value == b.value && a.id < b.id);
 }
 
-static DEVICE struct candidate block_first(struct candidate c, struct row_shared &s) {
+static DEVICE struct candidate warp_first(struct candidate c) {
     for (int d = 16; d > 0; d >>= 1) {
         struct candidate o = {__shfl_xor_sync(ALL_LANES, c.value, d), __shfl_xor_sync(ALL_LANES, c.id, d)};
         if (precedes(o, c)) c = o;
     }
+    return {__shfl_sync(ALL_LANES, c.value, 0), __shfl_sync(ALL_LANES, c.id, 0)}; /* lanes differ if there are NaNs */
+}
+static DEVICE float warp_min(float x) {
+    for (int d = 16; d > 0; d >>= 1) x = fminf(x, __shfl_xor_sync(ALL_LANES, x, d));
+    return x;
+}
+
+/* Every warp puts the warps' results together for itself. */
+static_assert(WARPS == 32, "a lane for each warp");
+static DEVICE struct candidate block_first(struct candidate c, struct row_shared &s) {
+    c = warp_first(c);
     __syncthreads();
     if ((threadIdx.x & 31) == 0) s.best[threadIdx.x >> 5] = c;
     __syncthreads();
-    c = s.best[0];
-    for (int i = 1; i < WARPS; i++)
-        if (precedes(s.best[i], c)) c = s.best[i];
-    return c;
+    return warp_first(s.best[threadIdx.x & 31]);
 }
 
 static DEVICE float block_min(float x, struct row_shared &s) {
-    for (int d = 16; d > 0; d >>= 1) x = fminf(x, __shfl_xor_sync(ALL_LANES, x, d));
+    x = warp_min(x);
     __syncthreads();
     if ((threadIdx.x & 31) == 0) s.low[threadIdx.x >> 5] = x;
     __syncthreads();
-    x = s.low[0];
-    for (int i = 1; i < WARPS; i++) x = fminf(x, s.low[i]);
-    return x;
+    return warp_min(s.low[threadIdx.x & 31]);
 }
 
 static DEVICE double block_sum(double x, struct row_shared &s) {
