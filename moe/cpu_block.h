@@ -28,6 +28,13 @@ CPU_INLINE struct tile_block tile_block_at(const uint8_t *x, int planes, int n) 
     return (struct tile_block){x, f, f + n, (const int32_t *)(const void *)(f + 2 * n), planes, n};
 }
 
+/* Four bytes to every lane. */
+CPU_INLINE vi broadcast4(const uint8_t *p) {
+    int32_t x;
+    memcpy(&x, p, sizeof x);
+    return vi_set1(x);
+}
+
 CPU_INLINE void split_nibbles(const uint8_t *p, vi *w) {
     vi low = vi_set1(0x0f0f0f0f);
     CPU_UNROLL

@@ -10,12 +10,6 @@
 
 enum { CPU_VECTOR_TILE = 16 }; /* tokens: as many as there are registers for their sums */
 
-CPU_INLINE vi broadcast4(const uint8_t *p) {
-    int32_t x;
-    memcpy(&x, p, sizeof x);
-    return vi_set1(x);
-}
-
 /* How many of a tile's tokens have their sums under way together. One sum is a chain of dependent
  * products, each of which waits for the last: a scheduler of a hundred entries must find several chains in it
  * to keep two multipliers busy, so they are written one product of each after the other. Limited by

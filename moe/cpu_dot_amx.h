@@ -9,7 +9,8 @@
  * tile computed it: up to three tokens, for which unpacking does not pay, are multiplied by vectors.
  *
  * Tokens are the left operand, eight to a tile, each with its high and its low bytes, or sixteen with one byte; and
- * weights the right one, as they lie: a row to a lane. While one unit is multiplied, the next is unpacked and the sums of the last are added up. */
+ * weights the right one, as they lie: a row to a lane. While one unit is multiplied, the next is unpacked and the sums
+ * of the last are added up. */
 #ifndef MOED_MOE_CPU_DOT_AMX_H
 #define MOED_MOE_CPU_DOT_AMX_H
 
@@ -53,9 +54,8 @@ static void configure_tiles(int n_rows, int n_cols) {
 
 struct unit {
     uint8_t parts[UNIT_STEPS][2][TILE_BYTES]; /* high, low; [columns / 4][row][4] */
-    int16_t groups
-        [8][CPU_ROWS]
-        [2]; /* what meets the sums of tokens' values: minima per 32 columns, or scales per 16 */
+    /* What meets the sums of tokens' values: minima per 32 columns, or scales per 16. */
+    int16_t groups[8][CPU_ROWS][2];
     float d[CPU_ROWS], dmin[CPU_ROWS];
 };
 
@@ -144,12 +144,6 @@ CPU_INLINE struct rest load_rest(enum cpu_format format, const struct unit *u) {
     r.d = vf_load(u->d);
     r.dmin = format == CPU_Q6_K ? vf_zero() : vf_load(u->dmin);
     return r;
-}
-
-CPU_INLINE vi broadcast4(const uint8_t *p) {
-    int32_t x;
-    memcpy(&x, p, sizeof x);
-    return vi_set1(x);
 }
 
 CPU_INLINE float scale_of(const uint8_t *tail) {
