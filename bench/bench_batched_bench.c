@@ -170,7 +170,7 @@ static void run(struct bench *b, int pl) {
     double *t_pp = bench_alloc((size_t)n_repeat, sizeof *t_pp);
     double *t_tg = bench_alloc((size_t)n_repeat, sizeof *t_tg);
     struct moe_counters before, after;
-    uint64_t offload_bytes = 0; /* in decode steps, of this device */
+    uint64_t offload_bytes = 0, expert_reads = 0; /* in decode steps, of this device */
     for (int i = 0; i < n_repeat; i++) {
         for (int32_t s = 0; s < n_seqs; s++)
             bench_start_greedy(b->m, s, b->prompts + (size_t)s * (size_t)b->pp, b->pp);
@@ -179,15 +179,17 @@ static void run(struct bench *b, int pl) {
         t_tg[i] = timed(b, decode, pl);
         moe_counters(b->m, &after);
         offload_bytes += after.offload_bytes - before.offload_bytes;
+        expert_reads += after.expert_reads - before.expert_reads;
     }
     double pp = bench_median(t_pp, n_repeat), tg = bench_median(t_tg, n_repeat);
     if (b->rank == 0)
         printf("{\"pp\": %d, \"tg\": %d, \"pl\": %d, \"devices\": %d, \"parallel\": \"%s\", "
                "\"n_kv\": %d, \"t_pp\": %.6f, "
-               "\"speed_pp\": %.2f, \"t_tg\": %.6f, \"speed_tg\": %.2f, \"offload_bytes_per_step\": %.0f}\n",
+               "\"speed_pp\": %.2f, \"t_tg\": %.6f, \"speed_tg\": %.2f, \"offload_bytes_per_step\": %.0f, "
+               "\"experts_per_step\": %.0f}\n",
                b->pp, b->tg, pl, b->o->devices.n, b->o->experts ? "expert" : "replica",
                pl * (b->pp + b->tg), pp, pl * b->pp / pp, tg, pl * b->tg / tg,
-               (double)offload_bytes / n_repeat / b->tg);
+               (double)offload_bytes / n_repeat / b->tg, (double)expert_reads / n_repeat / b->tg);
     fflush(stdout);
     free(t_pp);
     free(t_tg);
