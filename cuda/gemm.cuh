@@ -42,7 +42,7 @@ DEVICE void count_item(const struct gemm_args &a, int expert, int n_tokens, stru
     if (a.load) atomicAdd((unsigned long long *)a.load + expert, (unsigned long long)n_tokens);
 }
 
-/* false: nothing to do. Dense work may be asked for before depend_wait, expert work only after. */
+/* false: nothing to do. Dense work may be asked for before depend_wait, expert work if its list is older (listed). */
 DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w) {
     int tile, expert = 0;
     w.token_of = NULL;

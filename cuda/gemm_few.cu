@@ -127,7 +127,7 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
         copy_weights(ring, next);
         advance(ring, next);
     }
-    if (!a.items) depend_wait();
+    if (!a.items || a.listed) depend_wait();
     find_rows(a, w, rows);
     next = first;
 #pragma unroll 1
@@ -168,7 +168,7 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
 
 template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
     struct gemm_work w;
-    if (a.items) depend_wait();
+    if (a.items && !a.listed) depend_wait();
     if (!find_work(a, 8 * NG, w)) return;
     switch (a.segments[w.segment].type) {
     case PANEL_Q4_K: return few_tiles<PANEL_Q4_K, NG>(a, w);

@@ -98,7 +98,7 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         copy_weights<TYPE>(ring, next);
         advance<TYPE>(ring, next);
     }
-    if (!a.items) depend_wait();
+    if (!a.items || a.listed) depend_wait();
     find_rows(a, w, rows);
     next = first;
 #pragma unroll 1
@@ -155,7 +155,7 @@ static DEVICE void many_groups(const struct gemm_args &a, const struct gemm_work
 
 template <int WIDTH> static DEVICE void many_block(const struct gemm_args &a, uint8_t *shared) {
     struct gemm_work w;
-    if (a.items) depend_wait();
+    if (a.items && !a.listed) depend_wait();
     if (!find_work(a, WIDTH, w)) return;
     switch (a.segments[w.segment].type) {
     case PANEL_Q4_K: return many_groups<PANEL_Q4_K, WIDTH>(a, w, shared);

@@ -187,6 +187,7 @@ struct gemm_args {
     /* Expert products; all NULL when dense: */
     const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
     const int32_t *n_items;
+    bool listed; /* the list is older than the last kernel: it, and weights, are read before that one has ended */
     /* With segments' experts only: raised by what is read from host memory; [E] raised by tokens, or NULL. */
     uint64_t *host_bytes, *load;
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */

@@ -248,7 +248,8 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
     struct gemm_args a = {.n_segments = 1,
                           .epilogue = GEMM_STORE_F16,
                           .x = op->act->p,
-                          .n_cols = op->down->n_cols};
+                          .n_cols = op->down->n_cols,
+                          .listed = true}; /* up came between */
     a.segments[0] = segment(op->down, op->y);
     TRY(c->together ? exchange_down(c, op->layer, &a, op->y) : grouped(c, &a));
     if (c->n_tokens == 0) return ST_OK;
