@@ -293,6 +293,10 @@ static enum status find_device(struct cuda *c, int device, struct error *e) {
     c->queue.n_sm = p.multiProcessorCount;
     c->queue.max_shared = p.sharedMemPerBlockOptin;
     c->queue.dependent = p.major >= 9;
+    enum cudaDriverEntryPointQueryResult ignored; /* what is not there is NULL */
+    if (p.major == 9 && cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &c->queue.encode_map, 12000,
+                                                         cudaEnableDefault, &ignored) != cudaSuccess)
+        c->queue.encode_map = NULL;
     return ST_OK;
 }
 

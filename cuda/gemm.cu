@@ -63,7 +63,7 @@ static void set_parts(struct gemm_args &a, bool dense, const struct cuda_queue *
 /* Dense: the widest tiles whose blocks, if need be of fewer rows, are a quarter as many as processors or more; of few tokens, as
  * few rows as give nearly every processor a block. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
-    struct gemm_plan p = {N_WIDTHS - 1, 0, 1};
+    struct gemm_plan p = {N_WIDTHS - 1, 0, 1, false};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
     for (;; p.width--) {
         bool few = is_few(p.width);
@@ -83,7 +83,7 @@ static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct
 static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_experts, int n_used,
                                      const struct cuda_queue *q) {
     static const int most[N_WIDTHS - 1] = {6, 12, 26, 56}; /* mean group, with room for its spread */
-    struct gemm_plan p = {0, 0, 1};
+    struct gemm_plan p = {0, 0, 1, false};
     while (p.width < N_WIDTHS - 1 && bucket * n_used > most[p.width] * n_experts) p.width++;
     if (bucket <= 8) p.width = 0; /* no group can be larger */
     for (;; p.width--) {
@@ -102,7 +102,9 @@ struct gemm_plan cuda_gemm_plan(const struct gemm_args *args, int bucket, int n_
                                 const struct cuda_queue *q) {
     struct gemm_args a = *args;
     set_parts(a, n_experts == 0, q);
-    return n_experts > 0 ? plan_experts(a, bucket, n_experts, n_used, q) : plan_dense(a, bucket, q);
+    if (n_experts > 0) return plan_experts(a, bucket, n_experts, n_used, q);
+    int width = dense_plan(a, bucket, q);
+    return width >= 0 ? (struct gemm_plan){width, 0, 1, true} : plan_dense(a, bucket, q);
 }
 
 cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int bucket, int max_items,
@@ -110,6 +112,7 @@ cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int buck
     struct gemm_args a = *args;
     a.n_tiles = p.tiles;
     set_parts(a, !a.items, q);
+    if (p.bulk) return dense_launch(a, p.width, bucket, q);
     for (a.warps_shift = 0; 1 << a.warps_shift < p.warps;) a.warps_shift++;
     unsigned tiles = (unsigned)count_tiles(a, p.warps, p.tiles);
     unsigned width = (unsigned)kernels[p.width]->width;
@@ -128,7 +131,7 @@ static cudaError_t gemm_prepare(size_t max_shared) {
 }
 
 cudaError_t cuda_kernels_prepare(const struct cuda_queue *q) {
-    cudaError_t (*const sized[])(size_t) = {gemm_prepare, attn_prepare, route_prepare};
+    cudaError_t (*const sized[])(size_t) = {gemm_prepare, dense_prepare, attn_prepare, route_prepare};
     cudaError_t (*const plain[])(void) = {load_prepare, norm_prepare, rope_prepare, sample_prepare, exchange_prepare};
     for (auto f : sized) {
         cudaError_t e = f(q->max_shared);

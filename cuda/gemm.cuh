@@ -226,4 +226,9 @@ static inline size_t gemm_sums_bytes(int n_tokens, int warps, int parts) {
 }
 extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_few32, gemm_many64, gemm_many128;
 
+/* gemm_dense: dense products of more than a few tokens on Hopper. The plan is a width, or -1: not by this one. */
+int dense_plan(const struct gemm_args &a, int bucket, const struct cuda_queue *q);
+cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const struct cuda_queue *q);
+cudaError_t dense_prepare(size_t max_shared);
+
 #endif

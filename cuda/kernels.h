@@ -48,6 +48,7 @@ struct cuda_queue {
     bool dependent;    /* the device knows dependent launches (compute capability 9.0) */
     int n_sm;
     size_t max_shared; /* bytes one block may have */
+    void *encode_map;  /* the driver's cuTensorMapEncodeTiled; NULL: not a Hopper */
 };
 
 /* ---- a step, as uploaded ----------------------------------------------------------------------- */
@@ -201,6 +202,7 @@ struct gemm_plan {
     int width; /* tiles of 8 << width tokens, and for experts the work list of that width */
     int warps;
     int tiles; /* of rows to a block */
+    bool bulk; /* by gemm_dense, which has nothing else to plan */
 };
 /* The plan for `bucket` rows (dense) or for `bucket` tokens spread over n_experts experts (n_experts > 0, n_used
  * each). */

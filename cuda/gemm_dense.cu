@@ -1,0 +1,301 @@
+/* gemm_dense: a dense matrix times many tokens, on Hopper. A block has 128 rows, up to 128 tokens and one part of the columns;
+ * the blocks of a tile's parts are a cluster, and read each other's sums from shared memory to add them in order. One warp
+ * does nothing but fetch: panels by bulk copies, the first of them while the kernels before still run, and activations by
+ * boxes of 64 columns, which come swizzled as wgmma reads them. Two fours of warps unpack and multiply. Few instructions
+ * are spent on copies, and no barrier of the block holds up who multiplies. */
+#include "cuda/bulk.cuh"
+#include "cuda/gemm.cuh"
+
+enum : int {
+    ROW_BLOCKS = 8,            /* a warp's each */
+    ROWS = ROW_BLOCKS * PANEL_ROWS,
+    MULTIPLIERS = 32 * ROW_BLOCKS, /* threads that multiply; 32 more fetch */
+    THREADS = MULTIPLIERS + 32,
+    SUM_ROW = ROWS + 4,        /* floats of a token's sums */
+    MOST_UNITS = 8,            /* in shared memory at a time: 64 columns of all tokens */
+    MOST_PANELS = 4,           /* in shared memory at a time, of each row block */
+    LEAST_PANELS = 2,          /* the last unit of one is given back after the first of the next has come */
+    LEAST_UNITS = 4,
+    RESERVED = 1024,           /* bytes of shared memory: of each block by the system, and arrivals */
+    LEAST_WIDTH = 3,
+    LEAST_TOKENS = 33,         /* fewer are faster with a block for all parts; */
+    MOST_IN_HALVES = 512       /* and more than this, if there are two parts */
+};
+
+struct dense_args {
+    struct gemm_args gemm;
+    int units, panels; /* in shared memory at a time */
+};
+
+extern __shared__ __align__(1024) uint8_t shared_bytes[];
+
+KERNEL_FN int unit_bytes(int n_groups) { return 8 * n_groups * X_ROW; }
+
+#ifdef MOED_WGMMA
+
+/* A block's place in the product, and its shared memory. */
+struct dense_work {
+    const struct gemm_segment *s;
+    const uint8_t *w; /* first panel of its first row block and part */
+    size_t block_bytes; /* from a row block to the next */
+    int n_blocks, first_row, part, n_parts, n_panels, first, n;
+    uint8_t *x, *panels, *table;
+    arrival *x_here, *x_free, *w_here;
+};
+
+static DEVICE struct dense_work find_dense(const struct dense_args &d, int n_groups) {
+    const struct gemm_args &a = d.gemm;
+    struct dense_work w;
+    int segment = 0, tile = (int)blockIdx.y;
+    w.n_parts = 1 << a.parts_shift;
+    w.part = (int)blockIdx.x & (w.n_parts - 1);
+    w.first = ((int)blockIdx.x >> a.parts_shift) * 8 * n_groups;
+    w.n = min(8 * n_groups, *a.n_tokens - w.first);
+    while (segment + 1 < a.n_segments && tile >= a.segments[segment + 1].first_tile) segment++;
+    w.s = &a.segments[segment];
+    tile -= w.s->first_tile;
+    int bytes = panel_bytes(w.s->type), n_panels = a.n_cols / PANEL_K;
+    w.n_panels = n_panels >> a.parts_shift;
+    w.block_bytes = (size_t)n_panels * (size_t)bytes;
+    w.n_blocks = min((w.s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS - tile * ROW_BLOCKS, (int)ROW_BLOCKS);
+    w.first_row = tile * ROWS;
+    w.w = w.s->w + (size_t)tile * ROW_BLOCKS * w.block_bytes + (size_t)(w.part * w.n_panels) * (size_t)bytes;
+    w.x = shared_bytes;
+    w.panels = w.x + d.units * unit_bytes(n_groups);
+    w.table = w.panels + d.panels * ROW_BLOCKS * bytes;
+    return w;
+}
+
+/* By one warp. A panel's place is free when all have its last unit behind them. */
+template <int NG>
+static DEVICE void fetch(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x) {
+    int lane = (int)threadIdx.x & 31, bytes = panel_bytes(w.s->type);
+    const uint8_t *own = w.w + (size_t)lane * w.block_bytes;
+    touch_map(x);
+    auto panel = [&](int p, int place) {
+        if (lane == 0) arrive_expecting(&w.w_here[place], w.n_blocks * bytes);
+        __syncwarp();
+        if (lane < w.n_blocks)
+            copy_bulk(w.panels + (place * ROW_BLOCKS + lane) * bytes, own + (size_t)p * (size_t)bytes, bytes, &w.w_here[place]);
+    };
+    for (int p = 0; p < min(d.panels, w.n_panels); p++) panel(p, p); /* they do not depend on the kernels before */
+    depend_wait();
+    int place = 0, panel_place = 0, n_units = w.n_panels * PANEL_UNITS;
+    uint32_t parity = 1;
+    for (int i = 0; i < n_units; i++) {
+        int done = i - d.units;
+        if (done >= 0) arrival_wait(&w.x_free[place], parity);
+        if (done >= 0 && done % PANEL_UNITS == PANEL_UNITS - 1) {
+            int p = done / PANEL_UNITS + d.panels;
+            if (p < w.n_panels) panel(p, panel_place);
+            panel_place = panel_place == d.panels - 1 ? 0 : panel_place + 1;
+        }
+        if (lane == 0) {
+            arrive_expecting(&w.x_here[place], unit_bytes(NG));
+            copy_box(w.x + place * unit_bytes(NG), x, (w.part * n_units + i) * PANEL_UNIT_K, w.first, &w.x_here[place]);
+        }
+        if (++place == d.units) place = 0, parity ^= 1;
+        if (i == min(d.units, n_units) - 1) depend_release(); /* the first units are under way */
+    }
+}
+
+/* acc = the warp's row block times the tokens. */
+template <int TYPE, int NG>
+static DEVICE void multiply_part(const struct dense_args &d, const struct dense_work &w, float (&acc)[NG][4]) {
+    using f = format<TYPE>;
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    uint8_t *table = w.table + warp * TABLE_BYTES;
+    struct scaling c = scaling_of(w.s->scale, lane);
+    int place = 0, last = 0, panel_place = 0;
+    uint32_t parity = 0, panel_parity = 0;
+    h2 operands[2][4][4];
+    wgmma_pin(acc);
+#pragma unroll 1
+    for (int p = 0; p < w.n_panels; p++) {
+        const uint8_t *panel = w.panels + (panel_place * ROW_BLOCKS + warp) * f::bytes;
+        arrival_wait(&w.w_here[panel_place], panel_parity);
+        unpack_scales<TYPE>(panel, table, lane, c);
+        __syncwarp();
+#pragma unroll
+        for (int u = 0; u < PANEL_UNITS; u++) {
+            load_fragments<TYPE>(operands[u & 1], panel + f::header + u * f::unit, table, u, lane);
+            arrival_wait(&w.x_here[place], parity);
+            multiply<NG>(acc, operands[u & 1], w.x + place * unit_bytes(NG), lane);
+            wgmma_wait<1>(); /* the unit before: its operands are free, and its place */
+            if (lane == 0 && (u > 0 || p > 0)) arrive(&w.x_free[last]);
+            last = place;
+            if (++place == d.units) place = 0, parity ^= 1;
+        }
+        __syncwarp();
+        if (++panel_place == d.panels) panel_place = 0, panel_parity ^= 1;
+    }
+    wgmma_wait<0>();
+    wgmma_pin(acc);
+}
+
+template <int NG>
+static DEVICE void multiply_type(const struct dense_args &d, const struct dense_work &w, float (&acc)[NG][4]) {
+    switch (w.s->type) {
+    case PANEL_Q4_K: return multiply_part<PANEL_Q4_K, NG>(d, w, acc);
+    case PANEL_Q5_K: return multiply_part<PANEL_Q5_K, NG>(d, w, acc);
+    case PANEL_Q6_K: return multiply_part<PANEL_Q6_K, NG>(d, w, acc);
+    case PANEL_Q8_0: return multiply_part<PANEL_Q8_0, NG>(d, w, acc);
+    default: return multiply_part<PANEL_F16, NG>(d, w, acc);
+    }
+}
+
+/* The parts' sums, in order: each block of the cluster takes some of the tokens, a thread four rows of them. */
+static DEVICE void add_tile(const struct gemm_args &a, const struct dense_work &w, const float *sums) {
+    constexpr int quads = ROWS / 4, at_once = 2, most_parts = 4;
+    int row = (int)threadIdx.x % quads * 4, step = MULTIPLIERS / quads * w.n_parts, n_rows = w.s->n_rows;
+    bool adds = a.epilogue == GEMM_ADD_F32;
+    if (w.first_row + row >= n_rows) return;
+    float scale = w.s->scale;
+#pragma unroll 1
+    for (int first = w.part + w.n_parts * ((int)threadIdx.x / quads); first < w.n; first += at_once * step) {
+        float4 v[at_once][most_parts], old[at_once];
+        size_t to[at_once];
+#pragma unroll
+        for (int i = 0; i < at_once; i++) { /* one twice rather than a branch: all loads are to be under way */
+            int token = first + i * step < w.n ? first + i * step : first;
+            to[i] = (size_t)(w.first + token) * (size_t)n_rows + (size_t)(w.first_row + row);
+            old[i] = adds ? *(const float4 *)((const float *)w.s->out + to[i]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int p = 0; p < most_parts; p++)
+                if (p < w.n_parts) v[i][p] = load_cluster(sums + token * SUM_ROW + row, p);
+        }
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            float4 t = v[i][0];
+#pragma unroll
+            for (int p = 1; p < most_parts; p++)
+                if (p < w.n_parts) t.x += v[i][p].x, t.y += v[i][p].y, t.z += v[i][p].z, t.w += v[i][p].w;
+            t = make_float4(t.x * scale, t.y * scale, t.z * scale, t.w * scale);
+            if (i > 0 && first + i * step >= w.n) break;
+            if (a.epilogue == GEMM_STORE_F16)
+                *(uint2 *)((uint16_t *)w.s->out + to[i]) = make_uint2(h2_pack(t.x, t.y), h2_pack(t.z, t.w));
+            else
+                *(float4 *)((float *)w.s->out + to[i]) =
+                    adds ? make_float4(old[i].x + t.x, old[i].y + t.y, old[i].z + t.z, old[i].w + t.w) : t;
+        }
+    }
+}
+
+template <int NG> static DEVICE void dense_block(const CUtensorMap *x, const struct dense_args &d) {
+    __shared__ arrival x_here[MOST_UNITS], x_free[MOST_UNITS], w_here[MOST_PANELS];
+    struct dense_work w = find_dense(d, NG);
+    if (w.n <= 0) return; /* and so the whole cluster */
+    w.x_here = x_here, w.x_free = x_free, w.w_here = w_here;
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < d.units; i++) arrival_init(&x_here[i], 1), arrival_init(&x_free[i], ROW_BLOCKS);
+        for (int i = 0; i < d.panels; i++) arrival_init(&w_here[i], 1);
+        arrivals_ready();
+    }
+    __syncthreads();
+    if (warp == ROW_BLOCKS) return fetch<NG>(d, w, x);
+    float acc[NG][4] = {}, *sums = (float *)shared_bytes;
+    multiply_type<NG>(d, w, acc);
+    meet_threads(MULTIPLIERS); /* nobody multiplies any more: the sums may lie where activations and panels were */
+    float *own = sums + 2 * (lane & 3) * SUM_ROW + warp * PANEL_ROWS + (lane >> 2);
+#pragma unroll
+    for (int n = 0; n < NG; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * SUM_ROW + 8 * (j >> 1)] = acc[n][j];
+    depend_wait(); /* what is added to, or written, is of kernels before */
+    if (w.n_parts > 1) meet_cluster();
+    else meet_threads(MULTIPLIERS);
+    add_tile(d.gemm, w, sums);
+    if (w.n_parts > 1) leave_cluster(); /* others may still read this block's sums */
+}
+
+#define DENSE_BLOCK(NG, x, d) dense_block<NG>(&(x), d)
+#else
+#define DENSE_BLOCK(NG, x, d) __trap()
+#endif
+
+static __global__ void __launch_bounds__(THREADS, 2)
+    k_gemm_dense64_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
+    DENSE_BLOCK(8, x, d);
+}
+static __global__ void __launch_bounds__(THREADS, 1)
+    k_gemm_dense128_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
+    DENSE_BLOCK(16, x, d);
+}
+
+/* ---- launching ------------------------------------------------------------------------------------------------- */
+
+typedef void dense_kernel(const CUtensorMap, const struct dense_args);
+static dense_kernel *const kernels[N_WIDTHS] = {NULL, NULL, NULL, k_gemm_dense64_f16, k_gemm_dense128_f16};
+
+/* Blocks along the rows. Fills first_tile. */
+static int row_tiles(struct gemm_args &a) {
+    int n = 0;
+    for (int i = 0; i < a.n_segments; i++) {
+        a.segments[i].first_tile = n;
+        n += (a.segments[i].n_rows + ROWS - 1) / ROWS;
+    }
+    return n;
+}
+
+/* How much of x and w is in shared memory at a time. */
+static size_t fill_shared(struct dense_args &d, int width, const struct cuda_queue *q) {
+    const struct gemm_args &a = d.gemm;
+    int bytes = 0, n_panels = a.n_cols / PANEL_K >> a.parts_shift, unit = unit_bytes(1 << width);
+    for (int i = 0; i < a.n_segments; i++)
+        if (panel_bytes(a.segments[i].type) > bytes) bytes = panel_bytes(a.segments[i].type);
+    int whole = (int)q->max_shared - RESERVED, half = whole / 2 - RESERVED; /* half: a processor has room for two blocks */
+    int tables = ROW_BLOCKS * TABLE_BYTES, panel = ROW_BLOCKS * bytes, least = tables + LEAST_PANELS * panel + LEAST_UNITS * unit;
+    int room = (width == N_WIDTHS - 1 || half < least ? whole : half) - tables;
+    d.panels = n_panels < MOST_PANELS ? n_panels : (int)MOST_PANELS;
+    while (d.panels > LEAST_PANELS && d.panels * panel + LEAST_UNITS * unit > room) d.panels--;
+    d.units = (room - d.panels * panel) / unit;
+    if (d.units > MOST_UNITS) d.units = MOST_UNITS;
+    if (d.units > d.panels * PANEL_UNITS) d.units = d.panels * PANEL_UNITS;
+    size_t n = (size_t)(d.panels * panel + d.units * unit + tables);
+    size_t sums = sizeof(float) * (size_t)(8 << width) * SUM_ROW;
+    return n > sums ? n : sums;
+}
+
+int dense_plan(const struct gemm_args &a, int bucket, const struct cuda_queue *q) {
+    if (!q->encode_map || bucket < LEAST_TOKENS || (a.parts_shift == 1 && bucket > MOST_IN_HALVES)) return -1;
+    for (int i = 0; i < a.n_segments; i++)
+        if (a.segments[i].n_rows % 4 != 0) return -1;
+    int width = N_WIDTHS - 1;
+    while (width > LEAST_WIDTH && 4 << width >= bucket) width--;
+    return width;
+}
+
+cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const struct cuda_queue *q) {
+    CUtensorMap map;
+    struct dense_args d = {a, 0, 0};
+    unsigned n_tokens = 8u << width, tiles = (unsigned)row_tiles(d.gemm), parts = 1u << a.parts_shift;
+    size_t shared = fill_shared(d, width, q);
+    const cuuint64_t size[2] = {(cuuint64_t)a.n_cols, (cuuint64_t)bucket}, row[1] = {(cuuint64_t)a.n_cols * 2};
+    const cuuint32_t box[2] = {PANEL_UNIT_K, n_tokens}, one[2] = {1, 1};
+    CUresult r = ((decltype(&cuTensorMapEncodeTiled))q->encode_map)(
+        &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)a.x, size, row, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) return cudaErrorInvalidValue;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {parts, 1, 1};
+    config.gridDim = dim3(((unsigned)bucket + n_tokens - 1) / n_tokens * parts, tiles, 1);
+    config.blockDim = dim3(THREADS, 1, 1);
+    config.dynamicSmemBytes = shared;
+    config.stream = (cudaStream_t)q->stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    return cudaLaunchKernelEx(&config, kernels[width], map, d);
+}
+
+cudaError_t dense_prepare(size_t max_shared) {
+    cudaError_t e = cudaSuccess;
+    for (int width = LEAST_WIDTH; width < N_WIDTHS && e == cudaSuccess; width++)
+        e = cudaFuncSetAttribute((const void *)kernels[width], cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 (int)max_shared - RESERVED);
+    return e;
+}
