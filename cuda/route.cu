@@ -411,12 +411,14 @@ static __global__ void __launch_bounds__(THREADS, 2)
     b.store(a, t0, lane, warp, acc);
 }
 
+/* Half of the blocks choose, the others write x: who chooses may have to sort, and is waited for. */
 static __global__ void __launch_bounds__(THREADS, 2)
     k_route_choose_f32(const __grid_constant__ struct route_args a) {
     __shared__ int ids[ROUTE_CHUNK * MAX_EXPERTS_USED];
     __shared__ float inverses[ROUTE_CHUNK];
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    int t0 = (int)blockIdx.x * ROUTE_CHUNK, n = min(a.header->n_tokens - t0, (int)ROUTE_CHUNK);
+    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, n_chunks = (int)gridDim.x / 2;
+    bool writes = (int)blockIdx.x >= n_chunks;
+    int t0 = ((int)blockIdx.x - (writes ? n_chunks : 0)) * ROUTE_CHUNK, n = min(a.header->n_tokens - t0, (int)ROUTE_CHUNK);
     if (n <= 0) return;
     depend_wait();
     float inverse = 0.0f;
@@ -424,12 +426,16 @@ static __global__ void __launch_bounds__(THREADS, 2)
         float squares = __ldcg(squares_of(a) + (size_t)(t0 + warp) * ROUTE_PLANES + lane % ROUTE_PLANES);
         for (int d = 1; d < ROUTE_PLANES; d <<= 1) squares += __shfl_xor_sync(ALL_LANES, squares, d);
         inverse = inverse_of(a, squares);
-        if (lane == 0) inverses[warp] = inverse;
+    }
+    if (writes) {
+        if (warp < n && lane == 0) inverses[warp] = inverse;
+        __syncthreads();
+        depend_release();
+        return write_rows(a, t0, n, inverses);
     }
     choose_chunk<ROUTE_PLANES>(a, t0, n, inverse, ids, lane, warp);
     depend_release();
     if (!a.unsorted) sort_chunk(a, t0, n, ids);
-    write_rows(a, t0, n, inverses); /* last: who sorts is waited for */
 }
 
 static __global__ void __launch_bounds__(32 * PLACE_WARPS)
@@ -484,7 +490,7 @@ cudaError_t cuda_route(const struct route_args *a, int bucket, const struct cuda
                     : bucket <= 128 ? launch_logits<16>(a, bucket, q)
                                     : launch_logits<32>(a, bucket, q);
     if (e == cudaSuccess)
-        e = launch(k_route_choose_f32, dim3(chunks, 1, 1), THREADS, sort_bytes(a, bucket), q, *a);
+        e = launch(k_route_choose_f32, dim3(2 * chunks, 1, 1), THREADS, sort_bytes(a, bucket), q, *a);
     return e == cudaSuccess && bucket > SORT_TOKENS && !a->unsorted ? launch_place(a, chunks, q) : e;
 }
 
