@@ -1,25 +1,26 @@
 /* gemm_dense: a dense matrix times many tokens, on Hopper. A block has 128 rows, up to 128 tokens and one part of the columns;
  * the blocks of a tile's parts are a cluster, and read each other's sums from shared memory to add them in order. One warp
- * does nothing but fetch: panels by bulk copies, the first of them while the kernels before still run, and activations by
- * boxes of 64 columns, which come swizzled as wgmma reads them. Two fours of warps unpack and multiply. Few instructions
- * are spent on copies, and no barrier of the block holds up who multiplies. */
+ * fetches: panels by bulk copies, the first of them while the kernels before still run, and activations by boxes of 64
+ * columns, which come swizzled as wgmma reads them. Two fours of warps unpack and multiply. Few instructions are spent on
+ * copies, and no barrier of the block holds up who multiplies.
+ *
+ * For one tile of tokens a processor has a block at most, and its ninth warp does nothing but fetch. For more it has two
+ * blocks, and no registers for such warps: the first one fetches between its products. */
 #include "cuda/bulk.cuh"
 #include "cuda/gemm.cuh"
 
 enum : int {
     ROW_BLOCKS = 8,            /* a warp's each */
     ROWS = ROW_BLOCKS * PANEL_ROWS,
-    MULTIPLIERS = 32 * ROW_BLOCKS, /* threads that multiply; 32 more fetch */
-    THREADS = MULTIPLIERS + 32,
+    THREADS = 32 * ROW_BLOCKS, /* that multiply */
     SUM_ROW = ROWS + 4,        /* floats of a token's sums */
     MOST_UNITS = 8,            /* in shared memory at a time: 64 columns of all tokens */
     MOST_PANELS = 4,           /* in shared memory at a time, of each row block */
     LEAST_PANELS = 2,          /* the last unit of one is given back after the first of the next has come */
-    LEAST_UNITS = 4,
+    LEAST_UNITS = 3, ENOUGH_UNITS = 4, /* before panels get more room */
     RESERVED = 1024,           /* bytes of shared memory: of each block by the system, and arrivals */
-    LEAST_WIDTH = 3,
     LEAST_TOKENS = 33,         /* fewer are faster with a block for all parts; */
-    MOST_IN_HALVES = 512       /* and more than this, if there are two parts */
+    MOST_OF_TWO_PARTS = 512    /* and more than this, if there are two parts */
 };
 
 struct dense_args {
@@ -66,48 +67,58 @@ static DEVICE struct dense_work find_dense(const struct dense_args &d, int n_gro
     return w;
 }
 
-/* By one warp. A panel's place is free when all have its last unit behind them. */
+/* What the first warp fetches: panel p of the part, for all row blocks; */
+static DEVICE void fetch_panel(const struct dense_work &w, int p, int place, int lane) {
+    int bytes = panel_bytes(w.s->type);
+    if (lane == 0) arrive_expecting(&w.w_here[place], w.n_blocks * bytes);
+    __syncwarp();
+    if (lane < w.n_blocks)
+        copy_bulk(w.panels + (place * ROW_BLOCKS + lane) * bytes, w.w + (size_t)lane * w.block_bytes + (size_t)(p * bytes), bytes,
+                  &w.w_here[place]);
+}
+/* unit i of the part, of all tokens. */
 template <int NG>
-static DEVICE void fetch(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x) {
-    int lane = (int)threadIdx.x & 31, bytes = panel_bytes(w.s->type);
-    const uint8_t *own = w.w + (size_t)lane * w.block_bytes;
+static DEVICE void fetch_unit(const struct dense_work &w, const CUtensorMap *x, int i, int place, int lane) {
+    if (lane != 0) return;
+    arrive_expecting(&w.x_here[place], unit_bytes(NG));
+    copy_box(w.x + place * unit_bytes(NG), x, (w.part * w.n_panels * PANEL_UNITS + i) * PANEL_UNIT_K, w.first, &w.x_here[place]);
+}
+
+/* What the kernels before need not have ended for, and the first units. Returns how many. */
+template <int NG>
+static DEVICE int fetch_first(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x, int lane) {
+    int n = min(d.units, w.n_panels * PANEL_UNITS);
     touch_map(x);
-    auto panel = [&](int p, int place) {
-        if (lane == 0) arrive_expecting(&w.w_here[place], w.n_blocks * bytes);
-        __syncwarp();
-        if (lane < w.n_blocks)
-            copy_bulk(w.panels + (place * ROW_BLOCKS + lane) * bytes, own + (size_t)p * (size_t)bytes, bytes, &w.w_here[place]);
-    };
-    for (int p = 0; p < min(d.panels, w.n_panels); p++) panel(p, p); /* they do not depend on the kernels before */
+    for (int p = 0; p < min(d.panels, w.n_panels); p++) fetch_panel(w, p, p, lane);
     depend_wait();
-    int place = 0, panel_place = 0, n_units = w.n_panels * PANEL_UNITS;
-    uint32_t parity = 1;
-    for (int i = 0; i < n_units; i++) {
-        int done = i - d.units;
-        if (done >= 0) arrival_wait(&w.x_free[place], parity);
-        if (done >= 0 && done % PANEL_UNITS == PANEL_UNITS - 1) {
-            int p = done / PANEL_UNITS + d.panels;
-            if (p < w.n_panels) panel(p, panel_place);
-            panel_place = panel_place == d.panels - 1 ? 0 : panel_place + 1;
-        }
-        if (lane == 0) {
-            arrive_expecting(&w.x_here[place], unit_bytes(NG));
-            copy_box(w.x + place * unit_bytes(NG), x, (w.part * n_units + i) * PANEL_UNIT_K, w.first, &w.x_here[place]);
-        }
-        if (++place == d.units) place = 0, parity ^= 1;
-        if (i == min(d.units, n_units) - 1) depend_release(); /* the first units are under way */
+    for (int i = 0; i < n; i++) fetch_unit<NG>(w, x, i, i, lane);
+    depend_release(); /* the first units are under way */
+    return n;
+}
+
+/* Unit i, where unit i - d.units was, once that is behind all warps; with the last unit of a panel, its place is free too. */
+template <int NG>
+static DEVICE void fetch_next(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x, int i, int place,
+                              uint32_t parity, int &panel_place, int lane) {
+    int done = i - d.units, p = done / PANEL_UNITS + d.panels;
+    arrival_wait(&w.x_free[place], parity);
+    if (done % PANEL_UNITS == PANEL_UNITS - 1) {
+        if (p < w.n_panels) fetch_panel(w, p, panel_place, lane);
+        panel_place = panel_place == d.panels - 1 ? 0 : panel_place + 1;
     }
+    fetch_unit<NG>(w, x, i, place, lane);
 }
 
 /* acc = the warp's row block times the tokens. */
-template <int TYPE, int NG>
-static DEVICE void multiply_part(const struct dense_args &d, const struct dense_work &w, float (&acc)[NG][4]) {
+template <int TYPE, int NG, bool FETCHES>
+static DEVICE void multiply_part(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x,
+                                 float (&acc)[NG][4]) {
     using f = format<TYPE>;
     int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     uint8_t *table = w.table + warp * TABLE_BYTES;
     struct scaling c = scaling_of(w.s->scale, lane);
-    int place = 0, last = 0, panel_place = 0;
-    uint32_t parity = 0, panel_parity = 0;
+    int place = 0, panel_place = 0, last = 0, free_panel = 0; /* last: behind this warp */
+    uint32_t parity = 0, panel_parity = 0, last_parity = 0;
     h2 operands[2][4][4];
     wgmma_pin(acc);
 #pragma unroll 1
@@ -122,8 +133,13 @@ static DEVICE void multiply_part(const struct dense_args &d, const struct dense_
             arrival_wait(&w.x_here[place], parity);
             multiply<NG>(acc, operands[u & 1], w.x + place * unit_bytes(NG), lane);
             wgmma_wait<1>(); /* the unit before: its operands are free, and its place */
-            if (lane == 0 && (u > 0 || p > 0)) arrive(&w.x_free[last]);
-            last = place;
+            if (u > 0 || p > 0) {
+                if (lane == 0) arrive(&w.x_free[last]);
+                int next = PANEL_UNITS * p + u - 1 + d.units;
+                if (FETCHES && warp == 0 && next < PANEL_UNITS * w.n_panels)
+                    fetch_next<NG>(d, w, x, next, last, last_parity, free_panel, lane);
+            }
+            last = place, last_parity = parity;
             if (++place == d.units) place = 0, parity ^= 1;
         }
         __syncwarp();
@@ -133,21 +149,22 @@ static DEVICE void multiply_part(const struct dense_args &d, const struct dense_
     wgmma_pin(acc);
 }
 
-template <int NG>
-static DEVICE void multiply_type(const struct dense_args &d, const struct dense_work &w, float (&acc)[NG][4]) {
+template <int NG, bool FETCHES>
+static DEVICE void multiply_type(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x,
+                                 float (&acc)[NG][4]) {
     switch (w.s->type) {
-    case PANEL_Q4_K: return multiply_part<PANEL_Q4_K, NG>(d, w, acc);
-    case PANEL_Q5_K: return multiply_part<PANEL_Q5_K, NG>(d, w, acc);
-    case PANEL_Q6_K: return multiply_part<PANEL_Q6_K, NG>(d, w, acc);
-    case PANEL_Q8_0: return multiply_part<PANEL_Q8_0, NG>(d, w, acc);
-    default: return multiply_part<PANEL_F16, NG>(d, w, acc);
+    case PANEL_Q4_K: return multiply_part<PANEL_Q4_K, NG, FETCHES>(d, w, x, acc);
+    case PANEL_Q5_K: return multiply_part<PANEL_Q5_K, NG, FETCHES>(d, w, x, acc);
+    case PANEL_Q6_K: return multiply_part<PANEL_Q6_K, NG, FETCHES>(d, w, x, acc);
+    case PANEL_Q8_0: return multiply_part<PANEL_Q8_0, NG, FETCHES>(d, w, x, acc);
+    default: return multiply_part<PANEL_F16, NG, FETCHES>(d, w, x, acc);
     }
 }
 
 /* The parts' sums, in order: each block of the cluster takes some of the tokens, a thread four rows of them. */
 static DEVICE void add_tile(const struct gemm_args &a, const struct dense_work &w, const float *sums) {
     constexpr int quads = ROWS / 4, at_once = 2, most_parts = 4;
-    int row = (int)threadIdx.x % quads * 4, step = MULTIPLIERS / quads * w.n_parts, n_rows = w.s->n_rows;
+    int row = (int)threadIdx.x % quads * 4, step = THREADS / quads * w.n_parts, n_rows = w.s->n_rows;
     bool adds = a.epilogue == GEMM_ADD_F32;
     if (w.first_row + row >= n_rows) return;
     float scale = w.s->scale;
@@ -181,7 +198,7 @@ static DEVICE void add_tile(const struct gemm_args &a, const struct dense_work &
     }
 }
 
-template <int NG> static DEVICE void dense_block(const CUtensorMap *x, const struct dense_args &d) {
+template <int NG, bool FETCHES> static DEVICE void dense_block(const CUtensorMap *x, const struct dense_args &d) {
     __shared__ arrival x_here[MOST_UNITS], x_free[MOST_UNITS], w_here[MOST_PANELS];
     struct dense_work w = find_dense(d, NG);
     if (w.n <= 0) return; /* and so the whole cluster */
@@ -193,10 +210,19 @@ template <int NG> static DEVICE void dense_block(const CUtensorMap *x, const str
         arrivals_ready();
     }
     __syncthreads();
-    if (warp == ROW_BLOCKS) return fetch<NG>(d, w, x);
+    if (FETCHES && warp == 0) fetch_first<NG>(d, w, x, lane);
+    if (warp == ROW_BLOCKS) {
+        int n = fetch_first<NG>(d, w, x, lane), place = 0, panel_place = 0;
+        uint32_t parity = 0;
+        for (int i = n; i < w.n_panels * PANEL_UNITS; i++) {
+            fetch_next<NG>(d, w, x, i, place, parity, panel_place, lane);
+            if (++place == d.units) place = 0, parity ^= 1;
+        }
+        return;
+    }
     float acc[NG][4] = {}, *sums = (float *)shared_bytes;
-    multiply_type<NG>(d, w, acc);
-    meet_threads(MULTIPLIERS); /* nobody multiplies any more: the sums may lie where activations and panels were */
+    multiply_type<NG, FETCHES>(d, w, x, acc);
+    meet_threads(THREADS); /* nobody multiplies any more: the sums may lie where activations and panels were */
     float *own = sums + 2 * (lane & 3) * SUM_ROW + warp * PANEL_ROWS + (lane >> 2);
 #pragma unroll
     for (int n = 0; n < NG; n++)
@@ -204,29 +230,37 @@ template <int NG> static DEVICE void dense_block(const CUtensorMap *x, const str
         for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * SUM_ROW + 8 * (j >> 1)] = acc[n][j];
     depend_wait(); /* what is added to, or written, is of kernels before */
     if (w.n_parts > 1) meet_cluster();
-    else meet_threads(MULTIPLIERS);
+    else meet_threads(THREADS);
     add_tile(d.gemm, w, sums);
     if (w.n_parts > 1) leave_cluster(); /* others may still read this block's sums */
 }
 
-#define DENSE_BLOCK(NG, x, d) dense_block<NG>(&(x), d)
+#define DENSE_BLOCK(NG, FETCHES, x, d) dense_block<NG, FETCHES>(&(x), d)
 #else
-#define DENSE_BLOCK(NG, x, d) __trap()
+#define DENSE_BLOCK(NG, FETCHES, x, d) __trap()
 #endif
 
-static __global__ void __launch_bounds__(THREADS, 2)
+static __global__ void __launch_bounds__(THREADS + 32, 2)
     k_gemm_dense64_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
-    DENSE_BLOCK(8, x, d);
+    DENSE_BLOCK(8, false, x, d);
 }
-static __global__ void __launch_bounds__(THREADS, 1)
+static __global__ void __launch_bounds__(THREADS + 32, 1)
     k_gemm_dense128_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
-    DENSE_BLOCK(16, x, d);
+    DENSE_BLOCK(16, false, x, d);
+}
+static __global__ void __launch_bounds__(THREADS, 2)
+    k_gemm_dense128_twice_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
+    DENSE_BLOCK(16, true, x, d);
 }
 
 /* ---- launching ------------------------------------------------------------------------------------------------- */
 
 typedef void dense_kernel(const CUtensorMap, const struct dense_args);
-static dense_kernel *const kernels[N_WIDTHS] = {NULL, NULL, NULL, k_gemm_dense64_f16, k_gemm_dense128_f16};
+static const struct {
+    bool halves; /* a block has half a processor at most */
+    int threads;
+    dense_kernel *kernel;
+} kernels[] = {{true, THREADS + 32, k_gemm_dense64_f16}, {false, THREADS + 32, k_gemm_dense128_f16}, {true, THREADS, k_gemm_dense128_twice_f16}};
 
 /* Blocks along the rows. Fills first_tile. */
 static int row_tiles(struct gemm_args &a) {
@@ -239,16 +273,16 @@ static int row_tiles(struct gemm_args &a) {
 }
 
 /* How much of x and w is in shared memory at a time. */
-static size_t fill_shared(struct dense_args &d, int width, const struct cuda_queue *q) {
+static size_t fill_shared(struct dense_args &d, int width, bool halves, const struct cuda_queue *q) {
     const struct gemm_args &a = d.gemm;
     int bytes = 0, n_panels = a.n_cols / PANEL_K >> a.parts_shift, unit = unit_bytes(1 << width);
     for (int i = 0; i < a.n_segments; i++)
         if (panel_bytes(a.segments[i].type) > bytes) bytes = panel_bytes(a.segments[i].type);
-    int whole = (int)q->max_shared - RESERVED, half = whole / 2 - RESERVED; /* half: a processor has room for two blocks */
+    int whole = (int)q->max_shared - RESERVED, half = whole / 2 - RESERVED;
     int tables = ROW_BLOCKS * TABLE_BYTES, panel = ROW_BLOCKS * bytes, least = tables + LEAST_PANELS * panel + LEAST_UNITS * unit;
-    int room = (width == N_WIDTHS - 1 || half < least ? whole : half) - tables;
+    int room = (!halves || half < least ? whole : half) - tables;
     d.panels = n_panels < MOST_PANELS ? n_panels : (int)MOST_PANELS;
-    while (d.panels > LEAST_PANELS && d.panels * panel + LEAST_UNITS * unit > room) d.panels--;
+    while (d.panels > LEAST_PANELS && d.panels * panel + ENOUGH_UNITS * unit > room) d.panels--;
     d.units = (room - d.panels * panel) / unit;
     if (d.units > MOST_UNITS) d.units = MOST_UNITS;
     if (d.units > d.panels * PANEL_UNITS) d.units = d.panels * PANEL_UNITS;
@@ -258,19 +292,18 @@ static size_t fill_shared(struct dense_args &d, int width, const struct cuda_que
 }
 
 int dense_plan(const struct gemm_args &a, int bucket, const struct cuda_queue *q) {
-    if (!q->encode_map || bucket < LEAST_TOKENS || (a.parts_shift == 1 && bucket > MOST_IN_HALVES)) return -1;
+    if (!q->encode_map || bucket < LEAST_TOKENS || (a.parts_shift == 1 && bucket > MOST_OF_TWO_PARTS)) return -1;
     for (int i = 0; i < a.n_segments; i++)
         if (a.segments[i].n_rows % 4 != 0) return -1;
-    int width = N_WIDTHS - 1;
-    while (width > LEAST_WIDTH && 4 << width >= bucket) width--;
-    return width;
+    return bucket <= 4 << (N_WIDTHS - 1) ? N_WIDTHS - 2 : N_WIDTHS - 1;
 }
 
 cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const struct cuda_queue *q) {
     CUtensorMap map;
     struct dense_args d = {a, 0, 0};
     unsigned n_tokens = 8u << width, tiles = (unsigned)row_tiles(d.gemm), parts = 1u << a.parts_shift;
-    size_t shared = fill_shared(d, width, q);
+    const auto &k = kernels[width < N_WIDTHS - 1 ? 0 : bucket <= (int)n_tokens ? 1 : 2];
+    size_t shared = fill_shared(d, width, k.halves, q);
     const cuuint64_t size[2] = {(cuuint64_t)a.n_cols, (cuuint64_t)bucket}, row[1] = {(cuuint64_t)a.n_cols * 2};
     const cuuint32_t box[2] = {PANEL_UNIT_K, n_tokens}, one[2] = {1, 1};
     CUresult r = ((decltype(&cuTensorMapEncodeTiled))q->encode_map)(
@@ -284,18 +317,18 @@ cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {parts, 1, 1};
     config.gridDim = dim3(((unsigned)bucket + n_tokens - 1) / n_tokens * parts, tiles, 1);
-    config.blockDim = dim3(THREADS, 1, 1);
+    config.blockDim = dim3((unsigned)k.threads, 1, 1);
     config.dynamicSmemBytes = shared;
     config.stream = (cudaStream_t)q->stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernels[width], map, d);
+    return cudaLaunchKernelEx(&config, k.kernel, map, d);
 }
 
 cudaError_t dense_prepare(size_t max_shared) {
     cudaError_t e = cudaSuccess;
-    for (int width = LEAST_WIDTH; width < N_WIDTHS && e == cudaSuccess; width++)
-        e = cudaFuncSetAttribute((const void *)kernels[width], cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 (int)max_shared - RESERVED);
+    for (const auto &k : kernels)
+        if (e == cudaSuccess)
+            e = cudaFuncSetAttribute((const void *)k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)max_shared - RESERVED);
     return e;
 }
