@@ -128,6 +128,20 @@ DEVICE h2 transpose_8x8(h2 a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MOED_WGMMA 1
 #define F4(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
+DEVICE void wgmma_f16(float (&d)[2][4], const h2 (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+                 : F4(d[0]), F4(d[1])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+DEVICE void wgmma_f16(float (&d)[3][4], const h2 (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n24k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, {%12, %13, %14, %15}, %16, 1, 1, 1, 0;"
+                 : F4(d[0]), F4(d[1]), F4(d[2])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 DEVICE void wgmma_f16(float (&d)[4][4], const h2 (&a)[4], uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
