@@ -13,7 +13,6 @@
  * to expect; then it begins anew. Its first round has parity 0. */
 typedef uint64_t arrival;
 
-DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 DEVICE void arrival_init(arrival *a, int n) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(n) : "memory");

@@ -19,6 +19,12 @@ typedef uint32_t h2;
 
 enum : uint32_t { ALL_LANES = 0xffffffffu };
 
+/* x stays in its register: it is not computed again where it is needed. */
+DEVICE void keep(uint32_t &x) { asm volatile("" : "+r"(x)); }
+/* The thread's warp in its block. The compiler sees that it is the same in every lane, and computes what follows from it
+ * once for all lanes. */
+DEVICE int warp_index() { return __shfl_sync(ALL_LANES, (int)threadIdx.x >> 5, 0); }
+
 /* ---- packed halves ---------------------------------------------------------------------------- */
 
 DEVICE h2 h2_fma(h2 a, h2 b, h2 c) {
@@ -184,11 +190,18 @@ DEVICE void wgmma_f16(float (&d)[16][4], const h2 (&a)[4], uint64_t b) {
 
 #undef F4
 
-/* What wgmma calls a descriptor: rows of 128 bytes, each eight of them 1024 bytes, chunks swizzled; from `at` on, which may
- * lie 32, 64 or 96 bytes inside a row. */
-DEVICE uint64_t swizzled_matrix(const void *at) {
-    uint64_t address = (uint32_t)__cvta_generic_to_shared(at) & 0x3ffffu;
-    return address >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+/* What wgmma calls a descriptor: rows of 128 bytes, each eight of them 1024 bytes, chunks swizzled; `offset` bytes after
+ * where `matrix` begins, which may be 32, 64 or 96 bytes inside a row. Taken apart so that all of a loop's descriptors
+ * come from one, by scalar additions. */
+DEVICE uint32_t swizzled_matrix(const void *at) {
+    uint32_t first = (uint32_t)__cvta_generic_to_shared(at) >> 4 | 1u << 16;
+    keep(first); /* else the compiler sees no need for what makes it a scalar */
+    return __shfl_sync(ALL_LANES, first, 0);
+}
+DEVICE uint64_t swizzled_matrix(uint32_t matrix, int offset) {
+    uint64_t d;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(matrix + (uint32_t)offset / 16), "r"(1024 / 16 | 1u << 30));
+    return d;
 }
 /* Results are in their registers by here, and the compiler moves none of them across. */
 template <int N> DEVICE void wgmma_pin(float (&d)[N][4]) {
@@ -206,20 +219,28 @@ DEVICE void matrix_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "
 template <int PENDING> DEVICE void wgmma_wait() {}
 template <int N> DEVICE void wgmma_pin(float (&)[N][4]) {}
 DEVICE void matrix_fence() {}
+DEVICE uint32_t swizzled_matrix(const void *) { return 0; }
 #endif
 
 /* ---- asynchronous copies into shared memory ------------------------------------------------------- */
 
+DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 /* 16 bytes, past L1; if !ok, zeros, and src is not read. */
 DEVICE void copy16(void *shared_dst, const void *src, bool ok) {
-    uint32_t dst = (uint32_t)__cvta_generic_to_shared(shared_dst);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared_dst)), "l"(src),
                  "r"(ok ? 16 : 0)
                  : "memory");
 }
-DEVICE void copy16(void *shared_dst, const void *src) {
-    uint32_t dst = (uint32_t)__cvta_generic_to_shared(shared_dst);
+/* dst: a shared_address. */
+DEVICE void copy16(uint32_t dst, const void *src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+DEVICE void copy16(void *shared_dst, const void *src) { copy16(shared_address(shared_dst), src); }
+/* If !wanted, nothing is written. */
+DEVICE void copy16_if(bool wanted, uint32_t dst, const void *src) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(dst), "l"(src),
+                 "r"((int)wanted)
+                 : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /* Until at most PENDING of this thread's groups are unfinished. */

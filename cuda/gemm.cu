@@ -114,6 +114,11 @@ cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int buck
     set_parts(a, !a.items, q);
     if (p.bulk) return dense_launch(a, p.width, bucket, q);
     for (a.warps_shift = 0; 1 << a.warps_shift < p.warps;) a.warps_shift++;
+    for (int i = 0; i < a.n_segments; i++) {
+        struct gemm_segment &s = a.segments[i];
+        s.n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
+        s.block_bytes = (uint32_t)(a.n_cols / PANEL_K * panel_bytes(s.type));
+    }
     unsigned tiles = (unsigned)count_tiles(a, p.warps, p.tiles);
     unsigned width = (unsigned)kernels[p.width]->width;
     dim3 grid = a.items ? dim3(tiles, (unsigned)max_items, 1)

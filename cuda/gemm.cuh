@@ -42,15 +42,20 @@ DEVICE void count_item(const struct gemm_args &a, int expert, int n_tokens, stru
     if (a.load) atomicAdd((unsigned long long *)a.load + expert, (unsigned long long)n_tokens);
 }
 
-/* false: nothing to do. Dense work may be asked for before depend_wait, expert work if its list is older (listed). */
-DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w) {
+static_assert(sizeof(struct gemm_item) == sizeof(int4) && offsetof(struct gemm_item, n) == offsetof(int4, z), "one load");
+
+/* false: nothing to do. Dense work may be asked for before depend_wait, expert work if its list is older (listed). warp:
+ * of the block; warp_index() makes what follows from it scalar. */
+DEVICE bool find_work(const struct gemm_args &a, int width, int warp, struct gemm_work &w) {
     int tile, expert = 0;
     w.token_of = NULL;
     if (a.items) {
-        struct gemm_item item = a.items[blockIdx.y]; /* the loads do not wait for each other */
-        if ((int)blockIdx.y >= *a.n_items) return false;
-        expert = item.expert, w.n = item.n, w.first = item.first;
-        if (a.token_of) w.token_of = a.token_of + item.first;
+        /* Asking for both keeps one load from waiting for the other. */
+        int4 item = ((const int4 *)a.items)[blockIdx.y];
+        int n_items = *a.n_items;
+        expert = item.x, w.first = item.y, w.n = item.z;
+        if (((int)blockIdx.y >= n_items) | (w.n <= 0)) return false;
+        if (a.token_of) w.token_of = a.token_of + w.first;
         tile = (int)blockIdx.x;
     } else {
         w.first = (int)blockIdx.x * width;
@@ -61,8 +66,8 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
     w.n_parts = 1 << a.parts_shift;
     int shift = a.warps_shift - a.parts_shift;
     w.n_warps = 1 << shift;
-    w.part = (int)threadIdx.x >> (5 + shift);
-    w.warp = ((int)threadIdx.x >> 5) & (w.n_warps - 1);
+    w.part = warp >> shift;
+    w.warp = warp & (w.n_warps - 1);
     w.segment = 0;
     w.block = w.warp;
     w.rows_shift = shift;
@@ -74,38 +79,36 @@ DEVICE bool find_work(const struct gemm_args &a, int width, struct gemm_work &w)
         while (w.segment + 1 < a.n_segments && tile >= a.segments[w.segment + 1].first_tile) w.segment++;
     }
     const struct gemm_segment &s = a.segments[w.segment];
-    int n_panels = a.n_cols / PANEL_K;
     tile = (tile - s.first_tile) * a.n_tiles;
-    w.n_blocks = (s.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    w.n_blocks = s.n_blocks;
     w.n_tiles = min(a.n_tiles, ((w.n_blocks - 1) >> w.rows_shift) + 1 - tile);
     w.first_row = (tile << w.rows_shift) * PANEL_ROWS;
     w.block += tile << w.rows_shift;
-    w.n_panels = n_panels >> a.parts_shift;
-    size_t block_bytes = (size_t)n_panels * (size_t)panel_bytes(s.type);
+    w.n_panels = a.n_cols / PANEL_K >> a.parts_shift;
     if (s.experts) {
         struct expert_panels at = s.experts[expert];
         w.w = at.panels;
         if (blockIdx.x == 0 && threadIdx.x == 0) count_item(a, expert, w.n, at);
     } else {
-        w.w = s.w + (size_t)expert * (size_t)w.n_blocks * block_bytes;
+        w.w = s.w + (size_t)((uint32_t)expert * (uint32_t)w.n_blocks) * s.block_bytes;
     }
-    w.w += (size_t)w.block * block_bytes + (size_t)(w.part * w.n_panels) * (size_t)panel_bytes(s.type);
+    w.w += (size_t)(uint32_t)w.block * s.block_bytes + (uint32_t)w.part * (s.block_bytes >> a.parts_shift);
     return true;
 }
 
-/* Where tokens of the work (columns) are in x, in pieces of 16 bytes; by the whole block, which meets afterwards. */
-DEVICE void find_rows(const struct gemm_args &a, const struct gemm_work &w, uint32_t *rows) {
-#pragma unroll 1
-    for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x)
-        rows[i] = (uint32_t)(w.token_of ? w.token_of[i] : w.first + i) * (uint32_t)(a.n_cols / 8);
-    __syncthreads();
+/* Where token i of the work (a column) is in x, in pieces of 16 bytes. */
+DEVICE uint32_t row_of(const struct gemm_args &a, const struct gemm_work &w, int i) {
+    int row = w.first + i;
+    if (w.token_of && i < w.n) row = w.token_of[i];
+    return (uint32_t)row * (uint32_t)(a.n_cols / 8);
 }
 
-/* 16-byte pieces by one warp. dst, src: of this lane's first piece. */
-template <int BYTES> DEVICE void copy_piece(uint8_t *dst, const uint8_t *src, int lane) {
+/* 16-byte pieces by one warp. dst (in shared memory), src: of this lane's first piece. Predicates instead
+ * of branches: neighbouring copies are one stretch of instructions. */
+template <int BYTES> DEVICE void copy_piece(bool wanted, uint32_t dst, const uint8_t *src, int lane) {
 #pragma unroll
     for (int at = 0; at < BYTES; at += 512)
-        if (at + 512 <= BYTES || at + lane * 16 < BYTES) copy16(dst + at, src + at);
+        copy16_if(wanted && (at + 512 <= BYTES || at + lane * 16 < BYTES), dst + at, src + at);
 }
 
 /* B operands of 64 columns of tokens 8 n … 8 n + 7: step s has b[2 s], b[2 s + 1]. */
@@ -116,20 +119,22 @@ DEVICE void load_tokens(h2 (&b)[8], const uint8_t *x, int n, int lane) {
         load_matrices(*(h2(*)[4])(b + 4 * half), row + ((4 * half + (lane >> 3)) ^ (lane & 7)) * 16);
 }
 
-/* acc += a (16 rows of each warp, 64 columns) times 8 NG tokens; wgmma: by four warps together, and not at once. */
+/* acc += a (16 rows of each warp, 64 columns) times 8 NG tokens, `offset` bytes after x; matrix: swizzled_matrix(x). wgmma:
+ * by four warps together, and not at once. */
 template <int NG>
-DEVICE void multiply(float (&acc)[NG][4], h2 (&a)[4][4], const uint8_t *x, int lane) {
+DEVICE void multiply(float (&acc)[NG][4], h2 (&a)[4][4], const uint8_t *x, uint32_t matrix, int offset, int lane) {
 #ifdef MOED_WGMMA
-    (void)lane;
+    (void)x, (void)lane;
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 4; s++) wgmma_f16(acc, a[s], swizzled_matrix(x + 32 * s));
+    for (int s = 0; s < 4; s++) wgmma_f16(acc, a[s], swizzled_matrix(matrix, offset + 32 * s));
     wgmma_commit();
 #else
+    (void)matrix;
 #pragma unroll
     for (int n = 0; n < NG; n++) {
         h2 b[8];
-        load_tokens(b, x, n, lane);
+        load_tokens(b, x + offset, n, lane);
 #pragma unroll
         for (int s = 0; s < 4; s++) mma_f16(acc[n], a[s], b[2 * s], b[2 * s + 1]);
     }
@@ -140,10 +145,8 @@ DEVICE float silu_mul(float gate, float up) {
     return __fdiv_rn(gate, 1.0f + exp2_fast(gate * -1.44269504f)) * up;
 }
 
-/* Floats of a block's sums: [parts][tokens][rows + 4]. */
-__host__ DEVICE constexpr int sums_floats(int n_tokens, int n_warps, int n_parts) {
-    return n_tokens * (n_warps * PANEL_ROWS + 4 * n_parts);
-}
+/* Where a row's sum of a part stands among [tokens][rows], so that no two lanes that write together meet in a bank. */
+DEVICE int sum_at(int token, int row, int n_rows) { return (token * n_rows + row) ^ (token >> 1 & 3) << 3; }
 
 /* Four rows of one token: stored, or added to what is there; rows beyond the matrix are not. */
 DEVICE void store_rows(const struct gemm_args &a, const struct gemm_segment &s, size_t token, int row,
@@ -183,19 +186,21 @@ DEVICE float4 add_parts(const float *at, int n_parts, int size, float scale) {
     return make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
 }
 
-/* Results of a block's tile, by way of shared memory, whose former use is over for this thread. A warp's D fragments hold
- * rows g, g + 8 and tokens 2 t, 2 t + 1. */
+/* Results of a block's tile, by way of shared memory, whose former use is over for this thread: parts' sums, 64 bytes for
+ * each warp and token, part_floats from one part to the next. A warp's D fragments hold rows g, g + 8 and tokens
+ * 2 t, 2 t + 1. */
 template <int NG>
-DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int first_row, float *sums, int lane,
-                       const float (&acc)[NG][4]) {
+DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int first_row, float *sums, int part_floats,
+                       int lane, const float (&acc)[NG][4]) {
     bool silu = a.epilogue == GEMM_SILU_F16;
-    int stride = w.n_warps * PANEL_ROWS + 4, size = 8 * NG * stride;
-    float *own = sums + w.part * size + 2 * (lane & 3) * stride + w.warp * PANEL_ROWS + (lane >> 2);
+    int n_rows = w.n_warps * PANEL_ROWS, own_row = w.warp * PANEL_ROWS + (lane >> 2);
+    float *own = sums + w.part * part_floats;
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < NG; n++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * stride + 8 * (j >> 1)] = acc[n][j];
+        for (int j = 0; j < 4; j++)
+            own[sum_at(8 * n + 2 * (lane & 3) + (j & 1), own_row + 8 * (j >> 1), n_rows)] = acc[n][j];
     __syncthreads();
     const struct gemm_segment &s = a.segments[silu ? 0 : w.segment];
     int shift = w.rows_shift + 2, rows = PANEL_ROWS << w.rows_shift; /* four rows to a thread */
@@ -203,10 +208,10 @@ DEVICE void write_tile(const struct gemm_args &a, const struct gemm_work &w, int
     for (int i = (int)threadIdx.x; i < w.n << shift; i += (int)blockDim.x) {
         int token = i >> shift, row = (i & ((1 << shift) - 1)) * 4;
         if (first_row + row >= s.n_rows) continue;
-        const float *at = sums + token * stride + row;
-        float4 v = add_parts(at, w.n_parts, size, s.scale);
+        float4 v = add_parts(sums + sum_at(token, row, n_rows), w.n_parts, part_floats, s.scale);
         if (silu) {
-            float4 u = add_parts(at + rows, w.n_parts, size, a.segments[1].scale);
+            const float *up = sums + sum_at(token, rows + row, n_rows);
+            float4 u = add_parts(up, w.n_parts, part_floats, a.segments[1].scale);
             v = make_float4(silu_mul(v.x, u.x), silu_mul(v.y, u.y), silu_mul(v.z, u.z), silu_mul(v.w, u.w));
         }
         store_rows(a, s, (size_t)(w.first + token), first_row + row, v);
@@ -221,9 +226,6 @@ struct gemm_kernel {
     void (*kernel)(struct gemm_args);
     size_t (*shared)(int type, int warps, int parts);
 };
-static inline size_t gemm_sums_bytes(int n_tokens, int warps, int parts) {
-    return sizeof(float) * (size_t)sums_floats(n_tokens, warps, parts);
-}
 extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_few32, gemm_many64, gemm_many128;
 
 /* gemm_dense: dense products of more than a few tokens on Hopper. The plan is a width, or -1: not by this one. */

@@ -114,9 +114,10 @@ template <int TYPE, int NG, bool FETCHES>
 static DEVICE void multiply_part(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x,
                                  float (&acc)[NG][4]) {
     using f = format<TYPE>;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int lane = (int)threadIdx.x & 31, warp = warp_index();
     uint8_t *table = w.table + warp * TABLE_BYTES;
     struct scaling c = scaling_of(w.s->scale, lane);
+    uint32_t matrix = swizzled_matrix(w.x);
     int place = 0, panel_place = 0, last = 0, free_panel = 0; /* last: behind this warp */
     uint32_t parity = 0, panel_parity = 0, last_parity = 0;
     h2 operands[2][4][4];
@@ -131,7 +132,7 @@ static DEVICE void multiply_part(const struct dense_args &d, const struct dense_
         for (int u = 0; u < PANEL_UNITS; u++) {
             load_fragments<TYPE>(operands[u & 1], panel + f::header + u * f::unit, table, u, lane);
             arrival_wait(&w.x_here[place], parity);
-            multiply<NG>(acc, operands[u & 1], w.x + place * unit_bytes(NG), lane);
+            multiply<NG>(acc, operands[u & 1], w.x, matrix, place * unit_bytes(NG), lane);
             wgmma_wait<1>(); /* the unit before: its operands are free, and its place */
             if (u > 0 || p > 0) {
                 if (lane == 0) arrive(&w.x_free[last]);
@@ -203,7 +204,7 @@ template <int NG, bool FETCHES> static DEVICE void dense_block(const CUtensorMap
     struct dense_work w = find_dense(d, NG);
     if (w.n <= 0) return; /* and so the whole cluster */
     w.x_here = x_here, w.x_free = x_free, w.w_here = w_here;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int lane = (int)threadIdx.x & 31, warp = warp_index();
     if (threadIdx.x == 0) {
         for (int i = 0; i < d.units; i++) arrival_init(&x_here[i], 1), arrival_init(&x_free[i], ROW_BLOCKS);
         for (int i = 0; i < d.panels; i++) arrival_init(&w_here[i], 1);

@@ -1,50 +1,59 @@
 /* gemm_few: the product for few tokens, up to 8, 16 or 32 to a tile. A block of W warps has 16 W rows; whole panels (256
  * columns) come through a ring in shared memory, weights copied by the warp that uses them, activations by all. Bound
- * by the bytes of the weights: what counts is how many are under way. */
+ * by the bytes of the weights as long as enough are under way, and, from some 4 tokens to an expert on, as much by the
+ * number of instructions for a panel. */
 #include "cuda/gemm.cuh"
 
 enum : int { MAX_WARPS = 8 };
 
-/* Depth of the ring: as much as lets a processor have two blocks of 8 warps. fours: four warps multiply together. */
-__host__ DEVICE constexpr int few_stages(int type, int n_groups, bool fours) {
-    return n_groups == 4 || (fours && type != PANEL_Q4_K) ? 2 : 3;
+/* Depth of the ring: as much as lets a processor have four blocks of 4 warps, or two of 8. */
+__host__ DEVICE constexpr int few_stages(int type, int n_groups) {
+    return n_groups == 1 || (n_groups < 4 && type == PANEL_Q4_K) ? 3 : 2;
 }
 
 extern __shared__ __align__(1024) uint8_t shared_bytes[];
 
-/* For weights of a type and up to 8 NG tokens: bytes of one panel's activations, and of what a warp has to itself. */
-template <int TYPE, int NG, bool FOURS> struct few {
-    using f = format<TYPE>;
-    static constexpr int stages = few_stages(TYPE, NG, FOURS);
-    static constexpr int x_bytes = PANEL_UNITS * 8 * NG * X_ROW, own_bytes = stages * f::bytes + TABLE_BYTES;
-};
-
-static size_t few_bytes(int type, int warps, int parts, int n_groups, bool fours) {
-    int stages = few_stages(type, n_groups, fours), x_bytes = PANEL_UNITS * 8 * n_groups * X_ROW;
-    int rings = parts * stages * x_bytes + 8 * n_groups * 4 + warps * (stages * panel_bytes(type) + TABLE_BYTES);
-    return (size_t)rings + gemm_sums_bytes(8 * n_groups, warps, parts);
-}
-
-/* Formats that have bodies of their own for fewer tokens than gemm_few32 may have. */
+/* Formats that have bodies of their own for fewer tokens than a tile may have, and a panel without loops. */
 __host__ DEVICE constexpr bool is_common(int type) { return type == PANEL_Q4_K || type == PANEL_Q6_K; }
 
+/* For weights of a type and up to 8 NG tokens. FOURS: four warps multiply together. */
+template <int TYPE, int NG, bool FOURS> struct few {
+    using f = format<TYPE>;
+    static constexpr int stages = few_stages(TYPE, NG);
+    static constexpr int x_bytes = PANEL_UNITS * 8 * NG * X_ROW;           /* of one panel's activations */
+    static constexpr int own_bytes = stages * f::bytes + TABLE_BYTES;      /* what a warp has to itself */
+    static constexpr int held = NG == 1 ? 2 : 4;                           /* rows of activations a warp knows by heart */
+    static constexpr int together = !is_common(TYPE) || FOURS ? 1 : NG == 1 ? 4 : 2; /* units that are read at once */
+    static constexpr int unrolled = is_common(TYPE) ? PANEL_UNITS : 1;
+};
+
+static size_t few_bytes(int type, int warps, int parts, int n_groups) {
+    int stages = few_stages(type, n_groups), x_bytes = PANEL_UNITS * 8 * n_groups * X_ROW;
+    return (size_t)(parts * stages * x_bytes + warps * (stages * panel_bytes(type) + TABLE_BYTES));
+}
+
 template <int NG> static size_t few_shared(int type, int warps, int parts) {
-    size_t most = few_bytes(type, warps, parts, NG, NG == 4);
-    for (int n = 2; NG == 4 && is_common(type) && n < NG; n++) {
-        size_t bytes = few_bytes(type, warps, parts, n, true);
+    size_t most = few_bytes(type, warps, parts, NG);
+    for (int n = NG / 2; NG > 1 && is_common(type) && n < NG; n++) {
+        size_t bytes = few_bytes(type, warps, parts, n);
         if (bytes > most) most = bytes;
     }
     return most;
 }
 
-/* Where a warp copies from and to: its part's activations and its own panels, from this lane's first piece on. */
-struct few_ring {
+/* FOURS: scalar registers are for wgmma's descriptors. */
+template <bool FOURS> static DEVICE int warp_of() { return FOURS ? (int)threadIdx.x >> 5 : warp_index(); }
+
+/* Where a warp copies from and to: its own panels and its part's activations, from this lane's first piece on, as
+ * addresses in shared memory. */
+template <class F> struct few_ring {
+    const struct gemm_args &a;
     const struct gemm_work &w;
-    const uint32_t *rows;
-    uint8_t *x, *panels;
-    int tile_blocks; /* row blocks of a tile */
-    size_t tile_skip; /* bytes from the end of a tile's panels to the next tile's */
-    int lane;
+    size_t tile_skip;            /* bytes from the end of a tile's panels to the next tile's */
+    int lane, n_stored;          /* tiles in which this warp's rows exist */
+    uint32_t panels, x;          /* x: of token 0, chunks not permuted */
+    uint32_t own_x[F::held];     /* of the first tokens that this warp copies */
+    uint32_t rows[F::held];      /* where they are in x, in pieces of 16 bytes */
 };
 
 /* The panel that comes next: those of a tile, then those of the next tile's rows. */
@@ -54,24 +63,40 @@ struct few_next {
 };
 
 template <class F>
-static DEVICE void copy_weights(const struct few_ring &r, const struct few_next &next) {
+static DEVICE void copy_weights(const struct few_ring<F> &r, const struct few_next &next) {
     using f = typename F::f;
-    if (next.tile < r.w.n_tiles && r.w.block + next.tile * r.tile_blocks < r.w.n_blocks)
-        copy_piece<f::bytes>(r.panels + next.slot * f::bytes, next.w, r.lane);
+    copy_piece<f::bytes>(next.tile < r.n_stored, r.panels + next.slot * f::bytes, next.w, r.lane);
 }
 
-/* A warp takes whole rows, lane l the l-th piece of a token's 256 columns. */
+template <class F> static DEVICE uint32_t place_of(const struct few_ring<F> &r, int token) {
+    return r.x + token * X_ROW + ((r.lane ^ token) & 7) * 16;
+}
+
+/* A warp takes whole rows. */
+template <class F> static DEVICE void find_rows(struct few_ring<F> &r) {
+#pragma unroll
+    for (int k = 0; k < F::held; k++) {
+        int i = r.w.warp + k * r.w.n_warps;
+        r.rows[k] = row_of(r.a, r.w, i);
+        r.own_x[k] = place_of(r, i);
+        keep(r.own_x[k]);
+    }
+}
+
+/* Lane l takes the l-th piece of a token's 256 columns. */
 template <class F>
-static DEVICE void copy_activations(const struct few_ring &r, const struct few_next &next) {
-    if (next.tile >= r.w.n_tiles) return;
-    uint8_t *dst = r.x + next.slot * F::x_bytes;
+static DEVICE void copy_activations(const struct few_ring<F> &r, const struct few_next &next) {
+    int i = r.w.warp, n = next.tile < r.w.n_tiles ? r.w.n : 0;
+#pragma unroll
+    for (int k = 0; k < F::held; k++, i += r.w.n_warps)
+        copy16_if(i < n, r.own_x[k] + next.slot * F::x_bytes, next.x + (size_t)r.rows[k] * 16);
 #pragma unroll 1
-    for (int i = r.w.warp; i < r.w.n; i += r.w.n_warps)
-        copy16(dst + i * X_ROW + ((r.lane & 7) ^ (i & 7)) * 16, next.x + (size_t)r.rows[i] * 16);
+    for (; i < n; i += r.w.n_warps)
+        copy16(place_of(r, i) + next.slot * F::x_bytes, next.x + (size_t)row_of(r.a, r.w, i) * 16);
 }
 
 template <class F>
-static DEVICE void advance(const struct few_ring &r, struct few_next &next) {
+static DEVICE void advance(const struct few_ring<F> &r, struct few_next &next) {
     next.w += F::f::bytes, next.x += PANEL_K * 2;
     next.slot = next.slot == F::stages - 1 ? 0 : next.slot + 1;
     if (++next.panel < r.w.n_panels) return;
@@ -83,9 +108,11 @@ static DEVICE void advance(const struct few_ring &r, struct few_next &next) {
 template <int TYPE, int NG, bool FOURS>
 static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const uint8_t *table,
                              const uint8_t *x, int lane) {
-    using f = format<TYPE>;
-    constexpr int together = is_common(TYPE) ? (NG == 1 ? 4 : 2) : 1;
-#pragma unroll 1
+    using F = few<TYPE, NG, FOURS>;
+    using f = typename F::f;
+    constexpr int together = F::together;
+    uint32_t matrix = FOURS ? swizzled_matrix(x) : 0;
+#pragma unroll F::unrolled
     for (int u0 = 0; u0 < PANEL_UNITS; u0 += together) {
         struct lane_unit<TYPE> unit[together];
 #pragma unroll
@@ -114,7 +141,7 @@ static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const ui
                 wgmma_wait<together - 1>(); /* the products that had these operands */
 #pragma unroll
                 for (int s = 0; s < 4; s++) load_fragment<TYPE>(a[i][s], unit[i], s);
-                multiply<NG>(acc, a[i], x + (u0 + i) * (8 * NG * X_ROW), lane);
+                multiply<NG>(acc, a[i], x, matrix, (u0 + i) * (8 * NG * X_ROW), lane);
             }
         }
     }
@@ -124,15 +151,15 @@ template <int TYPE, int NG, bool FOURS>
 static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &w) {
     using F = few<TYPE, NG, FOURS>;
     using f = typename F::f;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int lane = (int)threadIdx.x & 31, warp = warp_of<FOURS>();
     uint8_t *x = shared_bytes + w.part * F::stages * F::x_bytes;
-    uint32_t *rows = (uint32_t *)(shared_bytes + w.n_parts * F::stages * F::x_bytes);
-    uint8_t *own = (uint8_t *)(rows + 8 * NG) + warp * F::own_bytes, *table = own + F::stages * f::bytes;
-    float *sums = (float *)((uint8_t *)(rows + 8 * NG) + (int)(blockDim.x >> 5) * F::own_bytes);
+    uint8_t *own = shared_bytes + w.n_parts * F::stages * F::x_bytes + warp * F::own_bytes, *table = own + F::stages * f::bytes;
     int blocks = 1 << w.rows_shift;
-    const struct few_ring ring = {
-        w,    rows, x + (lane >> 3) * (8 * NG * X_ROW), own + lane * 16, blocks,
-        (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * f::bytes), lane};
+    struct few_ring<F> ring = {
+        a, w, (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * f::bytes), lane,
+        min(w.n_tiles, (w.n_blocks - w.block + blocks - 1) >> w.rows_shift),
+        shared_address(own + lane * 16), shared_address(x + (lane >> 3) * (8 * NG * X_ROW)), {}, {}};
+    keep(ring.panels);
     const struct few_next first = {w.w + lane * 16,
                                    (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + lane * 16, 0, 0, 0};
     struct few_next next = first;
@@ -141,8 +168,8 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
         copy_weights<F>(ring, next);
         advance<F>(ring, next);
     }
-    if (!a.items || a.listed) depend_wait();
-    find_rows(a, w, rows);
+    depend_wait(); /* at once, if it is not the first time */
+    find_rows(ring);
     next = first;
 #pragma unroll 1
     for (int i = 0; i < F::stages - 1; i++) {
@@ -151,17 +178,19 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
         advance<F>(ring, next);
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
-    int slot = 0;
+    int slot = 0, last = 0;
     depend_release(); /* the first panels are under way */
 #pragma unroll 1
     for (int tile = 0; tile < w.n_tiles; tile++) {
         float acc[NG][4] = {};
-        wgmma_pin(acc);
+        if constexpr (FOURS) wgmma_pin(acc);
 #pragma unroll 1
         for (int p = 0; p < w.n_panels; p++) {
             copy_wait<F::stages - 2>();
-            wgmma_wait<0>();
-            matrix_fence(); /* what this thread copied, before the others' matrix units read it */
+            if constexpr (FOURS) {
+                wgmma_wait<0>();
+                matrix_fence(); /* what this thread copied, before the others' matrix units read it */
+            }
             __syncthreads(); /* this panel is here, and the last one's place is free */
             copy_weights<F>(ring, next);
             copy_activations<F>(ring, next);
@@ -171,29 +200,35 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
             unpack_scales<TYPE>(panel, table, lane, c);
             __syncwarp();
             few_panel<TYPE, NG, FOURS>(acc, panel, table, x + slot * F::x_bytes, lane);
-            slot = slot == F::stages - 1 ? 0 : slot + 1;
+            last = slot, slot = slot == F::stages - 1 ? 0 : slot + 1;
         }
-        wgmma_wait<0>();
-        wgmma_pin(acc);
-        write_tile<NG>(a, w, w.first_row + tile * blocks * PANEL_ROWS, sums, lane, acc);
+        if constexpr (FOURS) {
+            wgmma_wait<0>();
+            wgmma_pin(acc);
+        }
+        /* The place of the last panel's activations is free until the block meets again. */
+        write_tile<NG>(a, w, w.first_row + tile * blocks * PANEL_ROWS, (float *)(shared_bytes + last * F::x_bytes),
+                       F::stages * F::x_bytes / 4, lane, acc);
     }
     copy_wait<0>();
 }
 
-/* Where four warps multiply together, bodies for fewer groups of 8 tokens for the common formats, one for the others. */
+/* Bodies for fewer groups of 8 tokens for the common formats, one for the others. */
 template <int TYPE, int NG> static DEVICE void few_groups(const struct gemm_args &a, const struct gemm_work &w) {
     constexpr bool fours = NG == 4;
     if constexpr (fours && is_common(TYPE)) {
         if (w.n <= 16) return few_tiles<TYPE, 2, fours>(a, w);
         if (w.n <= 24) return few_tiles<TYPE, 3, fours>(a, w);
     }
+    if constexpr (NG == 2 && is_common(TYPE))
+        if (w.n <= 8) return few_tiles<TYPE, 1, fours>(a, w);
     few_tiles<TYPE, NG, fours>(a, w);
 }
 
 template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
     struct gemm_work w;
     if (a.items && !a.listed) depend_wait();
-    if (!find_work(a, 8 * NG, w)) return;
+    if (!find_work(a, 8 * NG, warp_of<NG == 4>(), w)) return;
     switch (a.segments[w.segment].type) {
     case PANEL_Q4_K: return few_groups<PANEL_Q4_K, NG>(a, w);
     case PANEL_Q5_K: return few_groups<PANEL_Q5_K, NG>(a, w);

@@ -20,7 +20,7 @@ template <int TYPE> DEVICE int warp_bytes(int stages) {
 template <int WIDTH> static size_t many_shared(int type, int warps, int parts) {
     int stages = many_stages(WIDTH, parts), own = stages * panel_unit_bytes(type) + 2 * panel_header_bytes(type) + TABLE_BYTES;
     int rings = parts * stages * WIDTH * X_ROW + WIDTH * 4 + warps * own;
-    size_t sums = gemm_sums_bytes(WIDTH, warps, parts); /* where the rings were */
+    size_t sums = (size_t)(WIDTH * warps * PANEL_ROWS) * sizeof(float); /* where the rings were */
     return (size_t)rings > sums ? (size_t)rings : sums;
 }
 
@@ -42,10 +42,10 @@ struct many_next {
 template <int TYPE>
 static DEVICE void copy_weights(const struct many_ring &r, const struct many_next &next) {
     using f = format<TYPE>;
-    if (next.left <= 0 || !r.stored) return;
-    copy_piece<f::unit>(r.units + next.slot * f::unit, next.w + f::header + next.unit * f::unit, r.lane);
+    bool wanted = next.left > 0 && r.stored;
+    copy_piece<f::unit>(wanted, shared_address(r.units + next.slot * f::unit), next.w + f::header + next.unit * f::unit, r.lane);
     if (f::header > 0 && next.unit == 0)
-        copy_piece<f::header>(r.headers + next.parity * f::header, next.w, r.lane);
+        copy_piece<f::header>(wanted, shared_address(r.headers + next.parity * f::header), next.w, r.lane);
 }
 
 /* Eight lanes take a token's 64 columns. */
@@ -72,7 +72,7 @@ template <int TYPE> static DEVICE void advance(const struct many_ring &r, struct
 template <int TYPE, int WIDTH, int NG>
 static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &w, uint8_t *shared) {
     using f = format<TYPE>;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int lane = (int)threadIdx.x & 31, warp = warp_index();
     int stages = many_stages(WIDTH, w.n_parts), ahead = stages - 2; /* units copied in advance */
     uint8_t *x = shared + w.part * stages * WIDTH * X_ROW;
     uint32_t *rows = (uint32_t *)(shared + w.n_parts * stages * WIDTH * X_ROW);
@@ -98,8 +98,10 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         copy_weights<TYPE>(ring, next);
         advance<TYPE>(ring, next);
     }
-    if (!a.items || a.listed) depend_wait();
-    find_rows(a, w, rows);
+    depend_wait(); /* at once, if it is not the first time */
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < w.n; i += (int)blockDim.x) rows[i] = row_of(a, w, i);
+    __syncthreads();
     next = first;
 #pragma unroll 1
     for (int i = 0; i < ahead; i++) {
@@ -110,6 +112,7 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
     float acc[NG][4] = {};
     wgmma_pin(acc);
+    uint32_t matrix = swizzled_matrix(x);
     int slot = 0;
     depend_release(); /* the first units are under way */
 #pragma unroll 1
@@ -130,13 +133,13 @@ static DEVICE void many_tile(const struct gemm_args &a, const struct gemm_work &
         h2 operands[4][4];
         wgmma_wait<0>(); /* the last unit's products: the operands are free */
         load_fragments<TYPE>(operands, own + slot * f::unit, table, u, lane);
-        multiply<NG>(acc, operands, x + slot * WIDTH * X_ROW, lane);
+        multiply<NG>(acc, operands, x, matrix, slot * WIDTH * X_ROW, lane);
         slot = slot == stages - 1 ? 0 : slot + 1;
     }
     wgmma_wait<0>();
     wgmma_pin(acc);
     copy_wait<0>();
-    write_tile<NG>(a, w, w.first_row, (float *)shared, lane, acc);
+    write_tile<NG>(a, w, w.first_row, (float *)shared, 8 * NG * w.n_warps * PANEL_ROWS, lane, acc);
 }
 
 /* Bodies for fewer groups of 8 tokens for the common formats, one for the others. */
@@ -156,7 +159,7 @@ static DEVICE void many_groups(const struct gemm_args &a, const struct gemm_work
 template <int WIDTH> static DEVICE void many_block(const struct gemm_args &a, uint8_t *shared) {
     struct gemm_work w;
     if (a.items && !a.listed) depend_wait();
-    if (!find_work(a, WIDTH, w)) return;
+    if (!find_work(a, WIDTH, warp_index(), w)) return;
     switch (a.segments[w.segment].type) {
     case PANEL_Q4_K: return many_groups<PANEL_Q4_K, WIDTH>(a, w, shared);
     case PANEL_Q5_K: return many_groups<PANEL_Q5_K, WIDTH>(a, w, shared);

@@ -166,8 +166,10 @@ struct gemm_segment {
     void *out;        /* [rows][n_rows] */
     int32_t type;     /* enum panel_type */
     int32_t n_rows;   /* of the matrix */
-    int32_t first_tile; /* filled by the launcher */
     float scale;      /* 2^e, see panel_exponent */
+    /* Filled by the launcher: the segment's first tile; row blocks of the matrix (of one expert), and bytes of one. */
+    int32_t first_tile, n_blocks;
+    uint32_t block_bytes;
 };
 
 /* Tokens of one expert: rows first … first + n - 1 in routing order. */
