@@ -118,6 +118,7 @@ struct cuda {
     float *router_partials;
     struct route_lists lists;
     uint32_t widths; /* of the lists that the last routing has */
+    bool lists_read; /* a product has waited for them since; whoever writes them sets it to false */
     uint32_t *route_tickets;
     uint8_t *route_marks;
     uint64_t *n_reads;      /* device [N_READS] */

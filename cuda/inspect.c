@@ -94,6 +94,7 @@ enum status inspect_route_write(struct backend *b, const int32_t *ids, const flo
     struct cuda *c = of(b);
     TRY(settle(c));
     size_t n = (size_t)c->n_tokens * (size_t)c->shape.n_experts_used;
+    c->lists_read = false;
     TRY(write_bytes(c, c->lists.ids, n * sizeof *ids, ids));
     TRY(write_bytes(c, c->lists.weights, n * sizeof *weights, weights));
     const struct route_args a = {.header = c->view.header,

@@ -179,6 +179,7 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
     CHECK(op->h->kind == BUF_EXACT && op->x->kind == BUF_INNER && op->router->f32);
     CHECK(op->router->n_rows == c->shape.n_experts && op->router->n_cols == op->h->n_cols);
     TRY(ops_flush(c));
+    c->lists_read = false;
     const struct route_args a = {.header = c->view.header,
                                    .h = op->h->p,
                                    .norm = op->norm->f32,
@@ -236,7 +237,9 @@ enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
     if (c->load) a.load = c->load + (size_t)op->layer * (size_t)c->shape.n_experts;
     a.segments[0] = segment(op->gate, op->act);
     a.segments[1] = segment(op->up, op->act);
-    return grouped(c, &a);
+    TRY(grouped(c, &a));
+    c->lists_read = true;
+    return ST_OK;
 }
 
 enum status ops_experts_down(struct backend *b, const struct op_experts_down *op) {
@@ -249,7 +252,7 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                           .epilogue = GEMM_STORE_F16,
                           .x = op->act->p,
                           .n_cols = op->down->n_cols,
-                          .listed = true}; /* up came between */
+                          .listed = c->lists_read};
     a.segments[0] = segment(op->down, op->y);
     TRY(c->together ? exchange_down(c, op->layer, &a, op->y) : grouped(c, &a));
     if (c->n_tokens == 0) return ST_OK;
