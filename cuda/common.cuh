@@ -78,9 +78,12 @@ DEVICE float h2_high_f32(h2 a) {
     return f;
 }
 
-/* Bytes picked from the eight of (b, a): selector nibble i names byte i of the result, a's are 0 … 3. */
+/* Bytes picked from the eight of (b, a): selector nibble i names byte i of the result, a's are 0 … 3; 8 + n is zero if byte n
+ * is less than 128. */
 DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-    return __byte_perm(a, b, selector);
+    uint32_t d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
 }
 
 /* 2^x. */

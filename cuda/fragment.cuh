@@ -57,7 +57,7 @@ DEVICE void unpack_scales(const uint8_t *header, uint8_t *table, int lane, const
         h2 d = h2_mul(h2_mul(v.x, c.first), c.second), out[4];
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
-            h2 p = (pick_bytes(scales, mins, i | (4 + i) << 8) & 0x00ff00ffu) | 0x64006400u;
+            h2 p = pick_bytes(scales, mins, 0x8080u | i | (4 + i) << 8) | 0x64006400u;
             out[i] = h2_mul(h2_add(p, MINUS_1024), d);
         }
         *(uint4 *)(table + 32 * row + 16 * part) = make_uint4(out[0], out[1], out[2], out[3]);
