@@ -34,7 +34,7 @@ struct gemm_work {
     const int32_t *token_of;
 };
 
-/* An item is counted by one thread. */
+/* An item is counted by one thread, maybe before depend_wait: no kernel reads these. */
 DEVICE void count_item(const struct gemm_args &a, int expert, int n_tokens, struct expert_panels at) {
     int n_matrices = a.epilogue == GEMM_SILU_F16 ? 2 : 1; /* up's are as large as gate's, and lie beside them */
     if (at.host_bytes > 0)
@@ -50,9 +50,9 @@ DEVICE bool find_work(const struct gemm_args &a, int width, int warp, struct gem
     int tile, expert = 0;
     w.token_of = NULL;
     if (a.items) {
-        /* Asking for both keeps one load from waiting for the other. */
-        int4 item = ((const int4 *)a.items)[blockIdx.y];
-        int n_items = *a.n_items;
+        /* Past L1, which may have an earlier layer's. Asking for both keeps one load from waiting for the other. */
+        int4 item = __ldcg((const int4 *)a.items + blockIdx.y);
+        int n_items = __ldcg(a.n_items);
         expert = item.x, w.first = item.y, w.n = item.z;
         if (((int)blockIdx.y >= n_items) | (w.n <= 0)) return false;
         if (a.token_of) w.token_of = a.token_of + w.first;
