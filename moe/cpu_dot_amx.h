@@ -52,11 +52,15 @@ static void configure_tiles(int n_rows, int n_cols) {
 
 /* ---- weights to bytes ---------------------------------------------------------------------------------- */
 
+/* What a unit's results need beside the sums: minima per 32 columns (of Q6_K scales per 16; tiles do without). */
+struct rest {
+    vi groups[8];
+    vf d, dmin;
+};
+
 struct unit {
     uint8_t parts[UNIT_STEPS][2][TILE_BYTES]; /* high, low; [columns / 4][row][4] */
-    /* What meets the sums of tokens' values: minima per 32 columns, or scales per 16. */
-    int16_t groups[8][CPU_ROWS][2];
-    float d[CPU_ROWS], dmin[CPU_ROWS];
+    struct rest rest;
 };
 
 /* Words (byte, 0) of which each lane's byte is one. */
@@ -67,6 +71,12 @@ CPU_INLINE vi byte_words(const uint8_t *p) {
 
 /* a's bits where the mask is set, or b's, which has none there. */
 CPU_INLINE vi masked_or(vi a, vi b, vi mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xec); }
+
+/* The same of signed bytes, as words that are twice in a lane. */
+CPU_INLINE vi signed_words(const uint8_t *p) {
+    vi x = vi_from_i8(p);
+    return masked_or(x, vi_shl(x, 16), vi_set1(0xffff));
+}
 
 /* How many bits of a scale are its low part. */
 CPU_INLINE int low_bits(enum cpu_format format) { return format == CPU_Q4_K ? 2 : 3; }
@@ -83,11 +93,13 @@ CPU_INLINE void unpack_block(enum cpu_format format, const uint8_t *w, int b, st
         unpack_q6_k(w, b, q);
         CPU_UNROLL
         for (int half = 0; half < 2; half++) {
-            vi even = byte_words(w + CPU_Q6_K_SC + 32 * b + 16 * half);
-            vi odd = _mm512_slli_epi16(even, 8);
+            vi scale = signed_words(w + CPU_Q6_K_SC + 32 * b + 16 * half);
+            vi even = vi_and(scale, first), odd = _mm512_slli_epi16(scale, 8);
+            vi offset = _mm512_slli_epi16(scale, 5); /* quants are 0 … 63 and stand for -32 … 31 */
             CPU_UNROLL
             for (int g = 4 * half; g < 4 * half + 4; g++) {
-                vi x = _mm512_maddubs_epi16(q[g], even), y = _mm512_maddubs_epi16(q[g], odd);
+                vi x = _mm512_sub_epi16(_mm512_maddubs_epi16(q[g], even), offset);
+                vi y = _mm512_sub_epi16(_mm512_maddubs_epi16(q[g], odd), offset);
                 vi_store(high + 64 * g, masked_or(y, _mm512_srli_epi16(x, 8), second));
                 vi_store(low + 64 * g, masked_or(x, _mm512_slli_epi16(y, 8), first));
             }
@@ -107,44 +119,29 @@ CPU_INLINE void unpack_block(enum cpu_format format, const uint8_t *w, int b, st
 }
 
 /* What the blocks have in common. */
-CPU_INLINE void unpack_rest(enum cpu_format format, const uint8_t *w, struct unit *u) {
+CPU_INLINE struct rest unpack_rest(enum cpu_format format, const uint8_t *w) {
+    struct rest r;
     if (format == CPU_Q6_K) {
-        const uint8_t *sc = w + CPU_Q6_K_SC;
         CPU_UNROLL
         for (int i = 0; i < 8; i++)
-            vi_store(u->groups[i],
-                     masked_or(vi_from_i8(sc + 32 * i), vi_shl(vi_from_i8(sc + 32 * i + 16), 16),
-                               vi_set1(0xffff)));
-        vf_store(u->d, vf_load(w + CPU_Q6_K_D));
-        return;
+            r.groups[i] =
+                masked_or(vi_from_i8(w + CPU_Q6_K_SC + 32 * i),
+                          vi_shl(vi_from_i8(w + CPU_Q6_K_SC + 32 * i + 16), 16), vi_set1(0xffff));
+        r.d = vf_load(w + CPU_Q6_K_D);
+        r.dmin = vf_zero();
+        return r;
     }
     const uint8_t *m = w + (format == CPU_Q4_K ? CPU_Q4_K_M : CPU_Q5_K_M);
     const uint8_t *d = w + (format == CPU_Q4_K ? CPU_Q4_K_D : CPU_Q5_K_D);
     CPU_UNROLL
     for (int i = 0; i < 4; i++)
-        vi_store(u->groups[i],
-                 vi_or(vi_from_u8(m + 32 * i), vi_shl(vi_from_u8(m + 32 * i + 16), 16)));
-    vf_store(u->d, vf_from_f16(d));
-    vf_store(u->dmin, vf_from_f16(d + 32));
+        r.groups[i] = vi_or(vi_from_u8(m + 32 * i), vi_shl(vi_from_u8(m + 32 * i + 16), 16));
+    r.d = vf_from_f16(d);
+    r.dmin = vf_from_f16(d + 32);
+    return r;
 }
 
 /* ---- sums to results ----------------------------------------------------------------------------------- */
-
-/* What a unit's results need beside the sums. */
-struct rest {
-    vi groups[8];
-    vf d, dmin;
-};
-
-CPU_INLINE struct rest load_rest(enum cpu_format format, const struct unit *u) {
-    struct rest r;
-    const int n_groups = format == CPU_Q6_K ? 8 : 4;
-    CPU_UNROLL
-    for (int i = 0; i < n_groups; i++) r.groups[i] = vi_load(u->groups[i]);
-    r.d = vf_load(u->d);
-    r.dmin = format == CPU_Q6_K ? vf_zero() : vf_load(u->dmin);
-    return r;
-}
 
 CPU_INLINE float scale_of(const uint8_t *tail) {
     float scale;
@@ -152,41 +149,27 @@ CPU_INLINE float scale_of(const uint8_t *tail) {
     return scale;
 }
 
+CPU_INLINE vi sum_groups(int n, const vi *groups, const uint8_t *sums) {
+    vi m = vi_zero();
+    CPU_UNROLL
+    for (int i = 0; i < n; i++) m = _mm512_dpwssd_epi32(m, groups[i], broadcast4(sums + 4 * i));
+    return m;
+}
+
 /* total + the unit's share of a token, of which s is the sum of scale * quant * value. */
 CPU_INLINE vf add_unit(enum cpu_format format, const struct rest *r, vi s, const uint8_t *tail,
                        vf total) {
-    const uint8_t *sums = tail + (format == CPU_Q6_K ? CPU_X_SUMS_16 : CPU_X_SUMS_32);
-    const int n_groups = format == CPU_Q6_K ? 8 : 4;
-    vi m = vi_zero();
-    vf y;
-    CPU_UNROLL
-    for (int i = 0; i < n_groups; i++)
-        m = _mm512_dpwssd_epi32(m, r->groups[i], broadcast4(sums + 4 * i));
-    if (format == CPU_Q6_K) /* quants were taken as 0 … 63 */
-        y = vf_mul(vf_from_int(vi_sub(s, vi_shl(m, 5))), r->d);
-    else
-        y = vf_fnma(vf_from_int(m), r->dmin, vf_mul(vf_from_int(s), r->d));
+    vf y = vf_mul(vf_from_int(s), r->d);
+    if (format != CPU_Q6_K)
+        y = vf_fnma(vf_from_int(sum_groups(4, r->groups, tail + CPU_X_SUMS_32)), r->dmin, y);
     return vf_fma(y, vf_set1(scale_of(tail)), total);
 }
 
-/* Of tokens: how many planes, their size, and where the tails begin in the first. */
-struct planes {
-    int n;
-    size_t bytes, tails;
-};
-
-CPU_INLINE struct planes planes_of(int32_t n_cols, int planes) {
-    return (struct planes){planes, cpu_x_plane_bytes(n_cols),
-                           ((size_t)n_cols + QK_K - 1) / QK_K * QK_K};
-}
-
-CPU_INLINE size_t row_bytes(struct planes p) { return (size_t)p.n * p.bytes; }
-
 /* ---- few tokens ---------------------------------------------------------------------------------------- */
 
-/* Block b's sums of scale * quant * value of n tokens. */
+/* Block b's sums of scale * quant * value of n tokens; Q6_K's quants as 0 … 63. */
 CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const uint8_t *x,
-                          struct planes p, int n, vi *s) {
+                          int planes, int n, vi *s) {
     vi q[8], scale[2];
     if (format == CPU_Q6_K) {
         unpack_q6_k(w, b, q);
@@ -199,16 +182,16 @@ CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const
     const int n_scales = format == CPU_Q6_K ? 2 : 1, count = 8 / n_scales;
     CPU_UNROLL
     for (int t = 0; t < n; t++) {
-        const uint8_t *high = x + (size_t)t * row_bytes(p) + b * CPU_BLOCK, *low = high + p.bytes;
+        const uint8_t *high = x + t * planes * QK_K + b * CPU_BLOCK, *low = high + QK_K;
         CPU_UNROLL
         for (int i = 0; i < n_scales; i++) {
             vi h = vi_zero(), l = vi_zero();
             CPU_UNROLL
             for (int g = i * count; g < (i + 1) * count; g++) {
                 h = vi_dot(h, q[g], broadcast4(high + 4 * g));
-                if (p.n == 2) l = vi_dot(l, q[g], broadcast4(low + 4 * g));
+                if (planes == 2) l = vi_dot(l, q[g], broadcast4(low + 4 * g));
             }
-            if (p.n == 2) h = vi_add(l, vi_shl(h, 8));
+            if (planes == 2) h = vi_add(l, vi_shl(h, 8));
             s[t] = vi_add(s[t], _mm512_mullo_epi32(h, scale[i]));
         }
     }
@@ -216,28 +199,29 @@ CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const
 
 CPU_INLINE void dot_few(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
                         int planes, int n) {
-    const struct planes p = planes_of(job->n_units * QK_K, planes);
     const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64;
     const uint8_t *w = job->w;
-    _Alignas(64) struct unit u;
     for (int32_t tile = 0; tile < job->n_tiles; tile++) {
+        const uint8_t *x = job->x;
         vf total[FEW_TOKENS];
         CPU_UNROLL
         for (int t = 0; t < n; t++) total[t] = vf_zero();
         for (int32_t i = 0; i < job->n_units; i++, w += unit_bytes) {
-            const uint8_t *x = job->x + i * QK_K, *tail = job->x + p.tails + i * CPU_X_TAIL;
             vi s[FEW_TOKENS];
             CPU_UNROLL
             for (int t = 0; t < n; t++) s[t] = vi_zero();
             for (int b = 0; b < UNIT_BLOCKS; b++) {
                 prefetch(job, w + b * unit_bytes / UNIT_BLOCKS, lines);
-                add_block(format, w, b, x, p, n, s);
+                add_block(format, w, b, x, planes, n, s);
             }
-            unpack_rest(format, w, &u);
-            struct rest rest = load_rest(format, &u);
+            const struct rest rest = unpack_rest(format, w);
+            x += n * planes * QK_K;
             CPU_UNROLL
-            for (int t = 0; t < n; t++, tail += row_bytes(p))
-                total[t] = add_unit(format, &rest, s[t], tail, total[t]);
+            for (int t = 0; t < n; t++, x += CPU_X_TAIL) {
+                if (format == CPU_Q6_K)
+                    s[t] = vi_sub(s[t], vi_shl(sum_groups(8, rest.groups, x + CPU_X_SUMS_16), 5));
+                total[t] = add_unit(format, &rest, s[t], x, total[t]);
+            }
         }
         CPU_UNROLL
         for (int t = 0; t < n; t++)
@@ -247,8 +231,8 @@ CPU_INLINE void dot_few(const struct cpu_dot *job, enum cpu_format format, int u
 
 /* ---- many ---------------------------------------------------------------------------------------------- */
 
-/* Of a pass, [tile of tokens][high or low weights]. */
-typedef int32_t sum_tiles[2][2][TILE_ROWS][CPU_ROWS];
+/* Of a pass, of high and of low weights: rows of the first tile of tokens, then those of the second. */
+typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
 
 #define TILE_LOAD(tile, p, stride)                                                                 \
     do {                                                                                           \
@@ -260,8 +244,7 @@ typedef int32_t sum_tiles[2][2][TILE_ROWS][CPU_ROWS];
  * once: a tile waits for its last product. */
 #define TAKE(sum, to)                                                                              \
     do {                                                                                           \
-        if (!(to)) break;                                                                          \
-        _tile_stored(sum, (to)[sum / 2][sum % 2], 64);                                             \
+        _tile_stored(sum, (to)[sum % 2][sum / 2 * rows], 64);                                      \
         _tile_zero(sum);                                                                           \
     } while (0)
 #define MULTIPLY_HIGH(format, sum, x)                                                              \
@@ -272,29 +255,32 @@ typedef int32_t sum_tiles[2][2][TILE_ROWS][CPU_ROWS];
             _tile_dpbsud(sum, x, 6);                                                               \
     } while (0)
 
-/* One or two tiles of tokens, from x and x + next on, times a step's weights. take: where the sums so far go, or NULL. */
-CPU_INLINE void multiply(enum cpu_format format, int n_tiles, const uint8_t *parts,
-                         const uint8_t *x, size_t stride, size_t next, sum_tiles take) {
+/* A step's operands: one or two tiles of tokens, of `rows` rows, and the two parts of weights. */
+CPU_INLINE void load_step(int n_tiles, const uint8_t *parts, const uint8_t *x, int rows) {
     TILE_LOAD(6, parts, 64);
-    TILE_LOAD(4, x, stride);
-    TAKE(0, take);
+    TILE_LOAD(4, x, QK_K);
+    if (n_tiles > 1) TILE_LOAD(5, x + rows * QK_K, QK_K);
+    TILE_LOAD(7, parts + TILE_BYTES, 64);
+}
+
+/* Their products. take: where the sums so far go, or NULL. */
+CPU_INLINE void multiply_step(enum cpu_format format, int n_tiles, int rows, sum_tiles take) {
+    if (take) TAKE(0, take);
     MULTIPLY_HIGH(format, 0, 4);
     if (n_tiles > 1) {
-        TILE_LOAD(5, x + next, stride);
-        TAKE(2, take);
+        if (take) TAKE(2, take);
         MULTIPLY_HIGH(format, 2, 5);
     }
-    TILE_LOAD(7, parts + TILE_BYTES, 64);
-    TAKE(1, take);
+    if (take) TAKE(1, take);
     _tile_dpbsud(1, 4, 7);
     if (n_tiles > 1) {
-        TAKE(3, take);
+        if (take) TAKE(3, take);
         _tile_dpbsud(3, 5, 7);
     }
     if (take) __asm__ volatile("" ::: "memory");
 }
 
-CPU_INLINE void take_sums(int n_tiles, sum_tiles sums) {
+CPU_INLINE void take_sums(int n_tiles, int rows, sum_tiles sums) {
     TAKE(0, sums);
     TAKE(1, sums);
     if (n_tiles > 1) {
@@ -308,11 +294,11 @@ CPU_INLINE void take_sums(int n_tiles, sum_tiles sums) {
 struct fold {
     const struct unit *u;
     const int32_t *sums; /* sum_tiles */
-    const uint8_t *tail; /* of the first token */
-    const float *total; /* so far, [token][CPU_ROWS]; NULL: nothing */
+    const uint8_t *tails; /* of the tokens */
+    const float *total; /* so far, [token][CPU_ROWS] */
     float *dst;
-    size_t dst_stride, row_bytes;
-    int height, n; /* tokens of a tile, and in all */
+    size_t stride; /* of dst */
+    int n; /* tokens */
 };
 
 /* Tokens from … to - 1. */
@@ -320,82 +306,89 @@ CPU_INLINE void fold_tokens(enum cpu_format format, int planes, const struct fol
                             int to) {
     if (to > f->n) to = f->n;
     if (from >= to) return;
-    const int shift = high_shift(format);
-    const struct rest rest = load_rest(format, f->u);
+    const int shift = high_shift(format), low = 2 * TILE_ROWS * CPU_ROWS;
+    const struct rest rest = f->u->rest;
+    const int32_t *sums = f->sums + from * planes * CPU_ROWS;
+    const uint8_t *tail = f->tails + from * CPU_X_TAIL;
+    const float *total = f->total + from * CPU_ROWS;
+    float *dst = f->dst + (size_t)from * f->stride;
     for (int t = from; t < to; t++) {
-        int tile = t >= f->height;
-        const int32_t *high =
-            f->sums + (2 * tile * TILE_ROWS + planes * (t - tile * f->height)) * CPU_ROWS;
-        const int32_t *low = high + TILE_ROWS * CPU_ROWS;
-        vi s = vi_add(vi_shl(vi_load(high), shift), vi_load(low));
-        if (planes == 2) { /* rows of low bytes after those of high ones */
-            s = vi_add(vi_shl(s, 8), vi_shl(vi_load(high + CPU_ROWS), shift));
-            s = vi_add(s, vi_load(low + CPU_ROWS));
+        vi s = vi_add(vi_shl(vi_load(sums), shift), vi_load(sums + low));
+        if (planes == 2) { /* low bytes' rows after those of high ones */
+            sums += CPU_ROWS;
+            s = vi_add(vi_shl(s, 8), vi_shl(vi_load(sums), shift));
+            s = vi_add(s, vi_load(sums + low));
         }
-        vf total = f->total ? vf_load(f->total + t * CPU_ROWS) : vf_zero();
-        vf_store(f->dst + (size_t)t * f->dst_stride,
-                 add_unit(format, &rest, s, f->tail + (size_t)t * f->row_bytes, total));
+        vf_store(dst, add_unit(format, &rest, s, tail, vf_load(total)));
+        sums += CPU_ROWS;
+        tail += CPU_X_TAIL;
+        total += CPU_ROWS;
+        dst += f->stride;
     }
 }
 
 /* In passes of one tile of tokens or two, all of one height. During a pass its predecessor's sums are taken, then added up, and
- * the next unit is unpacked. */
+ * the next unit is unpacked: between a step's loads and its products, since a processor looks ahead only so many
+ * instructions, and loads should be among them while older products are still under way. */
 CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
                           int planes, int n_tiles) {
+    static const float zeros[CPU_TILE][CPU_ROWS];
     _Alignas(64) struct unit unpacked[2];
     _Alignas(64) sum_tiles sums;
     _Alignas(64) float total[CPU_TILE][CPU_ROWS];
     const int most = n_tiles * TILE_ROWS / planes, n_passes = (job->n + most - 1) / most;
     const int height = (job->n + n_passes * n_tiles - 1) / (n_passes * n_tiles),
-              n_pass = n_tiles * height;
-    const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64,
-              n_blocks = n_passes == 1 ? 2 : 1; /* a step */
+              n_pass = n_tiles * height, rows = height * planes;
+    const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64, n_steps = n_passes * UNIT_STEPS;
     const int part =
         (n_pass + UNIT_STEPS - 2) / (UNIT_STEPS - 1); /* tokens added up per step after the first */
-    const struct planes p = planes_of(job->n_units * QK_K, planes);
-    const size_t next_tile = (size_t)height * row_bytes(p);
     const int32_t n_units = job->n_tiles * job->n_units;
-    const uint8_t *next = job->w;
+    const uint8_t *next = job->w, *x = job->x;
     float *out = job->out;
     struct fold last = {.n = 0};
-    configure_tiles(planes * height, STEP_COLS);
-    take_sums(n_tiles, sums); /* for the zeros */
-    unpack_rest(format, next, &unpacked[0]);
+    configure_tiles(rows, STEP_COLS);
+    take_sums(n_tiles, rows, sums); /* for the zeros */
+    unpacked[0].rest = unpack_rest(format, next);
     for (int b = 0; b < UNIT_BLOCKS; b++) unpack_block(format, next, b, &unpacked[0]);
     for (int32_t i = 0, column = 0; i < n_units; i++) {
         const struct unit *u = &unpacked[i % 2];
         struct unit *fresh = &unpacked[(i + 1) % 2];
         const bool first = column == 0, final = column == job->n_units - 1;
-        int b = i + 1 < n_units ? 0 : UNIT_BLOCKS;
+        const uint8_t *tails = x + job->n * planes * QK_K;
+        const int n_blocks = i + 1 < n_units ? UNIT_BLOCKS : 0;
+        int step = 0, b = 0;
         next += unit_bytes;
         for (int t = 0; t < job->n; t += n_pass) {
-            const uint8_t *x = job->x + (size_t)t * row_bytes(p) + column * QK_K;
-            CPU_UNROLL
             for (int s = 0; s < UNIT_STEPS; s++) {
-                multiply(format, n_tiles, u->parts[s][0], x + s * STEP_COLS, p.bytes, next_tile,
-                         s == 0 ? sums : NULL);
-                if (s > 0) fold_tokens(format, planes, &last, (s - 1) * part, s * part);
-                for (int end = b + n_blocks; b < end && b < UNIT_BLOCKS; b++) {
+                const uint8_t *at = x + t * planes * QK_K + s * STEP_COLS;
+                load_step(n_tiles, u->parts[s][0], at, rows);
+                if (s == 0)
+                    multiply_step(format, n_tiles, rows, sums);
+                else
+                    fold_tokens(format, planes, &last, (s - 1) * part, s * part);
+                /* Evenly over all steps. */
+                for (step++; b < n_blocks && b * n_steps < step * UNIT_BLOCKS; b++) {
                     prefetch(job, next + b * unit_bytes / UNIT_BLOCKS, lines);
                     unpack_block(format, next, b, fresh);
                 }
+                if (s > 0) multiply_step(format, n_tiles, rows, NULL);
             }
             last = (struct fold){.u = u,
-                                 .sums = sums[0][0][0],
-                                 .tail = x + p.tails - column * (QK_K - CPU_X_TAIL),
-                                 .total = first ? NULL : total[t],
+                                 .sums = sums[0][0],
+                                 .tails = tails + t * CPU_X_TAIL,
+                                 .total = first ? zeros[t] : total[t],
                                  .dst = final ? out + (size_t)t * job->stride : total[t],
-                                 .dst_stride = final ? job->stride : CPU_ROWS,
-                                 .row_bytes = row_bytes(p),
-                                 .height = height,
+                                 .stride = final ? job->stride : CPU_ROWS,
                                  .n = job->n - t < n_pass ? job->n - t : n_pass};
         }
-        if (i + 1 < n_units) unpack_rest(format, next, fresh);
+        if (n_blocks > 0) fresh->rest = unpack_rest(format, next);
+        x = tails + job->n * CPU_X_TAIL;
         if (++column < job->n_units) continue;
         column = 0;
+        x = job->x;
         out += CPU_ROWS;
     }
-    take_sums(n_tiles, sums);
+    take_sums(n_tiles, rows, sums);
     fold_tokens(format, planes, &last, 0, n_pass);
 }
 
@@ -417,9 +410,9 @@ CPU_INLINE void dot_superblocks(const struct cpu_dot *job, enum cpu_format forma
 CPU_INLINE void dot_blocks(const struct cpu_dot *job, int planes) {
     _Alignas(64) int32_t sums[TILE_ROWS][CPU_ROWS];
     _Alignas(64) float total[CPU_TILE][CPU_ROWS];
-    const struct planes p = planes_of(job->n_units * CPU_BLOCK, planes);
     const int most = TILE_ROWS / planes, n_tiles = (job->n + most - 1) / most;
     const int height = (job->n + n_tiles - 1) / n_tiles;
+    const size_t x_unit = (size_t)job->n * cpu_x_unit_bytes(planes);
     const uint8_t *w = job->w;
     configure_tiles(planes * height, CPU_BLOCK);
     for (int32_t tile = 0; tile < job->n_tiles; tile++) {
@@ -428,15 +421,15 @@ CPU_INLINE void dot_blocks(const struct cpu_dot *job, int planes) {
             prefetch(job, w, CPU_Q8_0_UNIT / 64);
             vf d = vf_load(w + CPU_Q8_0_D);
             TILE_LOAD(6, w, 64);
+            const uint8_t *x = job->x + (size_t)(b / UNIT_BLOCKS) * x_unit;
+            const uint8_t *tail = x + job->n * planes * QK_K;
             for (int from = 0; from < job->n; from += height) {
-                const uint8_t *x = job->x + (size_t)from * row_bytes(p);
-                TILE_LOAD(4, x + b * CPU_BLOCK, p.bytes);
+                TILE_LOAD(4, x + from * planes * QK_K + b % UNIT_BLOCKS * CPU_BLOCK, QK_K);
                 _tile_zero(0);
                 _tile_dpbsud(0, 4, 6);
                 _tile_stored(0, sums, 64);
                 __asm__ volatile("" ::: "memory");
-                const uint8_t *tail = x + p.tails + b / UNIT_BLOCKS * CPU_X_TAIL;
-                for (int t = from; t < job->n && t < from + height; t++, tail += row_bytes(p)) {
+                for (int t = from; t < job->n && t < from + height; t++, tail += CPU_X_TAIL) {
                     int16_t sum;
                     memcpy(&sum, tail + CPU_X_SUMS_32 + 2 * (b % UNIT_BLOCKS), sizeof sum);
                     vi s = vi_load(sums[planes * (t - from)]);
@@ -476,8 +469,8 @@ CPU_INLINE vi sums_of(const vi *x) {
 /* Up to 256 values, whole blocks of 32, to a unit of a row; the others are zero. Round to nearest. If they hold NaN or
  * infinity their scale is not finite, so that the row's products are not finite either. */
 CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8_t *tail,
-                              struct planes p) {
-    const float limit = p.n == 2 ? CPU_X_LIMIT_2 : CPU_X_LIMIT_1, tiny = 1e-30f;
+                              int planes) {
+    const float limit = planes == 2 ? CPU_X_LIMIT_2 : CPU_X_LIMIT_1, tiny = 1e-30f;
     const vi no_sign = vi_set1(0x7fffffff);
     vf v[16];
     vi q[16], largest = vi_zero();
@@ -498,10 +491,9 @@ CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8
     for (int i = 0; i < 16; i++) {
         q[i] = vf_to_int(vf_mul(v[i], vf_set1(inverse)));
         vi first = q[i];
-        if (p.n == 2) {
+        if (planes == 2) {
             first = vi_sar(vi_add(q[i], vi_set1(128)), 8);
-            _mm_storeu_si128((__m128i *)(void *)(high + p.bytes + 16 * i),
-                             _mm512_cvtepi32_epi8(q[i]));
+            _mm_storeu_si128((__m128i *)(void *)(high + QK_K + 16 * i), _mm512_cvtepi32_epi8(q[i]));
         }
         _mm_storeu_si128((__m128i *)(void *)(high + 16 * i), _mm512_cvtepi32_epi8(first));
     }
@@ -513,30 +505,33 @@ CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8
     _mm256_storeu_si256((__m256i *)(void *)(tail + CPU_X_SUMS_16), sums);
 }
 
-CPU_INLINE void quantize_units(const float *x, int32_t n, int planes, uint8_t *row) {
-    const struct planes p = planes_of(n, planes);
-    for (int32_t at = 0, i = 0; at < n; at += QK_K, i++)
-        quantize_unit(x + at, (n - at < QK_K ? n - at : QK_K) / CPU_BLOCK, row + at,
-                      row + p.tails + i * CPU_X_TAIL, p);
-}
-
-static void k_quantize_units(const float *x, int32_t n, int planes, uint8_t *row) {
-    if (planes == 2)
-        quantize_units(x, n, 2, row);
-    else
-        quantize_units(x, n, 1, row);
+CPU_INLINE void quantize_units(const float *x, int32_t n, int planes, uint8_t *tile, int t,
+                               int n_tokens) {
+    for (int32_t at = 0; at < n; at += QK_K, tile += (size_t)n_tokens * cpu_x_unit_bytes(planes))
+        quantize_unit(x + at, (n - at < QK_K ? n - at : QK_K) / CPU_BLOCK, tile + t * planes * QK_K,
+                      tile + n_tokens * planes * QK_K + t * CPU_X_TAIL, planes);
 }
 
 static void k_quantize_unit_tile(const float *x, int32_t n, int planes, uint8_t *tile, int t,
                                  int n_tokens) {
-    (void)n_tokens;
-    k_quantize_units(x, n, planes, tile + (size_t)t * cpu_x_row_bytes(n, planes));
+    if (planes == 2)
+        quantize_units(x, n, 2, tile, t, n_tokens);
+    else
+        quantize_units(x, n, 1, tile, t, n_tokens);
+}
+
+static void k_quantize_units(const float *x, int32_t n, int planes, uint8_t *row) {
+    k_quantize_unit_tile(x, n, planes, row, 0, 1);
 }
 
 static void k_gather_units(const uint8_t *const *rows, int n_tokens, int32_t n, int planes,
                            uint8_t *tile) {
-    const size_t bytes = cpu_x_row_bytes(n, planes);
-    for (int t = 0; t < n_tokens; t++) memcpy(tile + (size_t)t * bytes, rows[t], bytes);
+    const size_t x_bytes = (size_t)planes * QK_K, unit_bytes = cpu_x_unit_bytes(planes);
+    for (size_t at = 0; at < cpu_x_row_bytes(n, planes); at += unit_bytes) {
+        for (int t = 0; t < n_tokens; t++, tile += x_bytes) memcpy(tile, rows[t] + at, x_bytes);
+        for (int t = 0; t < n_tokens; t++, tile += CPU_X_TAIL)
+            memcpy(tile, rows[t] + at + x_bytes, CPU_X_TAIL);
+    }
 }
 
 /* ---- one function per format and number of planes ------------------------------------------------------- */

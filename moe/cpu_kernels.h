@@ -19,13 +19,14 @@
  * By units (AMX): per 256 values, the superblock of K quants, a float scale and integers of one byte (one plane), or of two
  * (two planes, high and low byte, both signed) in CPU_X_LIMIT_2 steps on either side, so that their sums of 32 fit
  * 16 bits and those of a superblock 32. Dot products of a superblock (of Q8_0: of a block) are exact integers; these
- * are combined in float32, in order. A row is one or two planes of cpu_x_plane_bytes each:
+ * are combined in float32, in order. A tile of n tokens is, per unit, the last one filled up with zeros:
  *
- *     int8 x[units][256], where the last unit is filled up with zeros
- *     in the first plane per unit CPU_X_TAIL bytes: float scale; at CPU_X_SUMS_32 int16 [8], sums of each 32 values;
- *     at CPU_X_SUMS_16 int16 [16], of each 16
+ *     int8 x[n][planes][256]
+ *     n times CPU_X_TAIL bytes: float scale; at CPU_X_SUMS_32 int16 [8], sums of each 32 values; at CPU_X_SUMS_16
+ *     int16 [16], of each 16
  *
- * A tile is rows one after the other, and up to CPU_TILE_PAD - 1 more are read, whatever they hold.
+ * and a quantised row is a tile of one. What a pass over a unit reads lies together, whatever the rows' length. Of x up to
+ * CPU_TILE_PAD - 1 tokens more are read, whatever they hold.
  *
  * Private to the CPU backend and its tests. */
 #ifndef MOED_MOE_CPU_KERNELS_H
@@ -177,12 +178,10 @@ struct cpu_kernels {
     void (*divide)(float *x, float sum, int32_t n);
 };
 
-/* Bytes of a plane and of a quantised row. The tile whose first token is the i-th of many begins i rows on. */
-static inline size_t cpu_x_plane_bytes(int32_t n_cols) {
-    return ((size_t)n_cols + QK_K - 1) / QK_K * (QK_K + CPU_X_TAIL);
-}
+/* Bytes of a token's unit and of its row. */
+static inline size_t cpu_x_unit_bytes(int planes) { return (size_t)planes * QK_K + CPU_X_TAIL; }
 static inline size_t cpu_x_row_bytes(int32_t n_cols, int planes) {
-    return (size_t)planes * cpu_x_plane_bytes(n_cols);
+    return ((size_t)n_cols + QK_K - 1) / QK_K * cpu_x_unit_bytes(planes);
 }
 static inline size_t cpu_row_bytes(const struct cpu_kernels *k, int32_t n_cols, int planes) {
     if (k->inputs == CPU_BY_UNIT) return cpu_x_row_bytes(n_cols, planes);

@@ -82,13 +82,13 @@ void cpu_tile_product(const struct cpu *c, const struct cpu_matrix *m, const str
 void cpu_dequantize_row(const struct cpu *c, const uint8_t *row, int32_t n_cols, int planes,
                         float *dst) {
     if (c->kernels->inputs == CPU_BY_UNIT) {
-        const uint8_t *low = row + cpu_x_plane_bytes(n_cols),
-                      *tails = row + cpu_pad((size_t)n_cols, QK_K);
         for (int32_t i = 0; i < n_cols; i++) {
+            const uint8_t *unit = row + (size_t)(i / QK_K) * cpu_x_unit_bytes(planes);
             float scale;
-            memcpy(&scale, tails + i / QK_K * CPU_X_TAIL + CPU_X_SCALE, sizeof scale);
-            dst[i] = scale *
-                     (float)(planes == 2 ? (int8_t)row[i] * 256 + (int8_t)low[i] : (int8_t)row[i]);
+            memcpy(&scale, unit + planes * QK_K + CPU_X_SCALE, sizeof scale);
+            int v = (int8_t)unit[i % QK_K];
+            if (planes == 2) v = v * 256 + (int8_t)unit[QK_K + i % QK_K];
+            dst[i] = scale * (float)v;
         }
         return;
     }

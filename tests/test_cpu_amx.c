@@ -17,12 +17,12 @@ static uint8_t *new_tile(int32_t n_cols) {
 
 /* ---- quantisation ------------------------------------------------------------------------------------ */
 
-/* Value c of a row, as an integer, and what one step of it is. */
-static int row_value(const uint8_t *row, int32_t n_cols, int planes, int32_t c, float *scale) {
-    size_t tail = ((size_t)n_cols + QK_K - 1) / QK_K * QK_K + (size_t)(c / QK_K) * CPU_X_TAIL;
-    memcpy(scale, row + tail + CPU_X_SCALE, sizeof *scale);
-    if (planes == 1) return (int8_t)row[c];
-    return (int8_t)row[c] * 256 + (int8_t)row[cpu_x_plane_bytes(n_cols) + (size_t)c];
+/* Value c of token t of a tile of n, as an integer, and what one step of it is. */
+static int value_at(const uint8_t *tile, int planes, int n, int t, int32_t c, float *scale) {
+    const uint8_t *unit = tile + (size_t)(c / QK_K * n) * cpu_x_unit_bytes(planes);
+    const uint8_t *high = unit + t * planes * QK_K + c % QK_K;
+    memcpy(scale, unit + n * planes * QK_K + t * CPU_X_TAIL + CPU_X_SCALE, sizeof *scale);
+    return planes == 1 ? (int8_t)*high : (int8_t)*high * 256 + (int8_t)high[QK_K];
 }
 
 static int16_t sum_at(const uint8_t *p, int i) {
@@ -38,18 +38,18 @@ static void check_quantize(const struct cpu_kernels *k, int planes, const float 
               n_units = (n_cols + QK_K - 1) / QK_K;
     const size_t bytes = cpu_row_bytes(k, n_cols, planes);
     uint8_t *row = aligned_alloc(64, bytes);
-    assert_int_equal(bytes, (size_t)planes * cpu_x_plane_bytes(n_cols));
+    assert_int_equal(bytes, (size_t)n_units * cpu_x_unit_bytes(planes));
     memset(row, 0xaa, bytes);
     k->quantize_row(x, n_cols, planes, row);
     for (int u = 0; u < n_units; u++) {
-        const uint8_t *tail = row + QK_K * n_units + u * CPU_X_TAIL;
+        const uint8_t *tail = row + (size_t)u * cpu_x_unit_bytes(planes) + planes * QK_K;
         double max = 0;
         int sums[16] = {0};
         float scale;
         for (int c = QK_K * u; c < QK_K * (u + 1) && c < n_cols; c++)
             max = fmax(max, fabs((double)x[c]));
         for (int c = QK_K * u; c < QK_K * (u + 1); c++) {
-            int v = row_value(row, n_cols, planes, c, &scale);
+            int v = value_at(row, planes, 1, 0, c, &scale);
             double want = c < n_cols ? (double)x[c] : 0;
             assert_in_range(v + limit, 0, 2 * limit);
             assert_true(fabs((double)scale * limit - max) <= 2 * U * max);
@@ -77,7 +77,7 @@ static void test_quantize(void **state) {
     }
 }
 
-/* Rows as such, rows of tiles and gathered rows are the same. */
+/* A tile has the tokens' units side by side, and rows gathered to one are the tile. */
 static void test_rows_and_tiles(void **state) {
     (void)state;
     enum { COLS = 288, WIDTH = 37 };
@@ -89,8 +89,6 @@ static void test_rows_and_tiles(void **state) {
         uint8_t *rows = new_tile(COLS), *tile = new_tile(COLS), *gathered = new_tile(COLS);
         const uint8_t *at[WIDTH];
         float in[COLS];
-        memset(rows, 0, WIDTH * bytes);
-        memset(tile, 0, WIDTH * bytes);
         for (int t = 0; t < WIDTH; t++) {
             fill_input(t % N_KINDS, &seed, COLS, in);
             at[t] = rows + (size_t)t * bytes;
@@ -98,8 +96,15 @@ static void test_rows_and_tiles(void **state) {
             k->quantize(in, COLS, planes, tile, t, WIDTH);
         }
         k->gather(at, WIDTH, COLS, planes, gathered);
-        assert_memory_equal(tile, rows, WIDTH * bytes);
-        assert_memory_equal(gathered, rows, (WIDTH + 1) * bytes); /* and nothing beyond */
+        assert_memory_equal(gathered, tile, (WIDTH + 1) * bytes); /* and nothing beyond */
+        const size_t x_bytes = (size_t)planes * QK_K;
+        const uint8_t *x = tile;
+        for (size_t unit = 0; unit < bytes; unit += cpu_x_unit_bytes(planes)) {
+            for (int t = 0; t < WIDTH; t++, x += x_bytes)
+                assert_memory_equal(x, at[t] + unit, x_bytes);
+            for (int t = 0; t < WIDTH; t++, x += CPU_X_TAIL)
+                assert_memory_equal(x, at[t] + unit + x_bytes, CPU_X_TAIL);
+        }
         free(rows);
         free(tile);
         free(gathered);
@@ -116,9 +121,9 @@ static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, 
     double n = (double)n_cols / (x->m.format == CPU_Q8_0 ? CPU_BLOCK : QK_K);
     uint8_t *tile = new_tile(n_cols);
     float out[CPU_TILE * CPU_ROWS];
-    for (int t = 0; t < CPU_TILE; t++)
-        k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, CPU_TILE);
     for (int width = 1; width <= CPU_TILE; width++) {
+        for (int t = 0; t < width; t++)
+            k->quantize(in + (size_t)t * (size_t)n_cols, n_cols, planes, tile, t, width);
         for (int32_t row = 0; row < x->m.n_tiles * CPU_ROWS; row++) {
             if (row % CPU_ROWS == 0)
                 run_dot(k->dot[x->m.format][planes - 1][width], &x->m, row / CPU_ROWS, tile, width,
@@ -127,8 +132,7 @@ static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, 
                 double y = 0, size = 0;
                 for (int32_t c = 0; c < n_cols && row < x->m.n_rows; c++) {
                     float scale;
-                    const uint8_t *values = tile + (size_t)t * cpu_x_row_bytes(n_cols, planes);
-                    int v = row_value(values, n_cols, planes, c, &scale);
+                    int v = value_at(tile, planes, width, t, c, &scale);
                     double w = (double)x->w[(size_t)row * (size_t)n_cols + (size_t)c];
                     y += w * v * (double)scale;
                     size += (fabs(w) + 2) * abs(v) *
@@ -158,8 +162,7 @@ static void check_accuracy(const struct cpu_kernels *k, const struct matrix *x, 
         for (int32_t c = 0; c < n_cols; c++) {
             float scale;
             double w = (double)x->w[r * n_cols + c];
-            row_value(tile + (size_t)t * cpu_x_row_bytes(n_cols, planes), n_cols, planes, c,
-                      &scale);
+            value_at(tile, planes, TOKENS, t, c, &scale);
             y += w * (double)in[t * n_cols + c];
             expected += w * w * (double)scale * (double)scale / 12;
         }
