@@ -13,7 +13,6 @@
  * to expect; then it begins anew. Its first round has parity 0. */
 typedef uint64_t arrival;
 
-
 DEVICE void arrival_init(arrival *a, int n) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(n) : "memory");
 }

@@ -261,7 +261,9 @@ static const struct {
     bool halves; /* a block has half a processor at most */
     int threads;
     dense_kernel *kernel;
-} kernels[] = {{true, THREADS + 32, k_gemm_dense64_f16}, {false, THREADS + 32, k_gemm_dense128_f16}, {true, THREADS, k_gemm_dense128_twice_f16}};
+} kernels[] = {{true, THREADS + 32, k_gemm_dense64_f16},
+               {false, THREADS + 32, k_gemm_dense128_f16},
+               {true, THREADS, k_gemm_dense128_twice_f16}};
 
 /* Blocks along the rows. Fills first_tile. */
 static int row_tiles(struct gemm_args &a) {
@@ -330,6 +332,7 @@ cudaError_t dense_prepare(size_t max_shared) {
     cudaError_t e = cudaSuccess;
     for (const auto &k : kernels)
         if (e == cudaSuccess)
-            e = cudaFuncSetAttribute((const void *)k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)max_shared - RESERVED);
+            e = cudaFuncSetAttribute((const void *)k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     (int)max_shared - RESERVED);
     return e;
 }
