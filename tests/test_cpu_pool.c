@@ -188,5 +188,6 @@ int main(void) {
         cmocka_unit_test(test_held_up_thread),  cmocka_unit_test(test_caller_waits),
         cmocka_unit_test(test_crowded_core),
     };
-    return cmocka_run_group_tests_name("cpu_pool", tests, NULL, NULL);
+    int n_failed = cmocka_run_group_tests_name("cpu_pool", tests, NULL, NULL);
+    return n_failed == 0 && CPU_COUNT(&cores) < 2 ? TEST_SKIPPED : n_failed;
 }
