@@ -4,8 +4,9 @@
  * columns, which come swizzled as wgmma reads them. Two fours of warps unpack and multiply. Few instructions are spent on
  * copies, and no barrier of the block holds up who multiplies.
  *
- * For one tile of tokens a processor has a block at most, and its ninth warp does nothing but fetch. For more it has two
- * blocks, and no registers for such warps: the first one fetches between its products. */
+ * For one tile of tokens a block's ninth warp does nothing but fetch, and a block that has a processor to itself has most of its
+ * activations under way at once: with few units, waiting for the next took half of the time. For more tiles a processor has
+ * two blocks, and no registers for such warps: the first one fetches between its products. */
 #include "cuda/bulk.cuh"
 #include "cuda/gemm.cuh"
 
@@ -14,13 +15,14 @@ enum : int {
     ROWS = ROW_BLOCKS * PANEL_ROWS,
     THREADS = 32 * ROW_BLOCKS, /* that multiply */
     SUM_ROW = ROWS + 4,        /* floats of a token's sums */
-    MOST_UNITS = 8,            /* in shared memory at a time: 64 columns of all tokens */
+    MOST_UNITS = 16,           /* in shared memory at a time: 64 columns of all tokens */
     MOST_PANELS = 4,           /* in shared memory at a time, of each row block */
     LEAST_PANELS = 2,          /* the last unit of one is given back after the first of the next has come */
     LEAST_UNITS = 3, ENOUGH_UNITS = 4, /* before panels get more room */
     RESERVED = 1024,           /* bytes of shared memory: of each block by the system, and arrivals */
-    LEAST_TOKENS = 33,         /* fewer are faster with a block for all parts; */
-    MOST_OF_TWO_PARTS = 512    /* and more than this, if there are two parts */
+    LEAST_TOKENS = 9,          /* fewer are faster with a block for all parts; */
+    MOST_OF_TWO_PARTS = 512,   /* and more than this, if there are two parts */
+    FIRST_WIDTH = 2            /* tiles of 8 << 2 tokens are the narrowest */
 };
 
 struct dense_args {
@@ -242,6 +244,10 @@ template <int NG, bool FETCHES> static DEVICE void dense_block(const CUtensorMap
 #endif
 
 static __global__ void __launch_bounds__(THREADS + 32, 2)
+    k_gemm_dense32_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
+    DENSE_BLOCK(4, false, x, d);
+}
+static __global__ void __launch_bounds__(THREADS + 32, 2)
     k_gemm_dense64_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
     DENSE_BLOCK(8, false, x, d);
 }
@@ -258,21 +264,23 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
 typedef void dense_kernel(const CUtensorMap, const struct dense_args);
 static const struct {
-    bool halves; /* a block has half a processor at most */
+    bool halves; /* a processor can have two blocks */
     int threads;
     dense_kernel *kernel;
-} kernels[] = {{true, THREADS + 32, k_gemm_dense64_f16},
+} kernels[] = {/* for one tile of tokens, by width; for more */
+               {true, THREADS + 32, k_gemm_dense32_f16},
+               {true, THREADS + 32, k_gemm_dense64_f16},
                {false, THREADS + 32, k_gemm_dense128_f16},
                {true, THREADS, k_gemm_dense128_twice_f16}};
 
 /* Blocks along the rows. Fills first_tile. */
-static int row_tiles(struct gemm_args &a) {
+static unsigned count_row_tiles(struct gemm_args &a) {
     int n = 0;
     for (int i = 0; i < a.n_segments; i++) {
         a.segments[i].first_tile = n;
         n += (a.segments[i].n_rows + ROWS - 1) / ROWS;
     }
-    return n;
+    return (unsigned)n;
 }
 
 /* How much of x and w is in shared memory at a time. */
@@ -298,15 +306,19 @@ int dense_plan(const struct gemm_args &a, int bucket, const struct cuda_queue *q
     if (!q->encode_map || bucket < LEAST_TOKENS || (a.parts_shift == 1 && bucket > MOST_OF_TWO_PARTS)) return -1;
     for (int i = 0; i < a.n_segments; i++)
         if (a.segments[i].n_rows % 4 != 0) return -1;
-    return bucket <= 4 << (N_WIDTHS - 1) ? N_WIDTHS - 2 : N_WIDTHS - 1;
+    int width = FIRST_WIDTH;
+    while (width < N_WIDTHS - 1 && bucket > 8 << width) width++;
+    return width;
 }
 
 cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const struct cuda_queue *q) {
     CUtensorMap map;
     struct dense_args d = {a, 0, 0};
-    unsigned n_tokens = 8u << width, tiles = (unsigned)row_tiles(d.gemm), parts = 1u << a.parts_shift;
-    const auto &k = kernels[width < N_WIDTHS - 1 ? 0 : bucket <= (int)n_tokens ? 1 : 2];
-    size_t shared = fill_shared(d, width, k.halves, q);
+    unsigned n_tokens = 8u << width, token_tiles = ((unsigned)bucket + n_tokens - 1) / n_tokens;
+    unsigned row_tiles = count_row_tiles(d.gemm), parts = 1u << a.parts_shift;
+    const auto &k = kernels[width - FIRST_WIDTH + (token_tiles > 1)];
+    bool alone = token_tiles == 1 && parts * row_tiles <= (unsigned)q->n_sm; /* a block has a processor */
+    size_t shared = fill_shared(d, width, k.halves && !alone, q);
     const cuuint64_t size[2] = {(cuuint64_t)a.n_cols, (cuuint64_t)bucket}, row[1] = {(cuuint64_t)a.n_cols * 2};
     const cuuint32_t box[2] = {PANEL_UNIT_K, n_tokens}, one[2] = {1, 1};
     CUresult r = ((decltype(&cuTensorMapEncodeTiled))q->encode_map)(
@@ -319,7 +331,7 @@ cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {parts, 1, 1};
-    config.gridDim = dim3(((unsigned)bucket + n_tokens - 1) / n_tokens * parts, tiles, 1);
+    config.gridDim = dim3(token_tiles * parts, row_tiles, 1);
     config.blockDim = dim3((unsigned)k.threads, 1, 1);
     config.dynamicSmemBytes = shared;
     config.stream = (cudaStream_t)q->stream;
