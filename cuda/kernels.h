@@ -139,6 +139,7 @@ struct norm_args {
     const int32_t *row_of;       /* [T][K]: see struct route_lists */
     const float *weights;        /* [T][K] */
     int32_t n_used;              /* K */
+    bool listed;                 /* h, row_of and weights are older than the last kernel, and are read before it has ended */
     const float *norm;           /* [D]; NULL: no x */
     float eps;
     void *x;                     /* f16 [rows][D] */

@@ -42,27 +42,32 @@ static DEVICE float block_sum(float x) {
     return sum;
 }
 
-/* h[4 i … 4 i + 3] of row `row` plus the experts' products in rank order. */
-static DEVICE float4 combine(const struct norm_args &a, int row, int i, float4 h) {
+/* A token's experts: where their products lie, and their weights. In shared memory. */
+struct ranks {
+    int at[MAX_EXPERTS_USED];
+    float w[MAX_EXPERTS_USED];
+};
+
+/* h[4 i … 4 i + 3] of a row plus the experts' products in rank order. */
+static DEVICE float4 combine(const struct norm_args &a, const struct ranks &r, int i, float4 h) {
     float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int first = 0; first < a.n_used; first += RANKS) {
-        int of = row * a.n_used + first, n = min(a.n_used - first, (int)RANKS);
-        float w[RANKS];
+        int n = a.n_used - first;
         uint2 y[RANKS];
 #pragma unroll
         for (int k = 0; k < RANKS; k++) { /* no branches: all loads are to be under way at once */
-            w[k] = k < n ? a.weights[of + k] : 0.0f;
-            int at = k < n ? a.row_of[of + k] : 0;
+            int at = k < n ? r.at[first + k] : 0;
             const uint2 *products = (const uint2 *)a.y[at >> OWNER_SHIFT] + i; /* of another GPU, it may be: past L1 */
             size_t from = (size_t)(at & ((1 << OWNER_SHIFT) - 1)) * (size_t)(a.n_cols / 4);
             y[k] = k < n ? __ldcg(products + from) : make_uint2(0, 0);
         }
 #pragma unroll
         for (int k = 0; k < RANKS; k++) {
-            s.x += w[k] * h2_low_f32(y[k].x);
-            s.y += w[k] * h2_high_f32(y[k].x);
-            s.z += w[k] * h2_low_f32(y[k].y);
-            s.w += w[k] * h2_high_f32(y[k].y);
+            float w = k < n ? r.w[first + k] : 0.0f;
+            s.x += w * h2_low_f32(y[k].x);
+            s.y += w * h2_high_f32(y[k].x);
+            s.z += w * h2_low_f32(y[k].y);
+            s.w += w * h2_high_f32(y[k].y);
         }
     }
     return make_float4(h.x + s.x, h.y + s.y, h.z + s.z, h.w + s.w);
@@ -84,14 +89,21 @@ static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
         int i = (int)threadIdx.x + THREADS * j;
         if (a.norm && i < n) norm[j] = ((const float4 *)a.norm)[i];
     }
-    depend_wait();
-    if (!a.meeting.header && !few) depend_release();
+    if (!a.listed) depend_wait();
+    __shared__ struct ranks ranks;
+    if (a.y[0] && (int)threadIdx.x < a.n_used) {
+        ranks.at[threadIdx.x] = __ldcg(a.row_of + row * a.n_used + (int)threadIdx.x);
+        ranks.w[threadIdx.x] = __ldcg(a.weights + row * a.n_used + (int)threadIdx.x);
+    }
     float4 *h = (float4 *)(a.h + (size_t)row * (size_t)a.n_cols);
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {
         int i = (int)threadIdx.x + THREADS * j;
-        if (i < n) v[j] = h[i];
+        if (i < n) v[j] = __ldcg(h + i);
     }
+    __syncthreads();
+    if (a.listed) depend_wait();
+    if (!a.meeting.header && !few) depend_release();
     if (a.meeting.header) { /* what comes next may fill the GPU, and is let in when nobody waits */
         if (threadIdx.x < 32) meet_for_products(a.meeting, epoch);
         __syncthreads();
@@ -102,7 +114,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 2 : 1)
     for (int j = 0; j < QUADS; j++) {
         int i = (int)threadIdx.x + THREADS * j;
         if (i >= n) break;
-        if (a.y[0]) h[i] = v[j] = combine(a, row, i, v[j]);
+        if (a.y[0]) h[i] = v[j] = combine(a, ranks, i, v[j]);
         squares += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
     }
     if (!a.norm) return;

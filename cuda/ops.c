@@ -262,6 +262,7 @@ enum status ops_experts_down(struct backend *b, const struct op_experts_down *op
                                     .y = {op->y->p},
                                     .row_of = c->lists.row_of,
                                     .weights = c->lists.weights,
+                                    .listed = c->lists_read && !c->together,
                                     .n_used = c->shape.n_experts_used};
     if (!c->together) return ST_OK;
     memcpy(c->pending.y, c->exchange->products, sizeof c->pending.y);
