@@ -297,6 +297,16 @@ DEVICE bool draw_last(uint32_t *ticket, int n) {
     return true;
 }
 
+/* What was written before an add_release of any block, and a barrier of it, is seen after a load_acquire that sees the sum. */
+DEVICE void add_release(int32_t *to, int32_t n) {
+    asm volatile("red.add.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(n) : "memory");
+}
+DEVICE int32_t load_acquire(const int32_t *from) {
+    int32_t x;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
 /* ---- launching -------------------------------------------------------------------------------------- */
 
 #ifdef __CUDACC__

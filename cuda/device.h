@@ -119,6 +119,10 @@ struct cuda {
     struct route_lists lists;
     uint32_t widths; /* of the lists that the last routing has */
     bool lists_read; /* a product has waited for them since; whoever writes them sets it to false */
+    uint64_t n_ops; /* so far; */
+    /* in which of them the experts' first product counted, how many blocks of an item, and in the list of which width */
+    uint64_t counting_op;
+    int32_t counted, counted_width; /* counted: 0: it did not, or other kernels came after it */
     uint32_t *route_tickets;
     uint8_t *route_marks;
     uint64_t *n_reads;      /* device [N_READS] */

@@ -322,8 +322,8 @@ enum status exchange_grouped(struct cuda *c, struct gemm_args *a) {
     struct gemm_plan p = cuda_gemm_plan(a, n_tokens, c->shape.n_experts, used, &c->queue);
     a->items = g->args.lists.items[p.width];
     a->n_items = g->args.lists.n_items + p.width;
-    int max_items = (n_pairs < g->most_homes ? n_pairs : g->most_homes) + n_pairs / (8 << p.width);
-    return device_check(c, cuda_gemm(a, p, n_tokens, max_items, &c->queue));
+    int max_groups = n_pairs < g->most_homes ? n_pairs : g->most_homes;
+    return device_check(c, cuda_gemm(a, p, n_tokens, max_groups, max_groups + n_pairs / (8 << p.width), &c->queue));
 }
 
 /* In the first step of all: the buffer of products is known by now. */

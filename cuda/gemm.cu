@@ -63,7 +63,7 @@ static void set_parts(struct gemm_args &a, bool dense, const struct cuda_queue *
 /* Dense: the widest tiles whose blocks, if need be of fewer rows, are a quarter as many as processors or more; of few tokens, as
  * few rows as give nearly every processor a block. */
 static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct cuda_queue *q) {
-    struct gemm_plan p = {N_WIDTHS - 1, 0, 1, false};
+    struct gemm_plan p = {N_WIDTHS - 1, 0, 1, 0, false};
     while (p.width > 0 && kernels[p.width - 1]->width >= bucket) p.width--;
     for (;; p.width--) {
         bool few = is_few(p.width);
@@ -83,7 +83,7 @@ static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct
 static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_experts, int n_used,
                                      const struct cuda_queue *q) {
     static const int most[N_WIDTHS - 1] = {6, 12, 26, 56}; /* mean group, with room for its spread */
-    struct gemm_plan p = {0, 0, 1, false};
+    struct gemm_plan p = {0, 0, 1, 0, false};
     while (p.width < N_WIDTHS - 1 && bucket * n_used > most[p.width] * n_experts) p.width++;
     if (bucket <= 8) p.width = 0; /* no group can be larger */
     for (;; p.width--) {
@@ -95,6 +95,7 @@ static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_expe
     }
     int n_panels = a.n_cols / PANEL_K / parts_of(a);
     if (is_few(p.width) && bucket > 1) p.tiles = n_panels < 8 ? 8 / n_panels : 1;
+    if (is_few(p.width) && bucket > 1) p.blocks = count_tiles(a, p.warps, p.tiles);
     return p;
 }
 
@@ -104,10 +105,10 @@ struct gemm_plan cuda_gemm_plan(const struct gemm_args *args, int bucket, int n_
     set_parts(a, n_experts == 0, q);
     if (n_experts > 0) return plan_experts(a, bucket, n_experts, n_used, q);
     int width = dense_plan(a, bucket, q);
-    return width >= 0 ? (struct gemm_plan){width, 0, 1, true} : plan_dense(a, bucket, q);
+    return width >= 0 ? (struct gemm_plan){width, 0, 1, 0, true} : plan_dense(a, bucket, q);
 }
 
-cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int bucket, int max_items,
+cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int bucket, int max_groups, int max_items,
                       const struct cuda_queue *q) {
     struct gemm_args a = *args;
     a.n_tiles = p.tiles;
@@ -120,8 +121,14 @@ cudaError_t cuda_gemm(const struct gemm_args *args, struct gemm_plan p, int buck
         s.block_bytes = (uint32_t)(a.n_cols / PANEL_K * panel_bytes(s.type));
     }
     unsigned tiles = (unsigned)count_tiles(a, p.warps, p.tiles);
-    unsigned width = (unsigned)kernels[p.width]->width;
-    dim3 grid = a.items ? dim3(tiles, (unsigned)max_items, 1)
+    unsigned width = (unsigned)kernels[p.width]->width, item_rows = (unsigned)max_items;
+    a.single_items = max_items;
+    if (p.blocks > 0) {
+        unsigned at_once = tiles / ((tiles + SHARE - 1) / SHARE); /* items of a row of blocks */
+        a.single_items = max_groups;
+        item_rows = (unsigned)max_groups + ((unsigned)(max_items - max_groups) + at_once - 1) / at_once;
+    }
+    dim3 grid = a.items ? dim3(tiles, item_rows, 1)
                         : dim3(((unsigned)bucket + width - 1) / width, tiles, 1);
     return launch(kernels[p.width]->kernel, grid, 32 * p.warps, shared_bytes_of(a, p.width, p.warps), q, a);
 }

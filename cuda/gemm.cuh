@@ -19,7 +19,10 @@
 
 #include "cuda/fragment.cuh"
 
-enum : int { X_ROW = 128 /* bytes of one token's 64 columns */ };
+enum : int {
+    X_ROW = 128, /* bytes of one token's 64 columns */
+    SHARE = 4    /* blocks of an item that one stands for, see share_of */
+};
 
 /* What a warp works on. */
 struct gemm_work {
@@ -32,6 +35,9 @@ struct gemm_work {
     int segment;
     int n, first; /* tokens; row of the first one in x (dense, or in routing order) */
     const int32_t *token_of;
+    int index;  /* of the item */
+    int share;  /* how many of its blocks this one stands for */
+    bool ready; /* the item's x is there */
 };
 
 /* An item is counted by one thread, maybe before depend_wait: no kernel reads these. */
@@ -44,19 +50,41 @@ DEVICE void count_item(const struct gemm_args &a, int expert, int n_tokens, stru
 
 static_assert(sizeof(struct gemm_item) == sizeof(int4) && offsetof(struct gemm_item, n) == offsetof(int4, z), "one load");
 
+/* What a block has of an item: as much as n blocks from `block` on. */
+struct item_share {
+    int index, block, n;
+};
+/* Items beyond single_items are tiles that most groups do not have. So that there are few blocks without work, each such item
+ * has fewer blocks, and a row of blocks several items. These rows are in the middle: at the end, the next kernel's blocks
+ * would come only after theirs. */
+DEVICE struct item_share share_of(const struct gemm_args &a) {
+    int x = (int)blockIdx.x, y = (int)blockIdx.y, n = (int)gridDim.x;
+    int n_shared = (int)gridDim.y - a.single_items, first = a.single_items / 2;
+    if (y < first || n_shared == 0) return {y, x, 1};
+    if (y >= first + n_shared) return {y - n_shared, x, 1};
+    int each = (n + SHARE - 1) / SHARE, at_once = n / each, i = x / each, block = x % each * SHARE;
+    if (i >= at_once) return {-1, 0, 0};
+    return {a.single_items + (y - first) * at_once + i, block, min((int)SHARE, n - block)};
+}
+
 /* false: nothing to do. Dense work may be asked for before depend_wait, expert work if its list is older (listed). warp:
  * of the block; warp_index() makes what follows from it scalar. */
 DEVICE bool find_work(const struct gemm_args &a, int width, int warp, struct gemm_work &w) {
     int tile, expert = 0;
     w.token_of = NULL;
+    w.share = 1;
     if (a.items) {
-        /* Past L1, which may have an earlier layer's. Asking for both keeps one load from waiting for the other. */
-        int4 item = __ldcg((const int4 *)a.items + blockIdx.y);
+        struct item_share s = share_of(a);
+        if (s.index < 0) return false;
+        w.index = s.index, w.share = s.n;
+        /* Past L1, which may have an earlier layer's. Asking for all keeps one load from waiting for the other. */
+        int4 item = __ldcg((const int4 *)(a.items + s.index));
         int n_items = __ldcg(a.n_items);
+        w.ready = a.awaited > 0 && load_acquire(&a.items[s.index].n_done) >= a.awaited;
         expert = item.x, w.first = item.y, w.n = item.z;
-        if (((int)blockIdx.y >= n_items) | (w.n <= 0)) return false;
+        if ((s.index >= n_items) | (w.n <= 0)) return false;
         if (a.token_of) w.token_of = a.token_of + w.first;
-        tile = (int)blockIdx.x;
+        tile = s.block;
     } else {
         w.first = (int)blockIdx.x * width;
         w.n = min(width, *a.n_tokens - w.first);
@@ -81,19 +109,36 @@ DEVICE bool find_work(const struct gemm_args &a, int width, int warp, struct gem
     const struct gemm_segment &s = a.segments[w.segment];
     tile = (tile - s.first_tile) * a.n_tiles;
     w.n_blocks = s.n_blocks;
-    w.n_tiles = min(a.n_tiles, ((w.n_blocks - 1) >> w.rows_shift) + 1 - tile);
+    w.n_tiles = min(w.share * a.n_tiles, ((w.n_blocks - 1) >> w.rows_shift) + 1 - tile);
     w.first_row = (tile << w.rows_shift) * PANEL_ROWS;
     w.block += tile << w.rows_shift;
     w.n_panels = a.n_cols / PANEL_K >> a.parts_shift;
     if (s.experts) {
         struct expert_panels at = s.experts[expert];
         w.w = at.panels;
-        if (blockIdx.x == 0 && threadIdx.x == 0) count_item(a, expert, w.n, at);
+        if (tile == 0 && threadIdx.x == 0) count_item(a, expert, w.n, at);
     } else {
         w.w = s.w + (size_t)((uint32_t)expert * (uint32_t)w.n_blocks) * s.block_bytes;
     }
     w.w += (size_t)(uint32_t)w.block * s.block_bytes + (uint32_t)w.part * (s.block_bytes >> a.parts_shift);
     return true;
+}
+
+/* Until x is there; at once, if it is not the first time. */
+DEVICE void wait_for_inputs(const struct gemm_args &a, const struct gemm_work &w) {
+    if (a.awaited == 0) return depend_wait();
+    if (w.ready) return;
+    while (load_acquire(&a.items[w.index].n_done) < a.awaited) {}
+}
+
+/* By a block whose results are written. A kernel that did not wait for the one before must not end earlier: later kernels rely
+ * on that. For this, one of its blocks is enough. */
+DEVICE void finish_item(const struct gemm_args &a, const struct gemm_work &w) {
+    if (a.counts) {
+        __syncthreads();
+        if (threadIdx.x == 0) add_release(&a.items[w.index].n_done, w.share);
+    }
+    if (a.awaited > 0 && blockIdx.x == 0 && w.index == 0) depend_wait();
 }
 
 /* Where token i of the work (a column) is in x, in pieces of 16 bytes. */

@@ -6,9 +6,9 @@
 
 enum : int { MAX_WARPS = 8 };
 
-/* Depth of the ring: as much as lets a processor have four blocks of 4 warps, or two of 8. */
+/* Depth of the ring of a kernel for 8 NG tokens: as much as lets a processor have four blocks of 4 warps, or two of 8. */
 __host__ DEVICE constexpr int few_stages(int type, int n_groups) {
-    return n_groups == 1 || (n_groups < 4 && type == PANEL_Q4_K) ? 3 : 2;
+    return n_groups == 1 || type == PANEL_Q4_K ? 3 : 2;
 }
 
 extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -16,45 +16,34 @@ extern __shared__ __align__(1024) uint8_t shared_bytes[];
 /* Formats that have bodies of their own for fewer tokens than a tile may have, and a panel without loops. */
 __host__ DEVICE constexpr bool is_common(int type) { return type == PANEL_Q4_K || type == PANEL_Q6_K; }
 
-/* For weights of a type and up to 8 NG tokens. FOURS: four warps multiply together. */
-template <int TYPE, int NG, bool FOURS> struct few {
+/* Four warps multiply together. */
+__host__ DEVICE constexpr bool is_fours(int n_groups) { return n_groups == 4; }
+
+/* What a warp has to itself, panels and scales, and all warps of a block together; activations come behind. */
+KERNEL_FN int own_bytes(int type, int n_groups) {
+    return few_stages(type, n_groups) * panel_bytes(type) + TABLE_BYTES;
+}
+KERNEL_FN int all_own_bytes(int type, int n_groups, int warps) {
+    return (warps * own_bytes(type, n_groups) + 1023) / 1024 * 1024;
+}
+
+/* For weights of a type and up to 8 NG tokens, in a kernel for up to 8 MOST. */
+template <int TYPE, int NG, int MOST> struct few {
     using f = format<TYPE>;
-    static constexpr int stages = few_stages(TYPE, NG);
+    static constexpr bool fours = is_fours(MOST);
+    static constexpr int stages = few_stages(TYPE, MOST);
     static constexpr int x_bytes = PANEL_UNITS * 8 * NG * X_ROW;           /* of one panel's activations */
-    static constexpr int own_bytes = stages * f::bytes + TABLE_BYTES;      /* what a warp has to itself */
     static constexpr int held = NG == 1 ? 2 : 4;                           /* rows of activations a warp knows by heart */
-    static constexpr int together = !is_common(TYPE) || FOURS ? 1 : NG == 1 ? 4 : 2; /* units that are read at once */
+    static constexpr int together = !is_common(TYPE) || fours ? 1 : NG == 1 ? 4 : 2; /* units that are read at once */
     static constexpr int unrolled = is_common(TYPE) ? PANEL_UNITS : 1;
 };
 
-static size_t few_bytes(int type, int warps, int parts, int n_groups) {
-    int stages = few_stages(type, n_groups), x_bytes = PANEL_UNITS * 8 * n_groups * X_ROW;
-    return (size_t)(parts * stages * x_bytes + warps * (stages * panel_bytes(type) + TABLE_BYTES));
+template <int MOST> static size_t few_shared(int type, int warps, int parts) {
+    return (size_t)(all_own_bytes(type, MOST, warps) + parts * few_stages(type, MOST) * PANEL_UNITS * 8 * MOST * X_ROW);
 }
 
-template <int NG> static size_t few_shared(int type, int warps, int parts) {
-    size_t most = few_bytes(type, warps, parts, NG);
-    for (int n = NG / 2; NG > 1 && is_common(type) && n < NG; n++) {
-        size_t bytes = few_bytes(type, warps, parts, n);
-        if (bytes > most) most = bytes;
-    }
-    return most;
-}
-
-/* FOURS: scalar registers are for wgmma's descriptors. */
-template <bool FOURS> static DEVICE int warp_of() { return FOURS ? (int)threadIdx.x >> 5 : warp_index(); }
-
-/* Where a warp copies from and to: its own panels and its part's activations, from this lane's first piece on, as
- * addresses in shared memory. */
-template <class F> struct few_ring {
-    const struct gemm_args &a;
-    const struct gemm_work &w;
-    size_t tile_skip;            /* bytes from the end of a tile's panels to the next tile's */
-    int lane, n_stored;          /* tiles in which this warp's rows exist */
-    uint32_t panels, x;          /* x: of token 0, chunks not permuted */
-    uint32_t own_x[F::held];     /* of the first tokens that this warp copies */
-    uint32_t rows[F::held];      /* where they are in x, in pieces of 16 bytes */
-};
+/* Of fours, scalar registers are for wgmma's descriptors. */
+template <int MOST> static DEVICE int warp_of() { return is_fours(MOST) ? (int)threadIdx.x >> 5 : warp_index(); }
 
 /* The panel that comes next: those of a tile, then those of the next tile's rows. */
 struct few_next {
@@ -62,14 +51,30 @@ struct few_next {
     int panel, tile, slot;
 };
 
-template <class F>
-static DEVICE void copy_weights(const struct few_ring<F> &r, const struct few_next &next) {
-    using f = typename F::f;
-    copy_piece<f::bytes>(next.tile < r.n_stored, r.panels + next.slot * f::bytes, next.w, r.lane);
+/* Where a warp copies panels from and to, from this lane's first piece on. */
+struct few_panels {
+    const uint8_t *w;
+    size_t tile_skip;   /* bytes from the end of a tile's panels to the next tile's */
+    int lane, n_stored; /* tiles in which this warp's rows exist */
+    uint32_t to;        /* in shared memory */
+};
+
+/* And activations of its part. */
+template <class F> struct few_ring {
+    const struct gemm_args &a;
+    const struct gemm_work &w;
+    const struct few_panels &panels;
+    uint32_t x;             /* token 0, chunks not permuted, in shared memory */
+    uint32_t own_x[F::held]; /* of the first tokens that this warp copies */
+    uint32_t rows[F::held];  /* where they are in x, in pieces of 16 bytes */
+};
+
+template <int TYPE> static DEVICE void copy_weights(const struct few_panels &p, const struct few_next &next) {
+    copy_piece<format<TYPE>::bytes>(next.tile < p.n_stored, p.to + next.slot * format<TYPE>::bytes, next.w, p.lane);
 }
 
 template <class F> static DEVICE uint32_t place_of(const struct few_ring<F> &r, int token) {
-    return r.x + token * X_ROW + ((r.lane ^ token) & 7) * 16;
+    return r.x + token * X_ROW + ((r.panels.lane ^ token) & 7) * 16;
 }
 
 /* A warp takes whole rows. */
@@ -95,30 +100,29 @@ static DEVICE void copy_activations(const struct few_ring<F> &r, const struct fe
         copy16(place_of(r, i) + next.slot * F::x_bytes, next.x + (size_t)row_of(r.a, r.w, i) * 16);
 }
 
-template <class F>
-static DEVICE void advance(const struct few_ring<F> &r, struct few_next &next) {
-    next.w += F::f::bytes, next.x += PANEL_K * 2;
-    next.slot = next.slot == F::stages - 1 ? 0 : next.slot + 1;
-    if (++next.panel < r.w.n_panels) return;
+template <int TYPE, int STAGES>
+static DEVICE void advance(const struct gemm_work &w, const struct few_panels &p, struct few_next &next) {
+    next.w += format<TYPE>::bytes, next.x += PANEL_K * 2;
+    next.slot = next.slot == STAGES - 1 ? 0 : next.slot + 1;
+    if (++next.panel < w.n_panels) return;
     next.panel = 0, next.tile++;
-    next.w += r.tile_skip, next.x -= r.w.n_panels * (PANEL_K * 2);
+    next.w += p.tile_skip, next.x -= w.n_panels * (PANEL_K * 2);
 }
 
 /* acc += one panel times the tokens. Everything is read before anything waits for it, as far as registers go. */
-template <int TYPE, int NG, bool FOURS>
+template <class F, int TYPE, int NG>
 static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const uint8_t *table,
                              const uint8_t *x, int lane) {
-    using F = few<TYPE, NG, FOURS>;
     using f = typename F::f;
     constexpr int together = F::together;
-    uint32_t matrix = FOURS ? swizzled_matrix(x) : 0;
+    uint32_t matrix = F::fours ? swizzled_matrix(x) : 0;
 #pragma unroll F::unrolled
     for (int u0 = 0; u0 < PANEL_UNITS; u0 += together) {
         struct lane_unit<TYPE> unit[together];
 #pragma unroll
         for (int i = 0; i < together; i++)
             load_unit<TYPE>(unit[i], panel + f::header + (u0 + i) * f::unit, table, u0 + i, lane);
-        if constexpr (!FOURS) {
+        if constexpr (!F::fours) {
             h2 b[together][NG][8];
 #pragma unroll
             for (int i = 0; i < together; i++)
@@ -147,35 +151,22 @@ static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const ui
     }
 }
 
-template <int TYPE, int NG, bool FOURS>
-static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &w) {
-    using F = few<TYPE, NG, FOURS>;
+/* The item's tiles, whose first panels are on their way. */
+template <int TYPE, int NG, int MOST>
+static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &w, const struct few_panels &panels) {
+    using F = few<TYPE, NG, MOST>;
     using f = typename F::f;
-    int lane = (int)threadIdx.x & 31, warp = warp_of<FOURS>();
-    uint8_t *x = shared_bytes + w.part * F::stages * F::x_bytes;
-    uint8_t *own = shared_bytes + w.n_parts * F::stages * F::x_bytes + warp * F::own_bytes, *table = own + F::stages * f::bytes;
-    int blocks = 1 << w.rows_shift;
-    struct few_ring<F> ring = {
-        a, w, (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * f::bytes), lane,
-        min(w.n_tiles, (w.n_blocks - w.block + blocks - 1) >> w.rows_shift),
-        shared_address(own + lane * 16), shared_address(x + (lane >> 3) * (8 * NG * X_ROW)), {}, {}};
-    keep(ring.panels);
-    const struct few_next first = {w.w + lane * 16,
-                                   (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + lane * 16, 0, 0, 0};
-    struct few_next next = first;
-#pragma unroll 1
-    for (int i = 0; i < F::stages - 1; i++) { /* weights do not depend on the kernels before */
-        copy_weights<F>(ring, next);
-        advance<F>(ring, next);
-    }
-    depend_wait(); /* at once, if it is not the first time */
+    int lane = panels.lane, warp = warp_of<MOST>();
+    uint8_t *own = shared_bytes + warp * own_bytes(TYPE, MOST), *table = own + F::stages * f::bytes;
+    uint8_t *all_x = shared_bytes + all_own_bytes(TYPE, MOST, 1 << a.warps_shift), *x = all_x + w.part * F::stages * F::x_bytes;
+    struct few_ring<F> ring = {a, w, panels, shared_address(x + (lane >> 3) * (8 * NG * X_ROW)), {}, {}};
+    struct few_next next = {panels.w, (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + lane * 16, 0, 0, 0};
     find_rows(ring);
-    next = first;
 #pragma unroll 1
     for (int i = 0; i < F::stages - 1; i++) {
         copy_activations<F>(ring, next);
         copy_commit(); /* the first group has all of the weights so far */
-        advance<F>(ring, next);
+        advance<TYPE, F::stages>(w, panels, next);
     }
     struct scaling c = scaling_of(a.segments[w.segment].scale, lane);
     int slot = 0, last = 0;
@@ -183,62 +174,75 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
 #pragma unroll 1
     for (int tile = 0; tile < w.n_tiles; tile++) {
         float acc[NG][4] = {};
-        if constexpr (FOURS) wgmma_pin(acc);
+        if constexpr (F::fours) wgmma_pin(acc);
 #pragma unroll 1
         for (int p = 0; p < w.n_panels; p++) {
             copy_wait<F::stages - 2>();
-            if constexpr (FOURS) {
+            if constexpr (F::fours) {
                 wgmma_wait<0>();
                 matrix_fence(); /* what this thread copied, before the others' matrix units read it */
             }
             __syncthreads(); /* this panel is here, and the last one's place is free */
-            copy_weights<F>(ring, next);
+            copy_weights<TYPE>(panels, next);
             copy_activations<F>(ring, next);
             copy_commit();
-            advance<F>(ring, next);
+            advance<TYPE, F::stages>(w, panels, next);
             const uint8_t *panel = own + slot * f::bytes;
             unpack_scales<TYPE>(panel, table, lane, c);
             __syncwarp();
-            few_panel<TYPE, NG, FOURS>(acc, panel, table, x + slot * F::x_bytes, lane);
+            few_panel<F, TYPE, NG>(acc, panel, table, x + slot * F::x_bytes, lane);
             last = slot, slot = slot == F::stages - 1 ? 0 : slot + 1;
         }
-        if constexpr (FOURS) {
+        if constexpr (F::fours) {
             wgmma_wait<0>();
             wgmma_pin(acc);
         }
         /* The place of the last panel's activations is free until the block meets again. */
-        write_tile<NG>(a, w, w.first_row + tile * blocks * PANEL_ROWS, (float *)(shared_bytes + last * F::x_bytes),
+        write_tile<NG>(a, w, w.first_row + (tile * PANEL_ROWS << w.rows_shift), (float *)(all_x + last * F::x_bytes),
                        F::stages * F::x_bytes / 4, lane, acc);
     }
     copy_wait<0>();
+    finish_item(a, w);
 }
 
 /* Bodies for fewer groups of 8 tokens for the common formats, one for the others. */
-template <int TYPE, int NG> static DEVICE void few_groups(const struct gemm_args &a, const struct gemm_work &w) {
-    constexpr bool fours = NG == 4;
-    if constexpr (fours && is_common(TYPE)) {
-        if (w.n <= 16) return few_tiles<TYPE, 2, fours>(a, w);
-        if (w.n <= 24) return few_tiles<TYPE, 3, fours>(a, w);
+template <int TYPE, int MOST> static DEVICE void few_groups(const struct gemm_args &a, const struct gemm_work &w) {
+    constexpr int stages = few_stages(TYPE, MOST), bytes = format<TYPE>::bytes;
+    int lane = (int)threadIdx.x & 31, blocks = 1 << w.rows_shift;
+    struct few_panels panels = {w.w + lane * 16, (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * bytes), lane,
+                                min(w.n_tiles, (w.n_blocks - w.block + blocks - 1) >> w.rows_shift),
+                                shared_address(shared_bytes + warp_of<MOST>() * own_bytes(TYPE, MOST) + lane * 16)};
+    keep(panels.to);
+    struct few_next next = {panels.w, NULL, 0, 0, 0};
+#pragma unroll 1
+    for (int i = 0; i < stages - 1; i++) { /* weights do not depend on the kernels before */
+        copy_weights<TYPE>(panels, next);
+        advance<TYPE, stages>(w, panels, next);
     }
-    if constexpr (NG == 2 && is_common(TYPE))
-        if (w.n <= 8) return few_tiles<TYPE, 1, fours>(a, w);
-    few_tiles<TYPE, NG, fours>(a, w);
+    wait_for_inputs(a, w);
+    if constexpr (MOST == 4 && is_common(TYPE)) {
+        if (w.n <= 16) return few_tiles<TYPE, 2, MOST>(a, w, panels);
+        if (w.n <= 24) return few_tiles<TYPE, 3, MOST>(a, w, panels);
+    }
+    if constexpr (MOST == 2 && is_common(TYPE))
+        if (w.n <= 8) return few_tiles<TYPE, 1, MOST>(a, w, panels);
+    few_tiles<TYPE, MOST, MOST>(a, w, panels);
 }
 
-template <int NG> static DEVICE void few_block(const struct gemm_args &a) {
+template <int MOST> static DEVICE void few_block(const struct gemm_args &a) {
     struct gemm_work w;
     if (a.items && !a.listed) depend_wait();
-    if (!find_work(a, 8 * NG, warp_of<NG == 4>(), w)) return;
+    if (!find_work(a, 8 * MOST, warp_of<MOST>(), w)) return;
     switch (a.segments[w.segment].type) {
-    case PANEL_Q4_K: return few_groups<PANEL_Q4_K, NG>(a, w);
-    case PANEL_Q5_K: return few_groups<PANEL_Q5_K, NG>(a, w);
-    case PANEL_Q6_K: return few_groups<PANEL_Q6_K, NG>(a, w);
-    case PANEL_Q8_0: return few_groups<PANEL_Q8_0, NG>(a, w);
-    default: return few_groups<PANEL_F16, NG>(a, w);
+    case PANEL_Q4_K: return few_groups<PANEL_Q4_K, MOST>(a, w);
+    case PANEL_Q5_K: return few_groups<PANEL_Q5_K, MOST>(a, w);
+    case PANEL_Q6_K: return few_groups<PANEL_Q6_K, MOST>(a, w);
+    case PANEL_Q8_0: return few_groups<PANEL_Q8_0, MOST>(a, w);
+    default: return few_groups<PANEL_F16, MOST>(a, w);
     }
 }
 
-static __global__ void __launch_bounds__(32 * MAX_WARPS, 3)
+static __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
     k_gemm_few8_f16(const __grid_constant__ struct gemm_args a) {
     few_block<1>(a);
 }

@@ -175,7 +175,8 @@ struct gemm_segment {
 
 /* Tokens of one expert: rows first … first + n - 1 in routing order. */
 struct gemm_item {
-    int32_t expert, first, n, unused;
+    int32_t expert, first, n;
+    int32_t n_done; /* blocks of a product that have written their rows of it: zero in a new list, see gemm_args.counts */
 };
 
 struct gemm_args {
@@ -189,9 +190,13 @@ struct gemm_args {
     int32_t n_tiles, warps_shift, parts_shift;
     const int32_t *n_tokens;        /* dense: how many rows of x */
     /* Expert products; all NULL when dense: */
-    const struct gemm_item *items;  /* of the launch's tile width, see route_lists */
+    struct gemm_item *items;        /* of the launch's tile width, see route_lists */
     const int32_t *n_items;
+    int32_t single_items; /* filled by the launcher: so many items have blocks of their own, others share */
     bool listed; /* the list is older than the last kernel: it, and weights, are read before that one has ended */
+    /* The experts' second product begins with items whose first one is done, while the first is still at others: */
+    bool counts;     /* the first: blocks raise their item's n_done */
+    int32_t awaited; /* the second: the n_done with which an item's x is there; 0: x is there when the kernel before has ended */
     /* With segments' experts only: raised by what is read from host memory; [E] raised by tokens, or NULL. */
     uint64_t *host_bytes, *load;
     const int32_t *token_of;        /* [T * K] routed row -> row of x; NULL: x is in routing order */
@@ -205,14 +210,16 @@ struct gemm_plan {
     int width; /* tiles of 8 << width tokens, and for experts the work list of that width */
     int warps;
     int tiles; /* of rows to a block */
+    int blocks; /* to an item, if they can count and share; 0: they cannot */
     bool bulk; /* by gemm_dense, which has nothing else to plan */
 };
 /* The plan for `bucket` rows (dense) or for `bucket` tokens spread over n_experts experts (n_experts > 0, n_used
  * each). */
 struct gemm_plan cuda_gemm_plan(const struct gemm_args *a, int bucket, int n_experts, int n_used,
                                 const struct cuda_queue *q);
-/* p: what cuda_gemm_plan said; max_items bounds the work list (experts only). */
-cudaError_t cuda_gemm(const struct gemm_args *a, struct gemm_plan p, int bucket, int max_items,
+/* p: what cuda_gemm_plan said. Experts only: the work list has max_items at most, of which those beyond max_groups are
+ * tiles of groups that have more than one. */
+cudaError_t cuda_gemm(const struct gemm_args *a, struct gemm_plan p, int bucket, int max_groups, int max_items,
                       const struct cuda_queue *q);
 
 /* ---- attention ------------------------------------------------------------------------------------------- */

@@ -14,7 +14,8 @@
         if (st_ != ST_OK) return st_; \
     } while (0)
 
-static enum status begin_op(const struct cuda *c) {
+static enum status begin_op(struct cuda *c) {
+    c->n_ops++;
     if (c->lost) return ST_ENGINE_LOST;
     CHECK(c->mode == STEP_EAGER || c->mode == STEP_CAPTURE);
     return ST_OK;
@@ -23,11 +24,13 @@ static enum status begin_op(const struct cuda *c) {
 enum status ops_flush(struct cuda *c) {
     if (c->rope_pending) {
         c->rope_pending = false;
+        c->counted = 0;
         TRY(device_check(c, cuda_rope_store(&c->rope, c->bucket.n_tokens, &c->queue)));
     }
     if (!c->pending.y[0]) return ST_OK;
     struct norm_args a = c->pending;
     c->pending.y[0] = NULL;
+    c->counted = 0;
     return device_check(c, cuda_norm(&a, c->bucket.n_tokens, &c->queue));
 }
 
@@ -40,7 +43,7 @@ static struct gemm_segment segment(const struct weight *w, const struct buf *out
 /* x [n][n_cols] times the segments; n is read through n_rows on the device and bounded by `bucket`. */
 static enum status dense(struct cuda *c, struct gemm_args *a, int32_t bucket) {
     struct gemm_plan p = cuda_gemm_plan(a, bucket, 0, 0, &c->queue);
-    return device_check(c, cuda_gemm(a, p, bucket, 0, &c->queue));
+    return device_check(c, cuda_gemm(a, p, bucket, 0, 0, &c->queue));
 }
 
 /* x = rmsnorm(h), and before it whatever is pending for h. */
@@ -202,6 +205,16 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
     return c->together ? exchange_begin_layer(c, op->layer) : ST_OK;
 }
 
+/* If both products of a routing follow each other and walk the same list, the first counts for the second. */
+static void link_products(struct cuda *c, struct gemm_args *a, struct gemm_plan p) {
+    bool first = a->epilogue == GEMM_SILU_F16;
+    a->counts = first && !c->lists_read && p.blocks > 0;
+    a->awaited = !first && p.blocks > 0 && c->counting_op == c->n_ops - 1 && c->counted_width == p.width ? c->counted : 0;
+    c->counted = a->counts ? p.blocks : 0;
+    c->counted_width = p.width;
+    c->counting_op = c->n_ops;
+}
+
 /* A product of every expert's group. */
 static enum status grouped(struct cuda *c, struct gemm_args *a) {
     if (c->together) return exchange_grouped(c, a);
@@ -214,8 +227,9 @@ static enum status grouped(struct cuda *c, struct gemm_args *a) {
     a->n_items = c->lists.n_items + p.width;
     a->host_bytes = c->n_reads + READS_HOST_BYTES;
     /* A group has at most one tile that is not full. */
-    int max_items = (n_pairs < experts ? n_pairs : experts) + n_pairs / (8 << p.width);
-    return device_check(c, cuda_gemm(a, p, n_tokens, max_items, &c->queue));
+    int max_groups = n_pairs < experts ? n_pairs : experts;
+    link_products(c, a, p);
+    return device_check(c, cuda_gemm(a, p, n_tokens, max_groups, max_groups + n_pairs / (8 << p.width), &c->queue));
 }
 
 enum status ops_experts_up(struct backend *b, const struct op_experts_up *op) {
