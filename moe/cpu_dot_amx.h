@@ -4,11 +4,17 @@
  * A weight of a superblock is a float times an integer, scale times quant, and these integers are too long for a byte: they
  * go in two parts, made on the way. Of Q4_K and Q5_K a scale of six bits is cut in two such that each part times the
  * quant fits a byte, so that one 16-bit product makes two bytes; of Q6_K the product itself is cut. With two bytes of
- * each activation that makes four sums, which leave the tiles once per 256 columns and are one integer there. Nothing is
- * rounded before that, so a (row, token) pair's result does not depend on the tile it was computed in, nor on whether a
- * tile computed it: up to three tokens, for which unpacking does not pay, are multiplied by vectors.
+ * each activation that makes four products.
  *
- * Tokens are the left operand, eight to a tile, each with its high and its low bytes, or sixteen with one byte; and
+ * Of Q4_K and Q5_K the product of both low parts is left out, by definition: it is less than what rounding the activations
+ * does. To that end low parts are remainders to the nearest, of either sign, so that they do not add up. And a weight's low part
+ * counts an eighth of the high one, as an activation's does, so that both products of a high and a low part go to one sum.
+ *
+ * Sums leave the tiles once per 256 columns and are one integer there. Nothing is rounded before that, so a (row, token)
+ * pair's result does not depend on the tile it was computed in, nor on whether a tile computed it: up to three tokens, for
+ * which unpacking does not pay, are multiplied by vectors.
+ *
+ * Tokens are the left operand, sixteen to a tile, or eight each with its high and its low bytes; and
  * weights the right one, as they lie: a row to a lane. While one unit is multiplied, the next is unpacked and the sums
  * of the last are added up. */
 #ifndef MOED_MOE_CPU_DOT_AMX_H
@@ -82,7 +88,7 @@ CPU_INLINE vi signed_words(const uint8_t *p) {
 CPU_INLINE int low_bits(enum cpu_format format) { return format == CPU_Q4_K ? 2 : 3; }
 /* What the sums of high parts count, as a power of two. */
 CPU_INLINE int high_shift(enum cpu_format format) {
-    return format == CPU_Q6_K ? 8 : low_bits(format);
+    return format == CPU_Q6_K ? 8 : CPU_X_LOW_BITS;
 }
 
 CPU_INLINE void unpack_block(enum cpu_format format, const uint8_t *w, int b, struct unit *u) {
@@ -107,14 +113,18 @@ CPU_INLINE void unpack_block(enum cpu_format format, const uint8_t *w, int b, st
         return;
     }
     const int bits = low_bits(format);
+    const vi half = _mm512_set1_epi16((int16_t)(1 << (bits - 1))), sign = _mm512_set1_epi16(0x80);
     unpack_scale_min(w, format == CPU_Q5_K, b, q);
     vi scale = byte_words(w + (format == CPU_Q4_K ? CPU_Q4_K_SC : CPU_Q5_K_SC) + 16 * b);
-    vi scale_high = _mm512_srli_epi16(scale, (unsigned)bits);
-    vi scale_low = vi_and(scale, _mm512_set1_epi16((int16_t)((1 << bits) - 1)));
+    vi scale_high = _mm512_srli_epi16(_mm512_add_epi16(scale, half), (unsigned)bits);
+    vi scale_low = _mm512_sub_epi16(scale, _mm512_slli_epi16(scale_high, (unsigned)bits));
+    scale_low = _mm512_slli_epi16(scale_low, (unsigned)(CPU_X_LOW_BITS - bits));
     CPU_UNROLL
-    for (int g = 0; g < 8; g++) { /* two quants at once: no product is above 255 */
-        vi_store(high + 64 * g, _mm512_mullo_epi16(q[g], scale_high));
-        vi_store(low + 64 * g, _mm512_mullo_epi16(q[g], scale_low));
+    for (int g = 0; g < 8; g++) { /* two quants at once */
+        vi_store(high + 64 * g, _mm512_mullo_epi16(q[g], scale_high)); /* bytes 0 … 255 */
+        /* Bytes -128 … 127, of which the first is made positive until it has taken nothing from the second. */
+        vi product = _mm512_add_epi16(_mm512_mullo_epi16(q[g], scale_low), sign);
+        vi_store(low + 64 * g, _mm512_xor_si512(product, sign));
     }
 }
 
@@ -138,6 +148,15 @@ CPU_INLINE struct rest unpack_rest(enum cpu_format format, const uint8_t *w) {
         r.groups[i] = vi_or(vi_from_u8(m + 32 * i), vi_shl(vi_from_u8(m + 32 * i + 16), 16));
     r.d = vf_from_f16(d);
     r.dmin = vf_from_f16(d + 32);
+    return r;
+}
+
+/* The same for sums of tiles, in which low parts of Q4_K and Q5_K count one. */
+CPU_INLINE struct rest unpack_tile_rest(enum cpu_format format, int planes, const uint8_t *w) {
+    struct rest r = unpack_rest(format, w);
+    const int shift = low_bits(format) - (planes == 1 ? CPU_X_LOW_BITS : 0);
+    if (format != CPU_Q6_K)
+        r.d = vf_mul(r.d, vf_set1(shift < 0 ? 1.0f / (1 << -shift) : (float)(1 << shift)));
     return r;
 }
 
@@ -167,7 +186,8 @@ CPU_INLINE vf add_unit(enum cpu_format format, const struct rest *r, vi s, const
 
 /* ---- few tokens ---------------------------------------------------------------------------------------- */
 
-/* Block b's sums of scale * quant * value of n tokens; Q6_K's quants as 0 … 63. */
+/* Block b's sums of scale * quant * value of n tokens; Q6_K's quants as 0 … 63. Of the others a scale's low part is not
+ * multiplied with a value's. */
 CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const uint8_t *x,
                           int planes, int n, vi *s) {
     vi q[8], scale[2];
@@ -180,6 +200,8 @@ CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const
         scale[0] = vi_from_u8(w + (format == CPU_Q4_K ? CPU_Q4_K_SC : CPU_Q5_K_SC) + 16 * b);
     }
     const int n_scales = format == CPU_Q6_K ? 2 : 1, count = 8 / n_scales;
+    const int bits = low_bits(format);
+    const vi scale_high = vi_and(vi_add(scale[0], vi_set1(1 << (bits - 1))), vi_set1(-(1 << bits)));
     CPU_UNROLL
     for (int t = 0; t < n; t++) {
         const uint8_t *high = x + t * planes * QK_K + b * CPU_BLOCK, *low = high + QK_K;
@@ -191,8 +213,11 @@ CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const
                 h = vi_dot(h, q[g], broadcast4(high + 4 * g));
                 if (planes == 2) l = vi_dot(l, q[g], broadcast4(low + 4 * g));
             }
-            if (planes == 2) h = vi_add(l, vi_shl(h, 8));
+            if (planes == 2) h = vi_shl(h, CPU_X_LOW_BITS);
+            if (planes == 2 && format == CPU_Q6_K) h = vi_add(h, l);
             s[t] = vi_add(s[t], _mm512_mullo_epi32(h, scale[i]));
+            if (planes == 2 && format != CPU_Q6_K) /* both fit 16 bits */
+                s[t] = _mm512_dpwssd_epi32(s[t], l, scale_high);
         }
     }
 }
@@ -231,8 +256,17 @@ CPU_INLINE void dot_few(const struct cpu_dot *job, enum cpu_format format, int u
 
 /* ---- many ---------------------------------------------------------------------------------------------- */
 
-/* Of a pass, of high and of low weights: rows of the first tile of tokens, then those of the second. */
+/* Of a pass, of high and of low weights: rows of the first tile of tokens, then those of the second. If planes are apart the
+ * second is of all products with a low part. */
 typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
+
+/* How a pass lays tokens in tiles: one tile or two, a token's planes in successive rows or, apart, in tiles of their own. */
+struct shape {
+    int n_tiles;
+    bool apart;
+    int rows; /* of a tile */
+    int stride; /* between them */
+};
 
 #define TILE_LOAD(tile, p, stride)                                                                 \
     do {                                                                                           \
@@ -247,6 +281,7 @@ typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
         _tile_stored(sum, (to)[sum % 2][sum / 2 * rows], 64);                                      \
         _tile_zero(sum);                                                                           \
     } while (0)
+/* The two parts of weights: of Q6_K the high one has a sign, of the others the low one. */
 #define MULTIPLY_HIGH(format, sum, x)                                                              \
     do {                                                                                           \
         if ((format) == CPU_Q6_K)                                                                  \
@@ -254,28 +289,45 @@ typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
         else                                                                                       \
             _tile_dpbsud(sum, x, 6);                                                               \
     } while (0)
+#define MULTIPLY_LOW(format, sum, x)                                                               \
+    do {                                                                                           \
+        if ((format) == CPU_Q6_K)                                                                  \
+            _tile_dpbsud(sum, x, 7);                                                               \
+        else                                                                                       \
+            _tile_dpbssd(sum, x, 7);                                                               \
+    } while (0)
 
-/* A step's operands: one or two tiles of tokens, of `rows` rows, and the two parts of weights. */
-CPU_INLINE void load_step(int n_tiles, const uint8_t *parts, const uint8_t *x, int rows) {
+/* A step's operands: one or two tiles of tokens, and the two parts of weights. */
+CPU_INLINE void load_step(const struct shape *p, const uint8_t *parts, const uint8_t *x) {
     TILE_LOAD(6, parts, 64);
-    TILE_LOAD(4, x, QK_K);
-    if (n_tiles > 1) TILE_LOAD(5, x + rows * QK_K, QK_K);
+    TILE_LOAD(4, x, p->stride);
+    if (p->n_tiles > 1) TILE_LOAD(5, x + p->rows * p->stride, p->stride);
     TILE_LOAD(7, parts + TILE_BYTES, 64);
 }
 
 /* Their products. take: where the sums so far go, or NULL. */
-CPU_INLINE void multiply_step(enum cpu_format format, int n_tiles, int rows, sum_tiles take) {
+CPU_INLINE void multiply_step(enum cpu_format format, const struct shape *p, const uint8_t *x,
+                              sum_tiles take) {
+    const int rows = p->rows;
     if (take) TAKE(0, take);
     MULTIPLY_HIGH(format, 0, 4);
-    if (n_tiles > 1) {
+    if (p->n_tiles > 1) {
         if (take) TAKE(2, take);
         MULTIPLY_HIGH(format, 2, 5);
     }
     if (take) TAKE(1, take);
-    _tile_dpbsud(1, 4, 7);
-    if (n_tiles > 1) {
+    MULTIPLY_LOW(format, 1, 4);
+    if (p->n_tiles > 1) {
         if (take) TAKE(3, take);
-        _tile_dpbsud(3, 5, 7);
+        MULTIPLY_LOW(format, 3, 5);
+    }
+    if (p->apart) { /* low bytes with high parts */
+        TILE_LOAD(4, x + QK_K, p->stride);
+        MULTIPLY_HIGH(format, 1, 4);
+        if (p->n_tiles > 1) {
+            TILE_LOAD(5, x + QK_K + rows * p->stride, p->stride);
+            MULTIPLY_HIGH(format, 3, 5);
+        }
     }
     if (take) __asm__ volatile("" ::: "memory");
 }
@@ -302,22 +354,25 @@ struct fold {
 };
 
 /* Tokens from … to - 1. */
-CPU_INLINE void fold_tokens(enum cpu_format format, int planes, const struct fold *f, int from,
+CPU_INLINE void fold_tokens(enum cpu_format format, int n_rows, const struct fold *f, int from,
                             int to) {
     if (to > f->n) to = f->n;
     if (from >= to) return;
     const int shift = high_shift(format), low = 2 * TILE_ROWS * CPU_ROWS;
     const struct rest rest = f->u->rest;
-    const int32_t *sums = f->sums + from * planes * CPU_ROWS;
+    const int32_t *sums = f->sums + from * n_rows * CPU_ROWS;
     const uint8_t *tail = f->tails + from * CPU_X_TAIL;
     const float *total = f->total + from * CPU_ROWS;
     float *dst = f->dst + (size_t)from * f->stride;
     for (int t = from; t < to; t++) {
         vi s = vi_add(vi_shl(vi_load(sums), shift), vi_load(sums + low));
-        if (planes == 2) { /* low bytes' rows after those of high ones */
+        if (n_rows == 2) { /* low bytes' rows after those of high ones */
             sums += CPU_ROWS;
-            s = vi_add(vi_shl(s, 8), vi_shl(vi_load(sums), shift));
-            s = vi_add(s, vi_load(sums + low));
+            if (format == CPU_Q6_K)
+                s = vi_add(vi_shl(s, CPU_X_LOW_BITS),
+                           vi_add(vi_shl(vi_load(sums), shift), vi_load(sums + low)));
+            else
+                s = vi_add(s, vi_load(sums));
         }
         vf_store(dst, add_unit(format, &rest, s, tail, vf_load(total)));
         sums += CPU_ROWS;
@@ -331,14 +386,16 @@ CPU_INLINE void fold_tokens(enum cpu_format format, int planes, const struct fol
  * the next unit is unpacked: between a step's loads and its products, since a processor looks ahead only so many
  * instructions, and loads should be among them while older products are still under way. */
 CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
-                          int planes, int n_tiles) {
+                          int planes, int n_tiles, bool apart) {
     static const float zeros[CPU_TILE][CPU_ROWS];
     _Alignas(64) struct unit unpacked[2];
     _Alignas(64) sum_tiles sums;
     _Alignas(64) float total[CPU_TILE][CPU_ROWS];
-    const int most = n_tiles * TILE_ROWS / planes, n_passes = (job->n + most - 1) / most;
+    const int n_rows = apart ? 1 : planes; /* of a tile, per token */
+    const int most = n_tiles * TILE_ROWS / n_rows, n_passes = (job->n + most - 1) / most;
     const int height = (job->n + n_passes * n_tiles - 1) / (n_passes * n_tiles),
-              n_pass = n_tiles * height, rows = height * planes;
+              n_pass = n_tiles * height, rows = height * n_rows;
+    const struct shape shape = {n_tiles, apart, rows, planes / n_rows * QK_K};
     const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64, n_steps = n_passes * UNIT_STEPS;
     const int part =
         (n_pass + UNIT_STEPS - 2) / (UNIT_STEPS - 1); /* tokens added up per step after the first */
@@ -348,7 +405,7 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
     struct fold last = {.n = 0};
     configure_tiles(rows, STEP_COLS);
     take_sums(n_tiles, rows, sums); /* for the zeros */
-    unpacked[0].rest = unpack_rest(format, next);
+    unpacked[0].rest = unpack_tile_rest(format, planes, next);
     for (int b = 0; b < UNIT_BLOCKS; b++) unpack_block(format, next, b, &unpacked[0]);
     for (int32_t i = 0, column = 0; i < n_units; i++) {
         const struct unit *u = &unpacked[i % 2];
@@ -361,17 +418,17 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
         for (int t = 0; t < job->n; t += n_pass) {
             for (int s = 0; s < UNIT_STEPS; s++) {
                 const uint8_t *at = x + t * planes * QK_K + s * STEP_COLS;
-                load_step(n_tiles, u->parts[s][0], at, rows);
+                load_step(&shape, u->parts[s][0], at);
                 if (s == 0)
-                    multiply_step(format, n_tiles, rows, sums);
+                    multiply_step(format, &shape, at, sums);
                 else
-                    fold_tokens(format, planes, &last, (s - 1) * part, s * part);
+                    fold_tokens(format, n_rows, &last, (s - 1) * part, s * part);
                 /* Evenly over all steps. */
                 for (step++; b < n_blocks && b * n_steps < step * UNIT_BLOCKS; b++) {
                     prefetch(job, next + b * unit_bytes / UNIT_BLOCKS, lines);
                     unpack_block(format, next, b, fresh);
                 }
-                if (s > 0) multiply_step(format, n_tiles, rows, NULL);
+                if (s > 0) multiply_step(format, &shape, at, NULL);
             }
             last = (struct fold){.u = u,
                                  .sums = sums[0][0],
@@ -381,7 +438,7 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
                                  .stride = final ? job->stride : CPU_ROWS,
                                  .n = job->n - t < n_pass ? job->n - t : n_pass};
         }
-        if (n_blocks > 0) fresh->rest = unpack_rest(format, next);
+        if (n_blocks > 0) fresh->rest = unpack_tile_rest(format, planes, next);
         x = tails + job->n * CPU_X_TAIL;
         if (++column < job->n_units) continue;
         column = 0;
@@ -389,7 +446,7 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
         out += CPU_ROWS;
     }
     take_sums(n_tiles, rows, sums);
-    fold_tokens(format, planes, &last, 0, n_pass);
+    fold_tokens(format, n_rows, &last, 0, n_pass);
 }
 
 CPU_INLINE void dot_superblocks(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
@@ -401,9 +458,13 @@ CPU_INLINE void dot_superblocks(const struct cpu_dot *job, enum cpu_format forma
     else if (job->n == FEW_TOKENS)
         dot_few(job, format, unit_bytes, planes, FEW_TOKENS);
     else if (job->n <= TILE_ROWS / planes)
-        dot_units(job, format, unit_bytes, planes, 1);
+        dot_units(job, format, unit_bytes, planes, 1, false);
+    else if (planes == 1 || format == CPU_Q6_K)
+        dot_units(job, format, unit_bytes, planes, 2, false);
+    else if (job->n <= TILE_ROWS)
+        dot_units(job, format, unit_bytes, planes, 1, true);
     else
-        dot_units(job, format, unit_bytes, planes, 2);
+        dot_units(job, format, unit_bytes, planes, 2, true);
 }
 
 /* Q8_0 has a scale per 32 columns, and needs no unpacking. */
@@ -433,7 +494,8 @@ CPU_INLINE void dot_blocks(const struct cpu_dot *job, int planes) {
                     int16_t sum;
                     memcpy(&sum, tail + CPU_X_SUMS_32 + 2 * (b % UNIT_BLOCKS), sizeof sum);
                     vi s = vi_load(sums[planes * (t - from)]);
-                    if (planes == 2) s = vi_add(vi_shl(s, 8), vi_load(sums[2 * (t - from) + 1]));
+                    if (planes == 2)
+                        s = vi_add(vi_shl(s, CPU_X_LOW_BITS), vi_load(sums[2 * (t - from) + 1]));
                     s = vi_sub(s, vi_set1(128 * sum)); /* quants were taken as 0 … 255 */
                     vf y = vf_mul(vf_from_int(s), d);
                     vf_store(total[t], vf_fma(y, vf_set1(scale_of(tail)), vf_load(total[t])));
@@ -492,8 +554,12 @@ CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8
         q[i] = vf_to_int(vf_mul(v[i], vf_set1(inverse)));
         vi first = q[i];
         if (planes == 2) {
-            first = vi_sar(vi_add(q[i], vi_set1(128)), 8);
-            _mm_storeu_si128((__m128i *)(void *)(high + QK_K + 16 * i), _mm512_cvtepi32_epi8(q[i]));
+            /* To nearest, halves away from zero: low bytes have no sign in common that would add up. */
+            vi half = vi_add(vi_set1(1 << (CPU_X_LOW_BITS - 1)), vi_sar(q[i], 31));
+            first = vi_sar(vi_add(q[i], half), CPU_X_LOW_BITS);
+            vi second = vi_sub(q[i], vi_shl(first, CPU_X_LOW_BITS));
+            _mm_storeu_si128((__m128i *)(void *)(high + QK_K + 16 * i),
+                             _mm512_cvtepi32_epi8(second));
         }
         _mm_storeu_si128((__m128i *)(void *)(high + 16 * i), _mm512_cvtepi32_epi8(first));
     }

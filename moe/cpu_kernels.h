@@ -16,10 +16,13 @@
  *
  * and a quantised row is a tile of one.
  *
- * By units (AMX): per 256 values, the superblock of K quants, a float scale and integers of one byte (one plane), or of two
- * (two planes, high and low byte, both signed) in CPU_X_LIMIT_2 steps on either side, so that their sums of 32 fit
- * 16 bits and those of a superblock 32. Dot products of a superblock (of Q8_0: of a block) are exact integers; these
- * are combined in float32, in order. A tile of n tokens is, per unit, the last one filled up with zeros:
+ * By units (AMX): per 256 values, the superblock of K quants, a float scale and integers of one byte (one plane), or of
+ * eleven bits (two planes: the eight high ones, rounded to nearest, and the CPU_X_LOW_BITS left, both signed) in
+ * CPU_X_LIMIT_2 steps on either side, so that their sums of 32 fit 16 bits and those of a superblock 32. Dot products of a
+ * superblock (of Q8_0: of a block) are exact integers, but for one part of Q4_K and Q5_K with two planes, which is left
+ * out: scales, too, are high bits, rounded to nearest, and two (Q4_K) or three (Q5_K) left, and low bits are not
+ * multiplied with low bits. These integers are combined in float32, in order. A tile of n tokens is, per unit, the last
+ * one filled up with zeros:
  *
  *     int8 x[n][planes][256]
  *     n times CPU_X_TAIL bytes: float scale; at CPU_X_SUMS_32 int16 [8], sums of each 32 values; at CPU_X_SUMS_16
@@ -50,8 +53,9 @@ enum {
     CPU_X_SUMS_32 = 16,
     CPU_X_SUMS_16 = 32,
     CPU_X_TAIL = 64,
+    CPU_X_LOW_BITS = 3, /* of a value of two planes in the low one */
     CPU_X_LIMIT_1 = 127,
-    CPU_X_LIMIT_2 = 1023
+    CPU_X_LIMIT_2 = CPU_X_LIMIT_1 << CPU_X_LOW_BITS
 };
 
 enum cpu_inputs { CPU_BY_BLOCK, CPU_BY_UNIT };

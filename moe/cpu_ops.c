@@ -87,7 +87,7 @@ void cpu_dequantize_row(const struct cpu *c, const uint8_t *row, int32_t n_cols,
             float scale;
             memcpy(&scale, unit + planes * QK_K + CPU_X_SCALE, sizeof scale);
             int v = (int8_t)unit[i % QK_K];
-            if (planes == 2) v = v * 256 + (int8_t)unit[QK_K + i % QK_K];
+            if (planes == 2) v = v * (1 << CPU_X_LOW_BITS) + (int8_t)unit[QK_K + i % QK_K];
             dst[i] = scale * (float)v;
         }
         return;

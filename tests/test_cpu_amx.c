@@ -22,7 +22,30 @@ static int value_at(const uint8_t *tile, int planes, int n, int t, int32_t c, fl
     const uint8_t *unit = tile + (size_t)(c / QK_K * n) * cpu_x_unit_bytes(planes);
     const uint8_t *high = unit + t * planes * QK_K + c % QK_K;
     memcpy(scale, unit + n * planes * QK_K + t * CPU_X_TAIL + CPU_X_SCALE, sizeof *scale);
-    return planes == 1 ? (int8_t)*high : (int8_t)*high * 256 + (int8_t)high[QK_K];
+    if (planes == 1) return (int8_t)*high;
+    assert_in_range((int8_t)high[QK_K] + 4, 0, 8);
+    return (int8_t)*high * (1 << CPU_X_LOW_BITS) + (int8_t)high[QK_K];
+}
+
+/* The value in the low plane, which a scale's low bits are not multiplied with. */
+static int low_at(const uint8_t *tile, int n, int t, int32_t c) {
+    const uint8_t *unit = tile + (size_t)(c / QK_K * n) * cpu_x_unit_bytes(2);
+    return (int8_t)unit[(2 * t + 1) * QK_K + c % QK_K];
+}
+
+/* What those low bits make of weight w in row r, column c. */
+static double low_weight(const struct cpu_matrix *m, int32_t r, int32_t c, double w) {
+    if (m->format != CPU_Q4_K && m->format != CPU_Q5_K) return 0;
+    const bool four = m->format == CPU_Q4_K;
+    const int lane = r % CPU_ROWS, block = c % QK_K / CPU_BLOCK;
+    const uint8_t *unit = cpu_matrix_tile(m, 0, r / CPU_ROWS) +
+                          (size_t)(c / QK_K) * (four ? CPU_Q4_K_UNIT : CPU_Q5_K_UNIT);
+    const int at = block * CPU_ROWS + lane, scale = unit[(four ? CPU_Q4_K_SC : CPU_Q5_K_SC) + at];
+    const int min = unit[(four ? CPU_Q4_K_M : CPU_Q5_K_M) + at];
+    uint16_t dmin;
+    memcpy(&dmin, unit + (four ? CPU_Q4_K_D : CPU_Q5_K_D) + 32 + 2 * lane, sizeof dmin);
+    const int half = four ? 2 : 4, low = (scale + half) % (2 * half) - half;
+    return scale ? (w + (double)f16_to_f32(dmin) * min) * low / scale : 0;
 }
 
 static int16_t sum_at(const uint8_t *p, int i) {
@@ -135,6 +158,9 @@ static void check_rounding(const struct cpu_kernels *k, const struct matrix *x, 
                     int v = value_at(tile, planes, width, t, c, &scale);
                     double w = (double)x->w[(size_t)row * (size_t)n_cols + (size_t)c];
                     y += w * v * (double)scale;
+                    if (planes == 2)
+                        y -= low_weight(&x->m, row, c, w) * low_at(tile, width, t, c) *
+                             (double)scale;
                     size += (fabs(w) + 2) * abs(v) *
                             (double)scale; /* min < 1, and w is scale * q - min */
                 }
