@@ -6,7 +6,7 @@
  * the largest is below 4.5 sigma, so 8 bits give (4.5 / 127)² / 12 = 1.1e-4 and 16 bits 1.6e-9 of the input's
  * power, and the same of an output's. f16 keys and values: half a unit of 2^-11, so 2e-8 each, on scores that
  * are of order 1. What is float32 on both sides: 1e-11. With AMX the largest of
- * 256 values counts, which may be ten sigma: (10 / 1023)² / 12 = 8e-6, and before the head (10 / 127)² / 12 = 5.2e-4. */
+ * 256 values counts, which may be ten sigma: (10 / 1016)² / 12 = 8e-6, and before the head (10 / 127)² / 12 = 5.2e-4. */
 #include "tests/amx_emulated.h"
 #include "tests/support.h"
 
