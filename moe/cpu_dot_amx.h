@@ -15,7 +15,7 @@
  * which unpacking does not pay, are multiplied by vectors.
  *
  * Tokens are the left operand, sixteen to a tile, or eight each with its high and its low bytes; and
- * weights the right one, as they lie: a row to a lane. While one unit is multiplied, the next is unpacked and the sums
+ * weights the right one, as they lie: a row to a lane. Between the products of one unit the next is unpacked and the sums
  * of the last are added up. */
 #ifndef MOED_MOE_CPU_DOT_AMX_H
 #define MOED_MOE_CPU_DOT_AMX_H
@@ -264,6 +264,7 @@ typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
 struct shape {
     int n_tiles;
     bool apart;
+    int n_rows; /* of a token in a tile */
     int rows; /* of a tile */
     int stride; /* between them */
 };
@@ -273,13 +274,18 @@ struct shape {
         __asm__ volatile("" ::: "memory");                                                         \
         _tile_loadd(tile, p, stride);                                                              \
     } while (0)
+/* Tokens come from the second-level cache and are needed once a unit: the first-level one is for unpacked weights and sums. */
+#define TOKENS_LOAD(tile, p, stride)                                                               \
+    do {                                                                                           \
+        __asm__ volatile("" ::: "memory");                                                         \
+        _tile_stream_loadd(tile, p, stride);                                                       \
+    } while (0)
 
-/* A pass's first product goes into tile `sum` when what the pass before left there has gone to memory. Not all four go at
- * once: a tile waits for its last product. */
 #define TAKE(sum, to)                                                                              \
     do {                                                                                           \
         _tile_stored(sum, (to)[sum % 2][sum / 2 * rows], 64);                                      \
         _tile_zero(sum);                                                                           \
+        __asm__ volatile("" ::: "memory");                                                         \
     } while (0)
 /* The two parts of weights: of Q6_K the high one has a sign, of the others the low one. */
 #define MULTIPLY_HIGH(format, sum, x)                                                              \
@@ -297,41 +303,6 @@ struct shape {
             _tile_dpbssd(sum, x, 7);                                                               \
     } while (0)
 
-/* A step's operands: one or two tiles of tokens, and the two parts of weights. */
-CPU_INLINE void load_step(const struct shape *p, const uint8_t *parts, const uint8_t *x) {
-    TILE_LOAD(6, parts, 64);
-    TILE_LOAD(4, x, p->stride);
-    if (p->n_tiles > 1) TILE_LOAD(5, x + p->rows * p->stride, p->stride);
-    TILE_LOAD(7, parts + TILE_BYTES, 64);
-}
-
-/* Their products. take: where the sums so far go, or NULL. */
-CPU_INLINE void multiply_step(enum cpu_format format, const struct shape *p, const uint8_t *x,
-                              sum_tiles take) {
-    const int rows = p->rows;
-    if (take) TAKE(0, take);
-    MULTIPLY_HIGH(format, 0, 4);
-    if (p->n_tiles > 1) {
-        if (take) TAKE(2, take);
-        MULTIPLY_HIGH(format, 2, 5);
-    }
-    if (take) TAKE(1, take);
-    MULTIPLY_LOW(format, 1, 4);
-    if (p->n_tiles > 1) {
-        if (take) TAKE(3, take);
-        MULTIPLY_LOW(format, 3, 5);
-    }
-    if (p->apart) { /* low bytes with high parts */
-        TILE_LOAD(4, x + QK_K, p->stride);
-        MULTIPLY_HIGH(format, 1, 4);
-        if (p->n_tiles > 1) {
-            TILE_LOAD(5, x + QK_K + rows * p->stride, p->stride);
-            MULTIPLY_HIGH(format, 3, 5);
-        }
-    }
-    if (take) __asm__ volatile("" ::: "memory");
-}
-
 CPU_INLINE void take_sums(int n_tiles, int rows, sum_tiles sums) {
     TAKE(0, sums);
     TAKE(1, sums);
@@ -339,7 +310,6 @@ CPU_INLINE void take_sums(int n_tiles, int rows, sum_tiles sums) {
         TAKE(2, sums);
         TAKE(3, sums);
     }
-    __asm__ volatile("" ::: "memory");
 }
 
 /* What is to be done with the sums of a pass over a unit. */
@@ -382,63 +352,111 @@ CPU_INLINE void fold_tokens(enum cpu_format format, int n_rows, const struct fol
     }
 }
 
-/* In passes of one tile of tokens or two, all of one height. During a pass its predecessor's sums are taken, then added up, and
- * the next unit is unpacked: between a step's loads and its products, since a processor looks ahead only so many
- * instructions, and loads should be among them while older products are still under way. */
+/* What vectors do while tiles are multiplied, in portions. */
+struct beside {
+    struct fold last; /* the sums of the last pass */
+    int token, part; /* so many of its tokens are added up; at a time */
+    const struct cpu_dot *job;
+    const uint8_t *next; /* the next unit */
+    struct unit *fresh; /* to be unpacked to this */
+    int block, n_blocks; /* so many of its blocks are; in all */
+    int portion, n_portions; /* in the course of a unit */
+};
+
+CPU_INLINE void fold_portion(enum cpu_format format, int n_rows, struct beside *b) {
+    fold_tokens(format, n_rows, &b->last, b->token, b->token + b->part);
+    b->token += b->part;
+}
+
+CPU_INLINE void unpack_portion(enum cpu_format format, int unit_bytes, struct beside *b) {
+    const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64;
+    b->portion++;
+    for (; b->block < b->n_blocks && b->block * b->n_portions < b->portion * UNIT_BLOCKS;
+         b->block++) {
+        prefetch(b->job, b->next + b->block * unit_bytes / UNIT_BLOCKS, lines);
+        unpack_block(format, b->next, b->block, b->fresh);
+    }
+}
+
+/* A pass's first product goes into tile `sum` when what the pass before left there has gone to memory. Not all four go at
+ * once: a tile waits for its last product. */
+#define PRODUCT(sum, multiply)                                                                     \
+    do {                                                                                           \
+        if (take) TAKE(sum, take);                                                                 \
+        multiply;                                                                                  \
+    } while (0)
+
+/* 64 columns of a pass. take: where the sums so far go, or NULL. Products alternate with portions of vector work: a processor looks
+ * ahead until it runs out of registers for the results, some 150 vector instructions, and both can overlap only if
+ * it then sees the next product. */
+CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, const struct shape *p,
+                              const uint8_t *parts, const uint8_t *x, sum_tiles take,
+                              struct beside *b) {
+    const int rows = p->rows, n_rows = p->n_rows, second = rows * p->stride;
+    TILE_LOAD(6, parts, 64);
+    TOKENS_LOAD(4, x, p->stride);
+    if (p->n_tiles > 1) TOKENS_LOAD(5, x + second, p->stride);
+    TILE_LOAD(7, parts + TILE_BYTES, 64);
+    PRODUCT(0, MULTIPLY_HIGH(format, 0, 4));
+    if (!take) fold_portion(format, n_rows, b);
+    if (p->n_tiles > 1) PRODUCT(2, MULTIPLY_HIGH(format, 2, 5));
+    if (!take) fold_portion(format, n_rows, b);
+    PRODUCT(1, MULTIPLY_LOW(format, 1, 4));
+    if (p->apart) TOKENS_LOAD(4, x + QK_K, p->stride);
+    unpack_portion(format, unit_bytes, b);
+    if (p->n_tiles > 1) PRODUCT(3, MULTIPLY_LOW(format, 3, 5));
+    if (p->apart && p->n_tiles > 1) TOKENS_LOAD(5, x + QK_K + second, p->stride);
+    if (p->apart) MULTIPLY_HIGH(format, 1, 4);
+    unpack_portion(format, unit_bytes, b);
+    if (p->apart && p->n_tiles > 1) MULTIPLY_HIGH(format, 3, 5);
+}
+
+/* In passes of one tile of tokens or two, all of one height. */
 CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
                           int planes, int n_tiles, bool apart) {
+    enum { FOLD_PORTIONS = 2 * (UNIT_STEPS - 1) }; /* of a pass */
     static const float zeros[CPU_TILE][CPU_ROWS];
     _Alignas(64) struct unit unpacked[2];
     _Alignas(64) sum_tiles sums;
     _Alignas(64) float total[CPU_TILE][CPU_ROWS];
-    const int n_rows = apart ? 1 : planes; /* of a tile, per token */
+    const int n_rows = apart ? 1 : planes;
     const int most = n_tiles * TILE_ROWS / n_rows, n_passes = (job->n + most - 1) / most;
     const int height = (job->n + n_passes * n_tiles - 1) / (n_passes * n_tiles),
               n_pass = n_tiles * height, rows = height * n_rows;
-    const struct shape shape = {n_tiles, apart, rows, planes / n_rows * QK_K};
-    const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64, n_steps = n_passes * UNIT_STEPS;
-    const int part =
-        (n_pass + UNIT_STEPS - 2) / (UNIT_STEPS - 1); /* tokens added up per step after the first */
+    const struct shape shape = {n_tiles, apart, n_rows, rows, planes / n_rows * QK_K};
     const int32_t n_units = job->n_tiles * job->n_units;
-    const uint8_t *next = job->w, *x = job->x;
+    const uint8_t *x = job->x;
     float *out = job->out;
-    struct fold last = {.n = 0};
+    struct beside beside = {.part = (n_pass + FOLD_PORTIONS - 1) / FOLD_PORTIONS,
+                            .job = job,
+                            .next = job->w,
+                            .n_portions = n_passes * UNIT_STEPS * 2};
     configure_tiles(rows, STEP_COLS);
     take_sums(n_tiles, rows, sums); /* for the zeros */
-    unpacked[0].rest = unpack_tile_rest(format, planes, next);
-    for (int b = 0; b < UNIT_BLOCKS; b++) unpack_block(format, next, b, &unpacked[0]);
+    unpacked[0].rest = unpack_tile_rest(format, planes, job->w);
+    for (int b = 0; b < UNIT_BLOCKS; b++) unpack_block(format, job->w, b, &unpacked[0]);
     for (int32_t i = 0, column = 0; i < n_units; i++) {
         const struct unit *u = &unpacked[i % 2];
-        struct unit *fresh = &unpacked[(i + 1) % 2];
         const bool first = column == 0, final = column == job->n_units - 1;
         const uint8_t *tails = x + job->n * planes * QK_K;
-        const int n_blocks = i + 1 < n_units ? UNIT_BLOCKS : 0;
-        int step = 0, b = 0;
-        next += unit_bytes;
+        beside.next += unit_bytes;
+        beside.fresh = &unpacked[(i + 1) % 2];
+        beside.n_blocks = i + 1 < n_units ? UNIT_BLOCKS : 0;
+        beside.block = beside.portion = 0;
         for (int t = 0; t < job->n; t += n_pass) {
-            for (int s = 0; s < UNIT_STEPS; s++) {
-                const uint8_t *at = x + t * planes * QK_K + s * STEP_COLS;
-                load_step(&shape, u->parts[s][0], at);
-                if (s == 0)
-                    multiply_step(format, &shape, at, sums);
-                else
-                    fold_tokens(format, n_rows, &last, (s - 1) * part, s * part);
-                /* Evenly over all steps. */
-                for (step++; b < n_blocks && b * n_steps < step * UNIT_BLOCKS; b++) {
-                    prefetch(job, next + b * unit_bytes / UNIT_BLOCKS, lines);
-                    unpack_block(format, next, b, fresh);
-                }
-                if (s > 0) multiply_step(format, &shape, at, NULL);
-            }
-            last = (struct fold){.u = u,
-                                 .sums = sums[0][0],
-                                 .tails = tails + t * CPU_X_TAIL,
-                                 .total = first ? zeros[t] : total[t],
-                                 .dst = final ? out + (size_t)t * job->stride : total[t],
-                                 .stride = final ? job->stride : CPU_ROWS,
-                                 .n = job->n - t < n_pass ? job->n - t : n_pass};
+            beside.token = 0;
+            for (int s = 0; s < UNIT_STEPS; s++)
+                multiply_step(format, unit_bytes, &shape, u->parts[s][0],
+                              x + t * planes * QK_K + s * STEP_COLS, s == 0 ? sums : NULL, &beside);
+            beside.last = (struct fold){.u = u,
+                                        .sums = sums[0][0],
+                                        .tails = tails + t * CPU_X_TAIL,
+                                        .total = first ? zeros[t] : total[t],
+                                        .dst = final ? out + (size_t)t * job->stride : total[t],
+                                        .stride = final ? job->stride : CPU_ROWS,
+                                        .n = job->n - t < n_pass ? job->n - t : n_pass};
         }
-        if (n_blocks > 0) fresh->rest = unpack_tile_rest(format, planes, next);
+        if (beside.n_blocks > 0) beside.fresh->rest = unpack_tile_rest(format, planes, beside.next);
         x = tails + job->n * CPU_X_TAIL;
         if (++column < job->n_units) continue;
         column = 0;
@@ -446,7 +464,7 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
         out += CPU_ROWS;
     }
     take_sums(n_tiles, rows, sums);
-    fold_tokens(format, n_rows, &last, 0, n_pass);
+    fold_tokens(format, n_rows, &beside.last, 0, n_pass);
 }
 
 CPU_INLINE void dot_superblocks(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,

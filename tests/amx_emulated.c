@@ -49,12 +49,14 @@ static void dot_tile(int sum, int left, int right, int signed_right) {
 
 #undef _tile_loadconfig
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbsud
 #undef _tile_dpbssd
 #define _tile_loadconfig(p) configure(p)
 #define _tile_loadd(tile, p, stride) load_tile(tile, (const uint8_t *)(p), stride)
+#define _tile_stream_loadd(tile, p, stride) load_tile(tile, (const uint8_t *)(p), stride)
 #define _tile_stored(tile, p, stride) store_tile_to(tile, (uint8_t *)(p), stride)
 #define _tile_zero(tile) memset(tiles[tile], 0, sizeof tiles[tile])
 #define _tile_dpbsud(sum, left, right) dot_tile(sum, left, right, 0)
