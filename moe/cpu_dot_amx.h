@@ -395,12 +395,12 @@ CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, const stru
     const int rows = p->rows, n_rows = p->n_rows, second = rows * p->stride;
     TILE_LOAD(6, parts, 64);
     TOKENS_LOAD(4, x, p->stride);
-    if (p->n_tiles > 1) TOKENS_LOAD(5, x + second, p->stride);
-    TILE_LOAD(7, parts + TILE_BYTES, 64);
     PRODUCT(0, MULTIPLY_HIGH(format, 0, 4));
     if (!take) fold_portion(format, n_rows, b);
+    if (p->n_tiles > 1) TOKENS_LOAD(5, x + second, p->stride);
     if (p->n_tiles > 1) PRODUCT(2, MULTIPLY_HIGH(format, 2, 5));
     if (!take) fold_portion(format, n_rows, b);
+    TILE_LOAD(7, parts + TILE_BYTES, 64);
     PRODUCT(1, MULTIPLY_LOW(format, 1, 4));
     if (p->apart) TOKENS_LOAD(4, x + QK_K, p->stride);
     unpack_portion(format, unit_bytes, b);
