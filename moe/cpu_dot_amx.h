@@ -215,9 +215,10 @@ CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const
             }
             if (planes == 2) h = vi_shl(h, CPU_X_LOW_BITS);
             if (planes == 2 && format == CPU_Q6_K) h = vi_add(h, l);
-            s[t] = vi_add(s[t], _mm512_mullo_epi32(h, scale[i]));
+            h = _mm512_mullo_epi32(h, scale[i]);
             if (planes == 2 && format != CPU_Q6_K) /* both fit 16 bits */
-                s[t] = _mm512_dpwssd_epi32(s[t], l, scale_high);
+                h = _mm512_dpwssd_epi32(h, l, scale_high);
+            s[t] = vi_add(s[t], h);
         }
     }
 }
