@@ -156,7 +156,7 @@ CPU_INLINE struct rest unpack_tile_rest(enum cpu_format format, int planes, cons
     struct rest r = unpack_rest(format, w);
     const int shift = low_bits(format) - (planes == 1 ? CPU_X_LOW_BITS : 0);
     if (format != CPU_Q6_K)
-        r.d = vf_mul(r.d, vf_set1(shift < 0 ? 1.0f / (1 << -shift) : (float)(1 << shift)));
+        r.d = vf_mul(r.d, vf_set1(shift < 0 ? 1 / (float)(1 << -shift) : (float)(1 << shift)));
     return r;
 }
 
@@ -282,12 +282,14 @@ struct shape {
         _tile_stream_loadd(tile, p, stride);                                                       \
     } while (0)
 
+/* A tile of sums goes to memory and starts again at zero. */
 #define TAKE(sum, to)                                                                              \
     do {                                                                                           \
         _tile_stored(sum, (to)[sum % 2][sum / 2 * rows], 64);                                      \
         _tile_zero(sum);                                                                           \
         __asm__ volatile("" ::: "memory");                                                         \
     } while (0)
+
 /* The two parts of weights: of Q6_K the high one has a sign, of the others the low one. */
 #define MULTIPLY_HIGH(format, sum, x)                                                              \
     do {                                                                                           \
@@ -387,9 +389,9 @@ CPU_INLINE void unpack_portion(enum cpu_format format, int unit_bytes, struct be
         multiply;                                                                                  \
     } while (0)
 
-/* 64 columns of a pass. take: where the sums so far go, or NULL. Products alternate with portions of vector work: a processor looks
- * ahead until it runs out of registers for the results, some 150 vector instructions, and both can overlap only if
- * it then sees the next product. */
+/* STEP_COLS columns of a pass. take: where the sums so far go, or NULL. Products alternate with portions of vector work: a
+ * processor looks ahead until it runs out of registers for results, some 190 vector instructions, and both overlap only
+ * if it has seen the next product by then. */
 CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, const struct shape *p,
                               const uint8_t *parts, const uint8_t *x, sum_tiles take,
                               struct beside *b) {
@@ -403,7 +405,7 @@ CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, const stru
     if (!take) fold_portion(format, n_rows, b);
     TILE_LOAD(7, parts + TILE_BYTES, 64);
     PRODUCT(1, MULTIPLY_LOW(format, 1, 4));
-    if (p->apart) TOKENS_LOAD(4, x + QK_K, p->stride);
+    if (p->apart) TOKENS_LOAD(4, x + QK_K, p->stride); /* low bytes, for high parts of weights */
     unpack_portion(format, unit_bytes, b);
     if (p->n_tiles > 1) PRODUCT(3, MULTIPLY_LOW(format, 3, 5));
     if (p->apart && p->n_tiles > 1) TOKENS_LOAD(5, x + QK_K + second, p->stride);
