@@ -273,9 +273,10 @@ struct gemm_kernel {
 };
 extern const struct gemm_kernel gemm_few8, gemm_few16, gemm_few32, gemm_many64, gemm_many128;
 
-/* gemm_dense: dense products of more than a few tokens on Hopper. The plan is a width, or -1: not by this one. */
+/* gemm_dense: dense products of more than a few tokens on Hopper. The plan is which of its kernels, or -1:
+ * not by this one. */
 int dense_plan(const struct gemm_args &a, int bucket, const struct cuda_queue *q);
-cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const struct cuda_queue *q);
+cudaError_t dense_launch(const struct gemm_args &a, int kind, int bucket, const struct cuda_queue *q);
 cudaError_t dense_prepare(size_t max_shared);
 
 #endif

@@ -1,12 +1,14 @@
-/* gemm_dense: a dense matrix times many tokens, on Hopper. A block has 128 rows, up to 128 tokens and one part of the columns;
- * the blocks of a tile's parts are a cluster, and read each other's sums from shared memory to add them in order. One warp
+/* gemm_dense: a dense matrix times many tokens, on Hopper. A block has 128 rows, up to 128 tokens and one or two parts of the
+ * columns; the blocks of a tile's parts are a cluster, and read each other's sums from shared memory to add them in order. One warp
  * fetches: panels by bulk copies, the first of them while the kernels before still run, and activations by boxes of 64
  * columns, which come swizzled as wgmma reads them. Two fours of warps unpack and multiply. Few instructions are spent on
  * copies, and no barrier of the block holds up who multiplies.
  *
  * For one tile of tokens a block's ninth warp does nothing but fetch, and a block that has a processor to itself has most of its
- * activations under way at once: with few units, waiting for the next took half of the time. For more tiles a processor has
- * two blocks, and no registers for such warps: the first one fetches between its products. */
+ * activations under way at once: with few units, waiting for the next took half of the time. For a few tiles a block
+ * has two parts, one after the other, and fewer tokens, if then every block has a processor: blocks of one part would come
+ * two to a processor, as the kernel before leaves them, while others idle. For more tiles a processor has two blocks, and no
+ * registers for such warps: the first one fetches between its products. */
 #include "cuda/bulk.cuh"
 #include "cuda/gemm.cuh"
 
@@ -22,7 +24,7 @@ enum : int {
     RESERVED = 1024,           /* bytes of shared memory: of each block by the system, and arrivals */
     LEAST_TOKENS = 9,          /* fewer are faster with a block for all parts; */
     MOST_OF_TWO_PARTS = 512,   /* and more than this, if there are two parts */
-    FIRST_WIDTH = 2            /* tiles of 8 << 2 tokens are the narrowest */
+    MOST_OWN = 2               /* parts of a block */
 };
 
 struct dense_args {
@@ -41,31 +43,34 @@ struct dense_work {
     const struct gemm_segment *s;
     const uint8_t *w; /* first panel of its first row block and part */
     size_t block_bytes; /* from a row block to the next */
-    int n_blocks, first_row, part, n_parts, n_panels, first, n;
+    int n_blocks, first_row, rank, n_ranks, n_panels, first, n; /* n_ranks: blocks of the cluster; n_panels: of the block */
     uint8_t *x, *panels, *table;
+    float *sums[MOST_OWN]; /* of its parts */
     arrival *x_here, *x_free, *w_here;
 };
 
-static DEVICE struct dense_work find_dense(const struct dense_args &d, int n_groups) {
+template <int NG, int OWN> static DEVICE struct dense_work find_dense(const struct dense_args &d) {
     const struct gemm_args &a = d.gemm;
     struct dense_work w;
     int segment = 0, tile = (int)blockIdx.y;
-    w.n_parts = 1 << a.parts_shift;
-    w.part = (int)blockIdx.x & (w.n_parts - 1);
-    w.first = ((int)blockIdx.x >> a.parts_shift) * 8 * n_groups;
-    w.n = min(8 * n_groups, *a.n_tokens - w.first);
+    w.n_ranks = (1 << a.parts_shift) / OWN;
+    w.rank = (int)blockIdx.x & (w.n_ranks - 1);
+    w.first = (int)blockIdx.x / w.n_ranks * 8 * NG;
+    w.n = min(8 * NG, *a.n_tokens - w.first);
     while (segment + 1 < a.n_segments && tile >= a.segments[segment + 1].first_tile) segment++;
     w.s = &a.segments[segment];
     tile -= w.s->first_tile;
     int bytes = panel_bytes(w.s->type), n_panels = a.n_cols / PANEL_K;
-    w.n_panels = n_panels >> a.parts_shift;
+    w.n_panels = n_panels / w.n_ranks;
     w.block_bytes = (size_t)n_panels * (size_t)bytes;
     w.n_blocks = min((w.s->n_rows + PANEL_ROWS - 1) / PANEL_ROWS - tile * ROW_BLOCKS, (int)ROW_BLOCKS);
     w.first_row = tile * ROWS;
-    w.w = w.s->w + (size_t)tile * ROW_BLOCKS * w.block_bytes + (size_t)(w.part * w.n_panels) * (size_t)bytes;
+    w.w = w.s->w + (size_t)tile * ROW_BLOCKS * w.block_bytes + (size_t)(w.rank * w.n_panels) * (size_t)bytes;
     w.x = shared_bytes;
-    w.panels = w.x + d.units * unit_bytes(n_groups);
+    w.panels = w.x + d.units * unit_bytes(NG);
     w.table = w.panels + d.panels * ROW_BLOCKS * bytes;
+    for (int i = 0; i < OWN - 1; i++) w.sums[i] = (float *)(w.table + ROW_BLOCKS * TABLE_BYTES);
+    w.sums[OWN - 1] = (float *)shared_bytes; /* when nothing else is there any more */
     return w;
 }
 
@@ -83,7 +88,7 @@ template <int NG>
 static DEVICE void fetch_unit(const struct dense_work &w, const CUtensorMap *x, int i, int place, int lane) {
     if (lane != 0) return;
     arrive_expecting(&w.x_here[place], unit_bytes(NG));
-    copy_box(w.x + place * unit_bytes(NG), x, (w.part * w.n_panels * PANEL_UNITS + i) * PANEL_UNIT_K, w.first, &w.x_here[place]);
+    copy_box(w.x + place * unit_bytes(NG), x, (w.rank * w.n_panels * PANEL_UNITS + i) * PANEL_UNIT_K, w.first, &w.x_here[place]);
 }
 
 /* What the kernels before need not have ended for, and the first units. Returns how many. */
@@ -111,10 +116,19 @@ static DEVICE void fetch_next(const struct dense_args &d, const struct dense_wor
     fetch_unit<NG>(w, x, i, place, lane);
 }
 
-/* acc = the warp's row block times the tokens. */
-template <int TYPE, int NG, bool FETCHES>
-static DEVICE void multiply_part(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x,
-                                 float (&acc)[NG][4]) {
+/* The warp's row block, times the tokens. */
+template <int NG> static DEVICE void put_sums(const float (&acc)[NG][4], float *sums, int lane, int warp) {
+    float *own = sums + 2 * (lane & 3) * SUM_ROW + warp * PANEL_ROWS + (lane >> 2);
+#pragma unroll
+    for (int n = 0; n < NG; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * SUM_ROW + 8 * (j >> 1)] = acc[n][j];
+}
+
+/* acc = the warp's row block times the tokens, of the last part; those before are in w.sums. */
+template <int TYPE, int NG, int OWN, bool FETCHES>
+static DEVICE void multiply_parts(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x,
+                                  float (&acc)[NG][4]) {
     using f = format<TYPE>;
     int lane = (int)threadIdx.x & 31, warp = warp_index();
     uint8_t *table = w.table + warp * TABLE_BYTES;
@@ -126,6 +140,14 @@ static DEVICE void multiply_part(const struct dense_args &d, const struct dense_
     wgmma_pin(acc);
 #pragma unroll 1
     for (int p = 0; p < w.n_panels; p++) {
+        if (OWN == 2 && 2 * p == w.n_panels) {
+            wgmma_wait<0>();
+            wgmma_pin(acc);
+            put_sums(acc, w.sums[0], lane, warp);
+#pragma unroll
+            for (int n = 0; n < NG; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+            wgmma_pin(acc);
+        }
         const uint8_t *panel = w.panels + (panel_place * ROW_BLOCKS + warp) * f::bytes;
         arrival_wait(&w.w_here[panel_place], panel_parity);
         unpack_scales<TYPE>(panel, table, lane, c);
@@ -152,27 +174,28 @@ static DEVICE void multiply_part(const struct dense_args &d, const struct dense_
     wgmma_pin(acc);
 }
 
-template <int NG, bool FETCHES>
+template <int NG, int OWN, bool FETCHES>
 static DEVICE void multiply_type(const struct dense_args &d, const struct dense_work &w, const CUtensorMap *x,
                                  float (&acc)[NG][4]) {
     switch (w.s->type) {
-    case PANEL_Q4_K: return multiply_part<PANEL_Q4_K, NG, FETCHES>(d, w, x, acc);
-    case PANEL_Q5_K: return multiply_part<PANEL_Q5_K, NG, FETCHES>(d, w, x, acc);
-    case PANEL_Q6_K: return multiply_part<PANEL_Q6_K, NG, FETCHES>(d, w, x, acc);
-    case PANEL_Q8_0: return multiply_part<PANEL_Q8_0, NG, FETCHES>(d, w, x, acc);
-    default: return multiply_part<PANEL_F16, NG, FETCHES>(d, w, x, acc);
+    case PANEL_Q4_K: return multiply_parts<PANEL_Q4_K, NG, OWN, FETCHES>(d, w, x, acc);
+    case PANEL_Q5_K: return multiply_parts<PANEL_Q5_K, NG, OWN, FETCHES>(d, w, x, acc);
+    case PANEL_Q6_K: return multiply_parts<PANEL_Q6_K, NG, OWN, FETCHES>(d, w, x, acc);
+    case PANEL_Q8_0: return multiply_parts<PANEL_Q8_0, NG, OWN, FETCHES>(d, w, x, acc);
+    default: return multiply_parts<PANEL_F16, NG, OWN, FETCHES>(d, w, x, acc);
     }
 }
 
 /* The parts' sums, in order: each block of the cluster takes some of the tokens, a thread four rows of them. */
-static DEVICE void add_tile(const struct gemm_args &a, const struct dense_work &w, const float *sums) {
+template <int OWN> static DEVICE void add_tile(const struct gemm_args &a, const struct dense_work &w) {
     constexpr int quads = ROWS / 4, at_once = 2, most_parts = 4;
-    int row = (int)threadIdx.x % quads * 4, step = THREADS / quads * w.n_parts, n_rows = w.s->n_rows;
+    int row = (int)threadIdx.x % quads * 4, step = THREADS / quads * w.n_ranks, n_rows = w.s->n_rows;
+    int n_parts = OWN * w.n_ranks;
     bool adds = a.epilogue == GEMM_ADD_F32;
     if (w.first_row + row >= n_rows) return;
     float scale = w.s->scale;
 #pragma unroll 1
-    for (int first = w.part + w.n_parts * ((int)threadIdx.x / quads); first < w.n; first += at_once * step) {
+    for (int first = w.rank + w.n_ranks * ((int)threadIdx.x / quads); first < w.n; first += at_once * step) {
         float4 v[at_once][most_parts], old[at_once];
         size_t to[at_once];
 #pragma unroll
@@ -182,14 +205,14 @@ static DEVICE void add_tile(const struct gemm_args &a, const struct dense_work &
             old[i] = adds ? *(const float4 *)((const float *)w.s->out + to[i]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
             for (int p = 0; p < most_parts; p++)
-                if (p < w.n_parts) v[i][p] = load_cluster(sums + token * SUM_ROW + row, p);
+                if (p < n_parts) v[i][p] = load_cluster(w.sums[p % OWN] + token * SUM_ROW + row, p / OWN);
         }
 #pragma unroll
         for (int i = 0; i < at_once; i++) {
             float4 t = v[i][0];
 #pragma unroll
             for (int p = 1; p < most_parts; p++)
-                if (p < w.n_parts) t.x += v[i][p].x, t.y += v[i][p].y, t.z += v[i][p].z, t.w += v[i][p].w;
+                if (p < n_parts) t.x += v[i][p].x, t.y += v[i][p].y, t.z += v[i][p].z, t.w += v[i][p].w;
             t = make_float4(t.x * scale, t.y * scale, t.z * scale, t.w * scale);
             if (i > 0 && first + i * step >= w.n) break;
             if (a.epilogue == GEMM_STORE_F16)
@@ -201,9 +224,9 @@ static DEVICE void add_tile(const struct gemm_args &a, const struct dense_work &
     }
 }
 
-template <int NG, bool FETCHES> static DEVICE void dense_block(const CUtensorMap *x, const struct dense_args &d) {
+template <int NG, int OWN, bool FETCHES> static DEVICE void dense_block(const CUtensorMap *x, const struct dense_args &d) {
     __shared__ arrival x_here[MOST_UNITS], x_free[MOST_UNITS], w_here[MOST_PANELS];
-    struct dense_work w = find_dense(d, NG);
+    struct dense_work w = find_dense<NG, OWN>(d);
     if (w.n <= 0) return; /* and so the whole cluster */
     w.x_here = x_here, w.x_free = x_free, w.w_here = w_here;
     int lane = (int)threadIdx.x & 31, warp = warp_index();
@@ -223,55 +246,64 @@ template <int NG, bool FETCHES> static DEVICE void dense_block(const CUtensorMap
         }
         return;
     }
-    float acc[NG][4] = {}, *sums = (float *)shared_bytes;
-    multiply_type<NG, FETCHES>(d, w, x, acc);
+    float acc[NG][4] = {};
+    multiply_type<NG, OWN, FETCHES>(d, w, x, acc);
     meet_threads(THREADS); /* nobody multiplies any more: the sums may lie where activations and panels were */
-    float *own = sums + 2 * (lane & 3) * SUM_ROW + warp * PANEL_ROWS + (lane >> 2);
-#pragma unroll
-    for (int n = 0; n < NG; n++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) own[(8 * n + (j & 1)) * SUM_ROW + 8 * (j >> 1)] = acc[n][j];
+    put_sums(acc, w.sums[OWN - 1], lane, warp);
     depend_wait(); /* what is added to, or written, is of kernels before */
-    if (w.n_parts > 1) meet_cluster();
+    if (w.n_ranks > 1) meet_cluster();
     else meet_threads(THREADS);
-    add_tile(d.gemm, w, sums);
-    if (w.n_parts > 1) leave_cluster(); /* others may still read this block's sums */
+    add_tile<OWN>(d.gemm, w);
+    if (w.n_ranks > 1) leave_cluster(); /* others may still read this block's sums */
 }
 
-#define DENSE_BLOCK(NG, FETCHES, x, d) dense_block<NG, FETCHES>(&(x), d)
+#define DENSE_BLOCK(NG, OWN, FETCHES, x, d) dense_block<NG, OWN, FETCHES>(&(x), d)
 #else
-#define DENSE_BLOCK(NG, FETCHES, x, d) __trap()
+#define DENSE_BLOCK(NG, OWN, FETCHES, x, d) __trap()
 #endif
 
 static __global__ void __launch_bounds__(THREADS + 32, 2)
     k_gemm_dense32_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
-    DENSE_BLOCK(4, false, x, d);
+    DENSE_BLOCK(4, 1, false, x, d);
 }
 static __global__ void __launch_bounds__(THREADS + 32, 2)
     k_gemm_dense64_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
-    DENSE_BLOCK(8, false, x, d);
+    DENSE_BLOCK(8, 1, false, x, d);
 }
 static __global__ void __launch_bounds__(THREADS + 32, 1)
     k_gemm_dense128_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
-    DENSE_BLOCK(16, false, x, d);
+    DENSE_BLOCK(16, 1, false, x, d);
+}
+static __global__ void __launch_bounds__(THREADS + 32, 2)
+    k_gemm_dense64_own2_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
+    DENSE_BLOCK(8, 2, false, x, d);
+}
+static __global__ void __launch_bounds__(THREADS + 32, 1)
+    k_gemm_dense96_own2_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
+    DENSE_BLOCK(12, 2, false, x, d);
 }
 static __global__ void __launch_bounds__(THREADS, 2)
     k_gemm_dense128_twice_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
-    DENSE_BLOCK(16, true, x, d);
+    DENSE_BLOCK(16, 1, true, x, d);
 }
 
 /* ---- launching ------------------------------------------------------------------------------------------------- */
 
 typedef void dense_kernel(const CUtensorMap, const struct dense_args);
-static const struct {
-    bool halves; /* a processor can have two blocks */
+static const struct dense_kind {
+    int n_tokens, own; /* of a tile; parts of a block */
+    bool halves;       /* a processor can have two blocks */
     int threads;
     dense_kernel *kernel;
-} kernels[] = {/* for one tile of tokens, by width; for more */
-               {true, THREADS + 32, k_gemm_dense32_f16},
-               {true, THREADS + 32, k_gemm_dense64_f16},
-               {false, THREADS + 32, k_gemm_dense128_f16},
-               {true, THREADS, k_gemm_dense128_twice_f16}};
+} kinds[] = {/* for one tile of tokens; */
+             {32, 1, true, THREADS + 32, k_gemm_dense32_f16},
+             {64, 1, true, THREADS + 32, k_gemm_dense64_f16},
+             {128, 1, false, THREADS + 32, k_gemm_dense128_f16},
+             /* for several, if no processor needs two blocks; */
+             {64, 2, false, THREADS + 32, k_gemm_dense64_own2_f16},
+             {96, 2, false, THREADS + 32, k_gemm_dense96_own2_f16},
+             /* for more */
+             {128, 1, true, THREADS, k_gemm_dense128_twice_f16}};
 
 /* Blocks along the rows. Fills first_tile. */
 static unsigned count_row_tiles(struct gemm_args &a) {
@@ -283,42 +315,53 @@ static unsigned count_row_tiles(struct gemm_args &a) {
     return (unsigned)n;
 }
 
+static unsigned tiles_of(int bucket, const struct dense_kind &k) { return (unsigned)((bucket + k.n_tokens - 1) / k.n_tokens); }
+
 /* How much of x and w is in shared memory at a time. */
-static size_t fill_shared(struct dense_args &d, int width, bool halves, const struct cuda_queue *q) {
+static size_t fill_shared(struct dense_args &d, const struct dense_kind &k, bool alone, const struct cuda_queue *q) {
     const struct gemm_args &a = d.gemm;
-    int bytes = 0, n_panels = a.n_cols / PANEL_K >> a.parts_shift, unit = unit_bytes(1 << width);
+    int bytes = 0, n_panels = (a.n_cols / PANEL_K >> a.parts_shift) * k.own, unit = unit_bytes(k.n_tokens / 8);
     for (int i = 0; i < a.n_segments; i++)
         if (panel_bytes(a.segments[i].type) > bytes) bytes = panel_bytes(a.segments[i].type);
+    int sums = (int)sizeof(float) * k.n_tokens * SUM_ROW;
     int whole = (int)q->max_shared - RESERVED, half = whole / 2 - RESERVED;
-    int tables = ROW_BLOCKS * TABLE_BYTES, panel = ROW_BLOCKS * bytes, least = tables + LEAST_PANELS * panel + LEAST_UNITS * unit;
-    int room = (!halves || half < least ? whole : half) - tables;
+    int fixed = ROW_BLOCKS * TABLE_BYTES + (k.own - 1) * sums, panel = ROW_BLOCKS * bytes;
+    int least = fixed + LEAST_PANELS * panel + LEAST_UNITS * unit;
+    int room = !k.halves || alone || half < least ? whole : half;
+    room -= fixed;
     d.panels = n_panels < MOST_PANELS ? n_panels : (int)MOST_PANELS;
     while (d.panels > LEAST_PANELS && d.panels * panel + ENOUGH_UNITS * unit > room) d.panels--;
     d.units = (room - d.panels * panel) / unit;
     if (d.units > MOST_UNITS) d.units = MOST_UNITS;
     if (d.units > d.panels * PANEL_UNITS) d.units = d.panels * PANEL_UNITS;
-    size_t n = (size_t)(d.panels * panel + d.units * unit + tables);
-    size_t sums = sizeof(float) * (size_t)(8 << width) * SUM_ROW;
-    return n > sums ? n : sums;
+    int n = d.panels * panel + d.units * unit;
+    return (size_t)(fixed + (n > sums ? n : sums));
 }
 
-int dense_plan(const struct gemm_args &a, int bucket, const struct cuda_queue *q) {
+int dense_plan(const struct gemm_args &args, int bucket, const struct cuda_queue *q) {
+    struct gemm_args a = args;
     if (!q->encode_map || bucket < LEAST_TOKENS || (a.parts_shift == 1 && bucket > MOST_OF_TWO_PARTS)) return -1;
     for (int i = 0; i < a.n_segments; i++)
         if (a.segments[i].n_rows % 4 != 0) return -1;
-    int width = FIRST_WIDTH;
-    while (width < N_WIDTHS - 1 && bucket > 8 << width) width++;
-    return width;
+    unsigned row_tiles = count_row_tiles(a);
+    int n = (int)(sizeof kinds / sizeof *kinds), i = 0;
+    for (; i < n - 1; i++) {
+        const struct dense_kind &k = kinds[i];
+        if (k.own == 1 && bucket <= k.n_tokens) break;
+        if (k.own > 1 && a.parts_shift > 0 &&
+            (tiles_of(bucket, k) * row_tiles << a.parts_shift) / (unsigned)k.own <= (unsigned)q->n_sm) break;
+    }
+    return i;
 }
 
-cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const struct cuda_queue *q) {
+cudaError_t dense_launch(const struct gemm_args &a, int kind, int bucket, const struct cuda_queue *q) {
     CUtensorMap map;
     struct dense_args d = {a, 0, 0};
-    unsigned n_tokens = 8u << width, token_tiles = ((unsigned)bucket + n_tokens - 1) / n_tokens;
-    unsigned row_tiles = count_row_tiles(d.gemm), parts = 1u << a.parts_shift;
-    const auto &k = kernels[width - FIRST_WIDTH + (token_tiles > 1)];
-    bool alone = token_tiles == 1 && parts * row_tiles <= (unsigned)q->n_sm; /* a block has a processor */
-    size_t shared = fill_shared(d, width, k.halves && !alone, q);
+    const struct dense_kind &k = kinds[kind];
+    unsigned n_tokens = (unsigned)k.n_tokens, token_tiles = tiles_of(bucket, k);
+    unsigned row_tiles = count_row_tiles(d.gemm), ranks = (1u << a.parts_shift) / (unsigned)k.own;
+    bool alone = token_tiles == 1 && ranks * row_tiles <= (unsigned)q->n_sm; /* a block has a processor */
+    size_t shared = fill_shared(d, k, alone, q);
     const cuuint64_t size[2] = {(cuuint64_t)a.n_cols, (cuuint64_t)bucket}, row[1] = {(cuuint64_t)a.n_cols * 2};
     const cuuint32_t box[2] = {PANEL_UNIT_K, n_tokens}, one[2] = {1, 1};
     CUresult r = ((decltype(&cuTensorMapEncodeTiled))q->encode_map)(
@@ -330,8 +373,8 @@ cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {parts, 1, 1};
-    config.gridDim = dim3(token_tiles * parts, row_tiles, 1);
+    attributes[1].val.clusterDim = {ranks, 1, 1};
+    config.gridDim = dim3(token_tiles * ranks, row_tiles, 1);
     config.blockDim = dim3((unsigned)k.threads, 1, 1);
     config.dynamicSmemBytes = shared;
     config.stream = (cudaStream_t)q->stream;
@@ -342,7 +385,7 @@ cudaError_t dense_launch(const struct gemm_args &a, int width, int bucket, const
 
 cudaError_t dense_prepare(size_t max_shared) {
     cudaError_t e = cudaSuccess;
-    for (const auto &k : kernels)
+    for (const auto &k : kinds)
         if (e == cudaSuccess)
             e = cudaFuncSetAttribute((const void *)k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      (int)max_shared - RESERVED);

@@ -207,7 +207,7 @@ struct gemm_args {
 
 /* Which kernel, and how many warps to a block. */
 struct gemm_plan {
-    int width; /* tiles of 8 << width tokens, and for experts the work list of that width */
+    int width; /* tiles of 8 << width tokens, and for experts the work list of that width; bulk: which kernel */
     int warps;
     int tiles; /* of rows to a block */
     int blocks; /* to an item, if they can count and share; 0: they cannot */

@@ -469,10 +469,13 @@ static size_t sort_bytes(const struct route_args *a, int bucket) {
     return route_sort_bytes(bucket < SORT_TOKENS ? bucket : SORT_TOKENS, a->n_experts);
 }
 
+/* alone: a processor has one block, two would halve each other's speed while others idle. */
 template <int TT>
 static cudaError_t launch_logits(const struct route_args *a, int bucket, const struct cuda_queue *q) {
     dim3 grid((unsigned)((bucket + TT - 1) / TT), (unsigned)(route_pitch(a->n_experts) / TILE_EXPERTS), ROUTE_PLANES);
-    return launch(k_route_logits_f32<TT>, grid, THREADS, sizeof(logit_tile<TT>), q, *a);
+    size_t shared = sizeof(logit_tile<TT>), most = q->max_shared / 2 + 1;
+    bool alone = TT == 32 && grid.x * grid.y * grid.z <= (unsigned)q->n_sm;
+    return launch(k_route_logits_f32<TT>, grid, THREADS, alone && shared < most ? most : shared, q, *a);
 }
 
 static cudaError_t launch_place(const struct route_args *a, unsigned chunks, const struct cuda_queue *q) {
@@ -508,11 +511,12 @@ template <typename K> static cudaError_t allow_shared(K *kernel, size_t n) {
 
 cudaError_t route_prepare(size_t max_shared) {
     const size_t sort = route_sort_bytes(SORT_TOKENS, MAX_EXPERTS);
+    const size_t half = max_shared / 2 + 1, logits32 = half > sizeof(logit_tile<32>) ? half : sizeof(logit_tile<32>);
     const cudaError_t all[] = {
         allow_shared(k_route_few_f32<1>, sort),
         allow_shared(k_route_few_f32<ROUTE_CHUNK>, sort),
         allow_shared(k_route_logits_f32<16>, sizeof(logit_tile<16>)),
-        allow_shared(k_route_logits_f32<32>, sizeof(logit_tile<32>)),
+        allow_shared(k_route_logits_f32<32>, logits32),
         sizeof(logit_tile<64>) <= max_shared ? allow_shared(k_route_logits_f32<64>, sizeof(logit_tile<64>)) : cudaSuccess,
         allow_shared(k_route_choose_f32, sort),
         allow_shared(k_route_mark_i32, sort),
