@@ -469,7 +469,8 @@ static size_t sort_bytes(const struct route_args *a, int bucket) {
     return route_sort_bytes(bucket < SORT_TOKENS ? bucket : SORT_TOKENS, a->n_experts);
 }
 
-/* alone: a processor has one block, two would halve each other's speed while others idle. */
+/* alone: a processor has one block, two would halve each other's speed while others idle. Tiles of 16 tokens are too short
+ * for that to pay. */
 template <int TT>
 static cudaError_t launch_logits(const struct route_args *a, int bucket, const struct cuda_queue *q) {
     dim3 grid((unsigned)((bucket + TT - 1) / TT), (unsigned)(route_pitch(a->n_experts) / TILE_EXPERTS), ROUTE_PLANES);
