@@ -194,17 +194,15 @@ DEVICE void wgmma_f16(float (&d)[16][4], const h2 (&a)[4], uint64_t b) {
 #undef F4
 
 /* What wgmma calls a descriptor: rows of 128 bytes, each eight of them 1024 bytes, chunks swizzled; `offset` bytes after
- * where `matrix` begins, which may be 32, 64 or 96 bytes inside a row. Taken apart so that all of a loop's descriptors
- * come from one, by scalar additions. */
+ * where `matrix` begins, which may be 32, 64 or 96 bytes inside a row. All of a loop's descriptors come from one, by one
+ * scalar addition of 64 bits each: put together from halves, each would be three instructions. */
 DEVICE uint32_t swizzled_matrix(const void *at) {
     uint32_t first = (uint32_t)__cvta_generic_to_shared(at) >> 4 | 1u << 16;
     keep(first); /* else the compiler sees no need for what makes it a scalar */
     return __shfl_sync(ALL_LANES, first, 0);
 }
 DEVICE uint64_t swizzled_matrix(uint32_t matrix, int offset) {
-    uint64_t d;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(matrix + (uint32_t)offset / 16), "r"(1024 / 16 | 1u << 30));
-    return d;
+    return ((uint64_t)(1024 / 16 | 1u << 30) << 32 | matrix) + (uint64_t)(offset / 16);
 }
 /* Results are in their registers by here, and the compiler moves none of them across. */
 template <int N> DEVICE void wgmma_pin(float (&d)[N][4]) {
