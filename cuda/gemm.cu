@@ -78,7 +78,8 @@ static struct gemm_plan plan_dense(struct gemm_args &a, int bucket, const struct
     }
 }
 
-/* Experts: tiles that hold most groups whole; few panels to a row are made one stream with those of the next rows. Where
+/* Experts: tiles that hold most groups whole. Few panels to a row are made one stream with those of the next rows; so are more,
+ * where a processor has but two blocks: a fifth of a short one's time goes by before its first panel is there. Where
  * activations are few, blocks are small: processors end more evenly, and the kernels before and after find room sooner. */
 static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_experts, int n_used,
                                      const struct cuda_queue *q) {
@@ -94,8 +95,9 @@ static struct gemm_plan plan_experts(struct gemm_args &a, int bucket, int n_expe
         if (p.width == 0 || fits(a, p, q)) break;
     }
     int n_panels = a.n_cols / PANEL_K / parts_of(a);
-    if (is_few(p.width) && bucket > 1) p.tiles = n_panels < 8 ? 8 / n_panels : 1;
-    if (is_few(p.width) && bucket > 1) p.blocks = count_tiles(a, p.warps, p.tiles);
+    if (!is_few(p.width) || bucket == 1) return p;
+    p.tiles = n_panels < 8 ? 8 / n_panels : kernels[p.width]->width == 32 ? 3 : 1;
+    p.blocks = count_tiles(a, p.warps, p.tiles);
     return p;
 }
 
