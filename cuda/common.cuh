@@ -249,6 +249,15 @@ template <int PENDING> DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+/* By one thread: n bytes, a multiple of 16, from memory into L2, if the device can. */
+DEVICE void bring(const void *from, uint32_t n) {
+#ifdef MOED_WGMMA
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(n) : "memory");
+#else
+    (void)from, (void)n;
+#endif
+}
+
 /* ---- dependent launches ---------------------------------------------------------------------------- */
 
 /* A kernel may be started before its predecessor in the stream has finished. It must call depend_wait before it

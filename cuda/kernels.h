@@ -290,6 +290,8 @@ struct route_args {
     uint32_t widths;     /* bit i: list i is wanted */
     uint64_t *n_reads;   /* groups so far; NULL: they are not counted */
     bool unsorted;       /* ids and weights only: the group sorts */
+    const uint8_t *next[2];  /* weights that are read next: steps of more than a launch bring */
+    uint32_t next_bytes[2];  /* so much of each into L2, a multiple of 16 */
 };
 /* Sums of logits are kept for whole tiles of experts. */
 KERNEL_FN int route_pitch(int n_experts) {

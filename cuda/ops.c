@@ -176,6 +176,22 @@ static uint32_t widths_of(const struct cuda *c) {
     return widths;
 }
 
+/* Of gate and of up, so much is brought into L2 while tokens are routed, that is, of the experts whose turn is first; with
+ * more, the routing takes as much longer. Larger steps are bound by arithmetic. */
+enum { AHEAD_BYTES = 4 << 20, AHEAD_TOKENS = 512 };
+
+/* If all experts lie here in order. */
+static void bring_experts(const struct cuda *c, const struct weight *const next[2], struct route_args *a) {
+    if (c->bucket.n_tokens > AHEAD_TOKENS || c->exchange || !next[0] || !next[0]->panels || !next[1]->panels) return;
+    for (int i = 0; i < 2; i++) {
+        const struct weight *w = next[i];
+        size_t rows = (size_t)w->n_experts * (size_t)((w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS);
+        size_t n = rows * (size_t)(w->n_cols / PANEL_K) * (size_t)panel_bytes(w->type);
+        a->next[i] = w->panels;
+        a->next_bytes[i] = n < AHEAD_BYTES ? (uint32_t)n : AHEAD_BYTES;
+    }
+}
+
 enum status ops_route(struct backend *b, const struct op_route *op) {
     struct cuda *c = of(b);
     TRY(begin_op(c));
@@ -183,7 +199,7 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
     CHECK(op->router->n_rows == c->shape.n_experts && op->router->n_cols == op->h->n_cols);
     TRY(ops_flush(c));
     c->lists_read = false;
-    const struct route_args a = {.header = c->view.header,
+    struct route_args a = {.header = c->view.header,
                                    .h = op->h->p,
                                    .norm = op->norm->f32,
                                    .router = op->router->f32,
@@ -201,6 +217,7 @@ enum status ops_route(struct backend *b, const struct op_route *op) {
                                    .widths = c->widths = widths_of(c),
                                    .n_reads = c->n_reads + READS_EXPERTS,
                                    .unsorted = c->together};
+    bring_experts(c, op->next, &a);
     if (c->n_tokens > 0) TRY(device_check(c, cuda_route(&a, c->bucket.n_tokens, &c->queue)));
     return c->together ? exchange_begin_layer(c, op->layer) : ST_OK;
 }

@@ -55,6 +55,14 @@ static DEVICE float *squares_of(const struct route_args &a) {
     return a.partials + (size_t)ROUTE_PLANES * (size_t)a.header->n_tokens * (size_t)pitch_of(a);
 }
 
+/* The block's share of the weights that are read next: memory has nothing else to do. */
+static DEVICE void bring_next(const struct route_args &a) {
+    if (threadIdx.x >= 2) return;
+    uint32_t n_blocks = gridDim.x * gridDim.y * gridDim.z, n = a.next_bytes[threadIdx.x];
+    uint32_t each = (n / n_blocks + 127) / 128 * 128, at = each * (blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+    if (at < n) bring(a.next[threadIdx.x] + at, min(each, n - at));
+}
+
 /* ---- logits by planes -------------------------------------------------------------------------------------------- */
 
 /* A block: TT tokens. Half of its warps have one chain, half the other; a warp has 32 experts, a lane TM tokens
@@ -395,6 +403,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
             b.fetch_weights(a, first / CHAIN_QUADS, lane, warp);
         }
         b.fetch_inputs(a, first / CHAIN_QUADS, t0, lane, warp);
+        if (first == 0) bring_next(a);
         copy_wait<0>();
         __syncthreads();
         int n = min(quads - first, (int)CHAIN_QUADS);

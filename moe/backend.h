@@ -146,6 +146,7 @@ struct op_route {
     const struct weight *router; /* [E][D], f32 */
     bool renormalize;
     struct buf *x;               /* [T][D] written: the experts' input */
+    const struct weight *next[2]; /* what experts_up will read, gate and up: may be fetched meanwhile. NULLs: unknown */
 };
 
 /* act[g] = silu(gate_e · x[t]) * (up_e · x[t]) for each routed pair g = (t, e), in routing order. Each

@@ -57,7 +57,8 @@ static enum status experts(struct forward *f, int i) {
                                          .eps = f->shape.norm_eps,
                                          .router = l->router,
                                          .renormalize = f->renormalize,
-                                         .x = f->x}));
+                                         .x = f->x,
+                                         .next = {l->gate, l->up}}));
     TRY(ops->experts_up(b,
                         &(struct op_experts_up){
                             .layer = i, .x = f->x, .gate = l->gate, .up = l->up, .act = f->act}));
