@@ -1,8 +1,8 @@
 /* cpu_ops: dense products and what surrounds them; see cpu.h.
  *
  * A product is two jobs. `prepare` brings the input rows into the form the kernels read: normed, and
- * quantised into tiles of tokens. `product` then runs over (row tiles × groups of token tiles); each item
- * streams its weights once while the group's tokens stay in the cache. */
+ * quantised into tiles of tokens. `product` then runs over (groups of token tiles × row tiles), one group
+ * after the other: its tokens stay in the second-level cache while all weights pass by. */
 #include "moe/cpu.h"
 
 #include <string.h>
@@ -216,10 +216,10 @@ static int32_t first_tile(const struct product *p, int32_t row_item, int *matrix
 static void product_item(void *ctx, int32_t item, int thread) {
     const struct product *p = ctx;
     (void)thread;
-    int32_t g = item % p->n_groups, row_item = item / p->n_groups;
+    int32_t g = item / p->n_row_items, row_item = item % p->n_row_items;
     int i, last, soon;
     int32_t tile = first_tile(p, row_item, &i), end = first_tile(p, row_item + 1, &last);
-    int32_t next = first_tile(p, (item + p->c->n_threads) / p->n_groups, &soon);
+    int32_t next = first_tile(p, (item + p->c->n_threads) % p->n_row_items, &soon);
     for (; i < last || (i == last && tile < end); i++, tile = 0) {
         const struct cpu_matrix *m = &p->w[i]->matrix;
         struct cpu_rows rows = {.tile = tile, .end = i == last ? end : m->n_tiles};
