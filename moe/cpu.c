@@ -197,7 +197,7 @@ static enum status cpu_buf_create(struct backend *b, enum buf_rows rows, enum bu
 
 static bool create_scratch(struct cpu *c) {
     size_t cols = (size_t)c->max_cols, head = cpu_pad((size_t)c->shape.head_dim, 16);
-    size_t most = cpu_pad((size_t)c->kernels->max_tile, CPU_TILE_PAD);
+    size_t most = cpu_pad((size_t)c->kernels->max_tile, CPU_GROUP);
     c->scratch = calloc((size_t)c->n_threads, sizeof *c->scratch);
     if (!c->scratch) return false;
     for (int i = 0; i < c->n_threads; i++) {
@@ -232,7 +232,7 @@ static bool create_exchange(struct cpu *c) {
 static bool create_inputs(struct cpu *c) {
     size_t n_tokens = (size_t)c->limits.max_batch_tokens, n_used = (size_t)c->shape.n_experts_used;
     int32_t d = c->shape.n_embd, f = c->shape.n_ff_expert;
-    c->x_tiles = map2(c, CPU_MEM_ACTIVATIONS, cpu_pad(n_tokens, CPU_TILE_PAD),
+    c->x_tiles = map2(c, CPU_MEM_ACTIVATIONS, cpu_pad(n_tokens, CPU_GROUP),
                       cpu_q_bytes(c, c->max_cols, 2), 1);
     c->x_rows = map2(c, CPU_MEM_ACTIVATIONS, n_tokens, (size_t)c->max_cols, sizeof(float));
     c->tile_first = map2(c, CPU_MEM_SCRATCH, n_tokens + 1, 1, sizeof(int32_t));

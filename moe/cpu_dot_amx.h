@@ -24,10 +24,9 @@
 
 enum {
     TILE_BYTES = 1024,
-    TILE_ROWS = 16,
+    TILE_ROWS = CPU_GROUP,
     FEW_TOKENS = 3, /* by vectors */
-    STEP_COLS = 64, /* of one tile product */
-    UNIT_STEPS = QK_K / STEP_COLS,
+    UNIT_STEPS = QK_K / CPU_STEP, /* a tile product has CPU_STEP columns */
     UNIT_BLOCKS = QK_K / CPU_BLOCK
 };
 
@@ -204,7 +203,7 @@ CPU_INLINE void add_block(enum cpu_format format, const uint8_t *w, int b, const
     const vi scale_high = vi_and(vi_add(scale[0], vi_set1(1 << (bits - 1))), vi_set1(-(1 << bits)));
     CPU_UNROLL
     for (int t = 0; t < n; t++) {
-        const uint8_t *high = x + t * planes * QK_K + b * CPU_BLOCK, *low = high + QK_K;
+        const uint8_t *high = x + cpu_x_at(n, planes, t, b * CPU_BLOCK), *low = high + n * CPU_STEP;
         CPU_UNROLL
         for (int i = 0; i < n_scales; i++) {
             vi h = vi_zero(), l = vi_zero();
@@ -261,25 +260,26 @@ CPU_INLINE void dot_few(const struct cpu_dot *job, enum cpu_format format, int u
  * second is of all products with a low part. */
 typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
 
-/* How a pass lays tokens in tiles: one tile or two, a token's planes in successive rows or, apart, in tiles of their own. */
+/* How a pass lays tokens in tiles: one tile or two, with both planes of one group of tokens or, apart, one plane at a time of one
+ * group or two. */
 struct shape {
     int n_tiles;
     bool apart;
-    int n_rows; /* of a token in a tile */
     int rows; /* of a tile */
-    int stride; /* between them */
+    int step_bytes; /* from CPU_STEP columns to the next ones */
+    int second; /* bytes from the first tile to the second */
 };
 
-#define TILE_LOAD(tile, p, stride)                                                                 \
+#define TILE_LOAD(tile, p)                                                                         \
     do {                                                                                           \
         __asm__ volatile("" ::: "memory");                                                         \
-        _tile_loadd(tile, p, stride);                                                              \
+        _tile_loadd(tile, p, 64);                                                                  \
     } while (0)
 /* Tokens come from the second-level cache and are needed once a unit: the first-level one is for unpacked weights and sums. */
-#define TOKENS_LOAD(tile, p, stride)                                                               \
+#define TOKENS_LOAD(tile, p)                                                                       \
     do {                                                                                           \
         __asm__ volatile("" ::: "memory");                                                         \
-        _tile_stream_loadd(tile, p, stride);                                                       \
+        _tile_stream_loadd(tile, p, CPU_STEP);                                                     \
     } while (0)
 
 /* A tile of sums goes to memory and starts again at zero. */
@@ -324,28 +324,29 @@ struct fold {
     float *dst;
     size_t stride; /* of dst */
     int n; /* tokens */
+    int low_sums; /* from the sums of a token's high plane to those of its low one, if it has these */
 };
 
 /* Tokens from … to - 1. */
-CPU_INLINE void fold_tokens(enum cpu_format format, int n_rows, const struct fold *f, int from,
+CPU_INLINE void fold_tokens(enum cpu_format format, bool both, const struct fold *f, int from,
                             int to) {
     if (to > f->n) to = f->n;
     if (from >= to) return;
     const int shift = high_shift(format), low = 2 * TILE_ROWS * CPU_ROWS;
     const struct rest rest = f->u->rest;
-    const int32_t *sums = f->sums + from * n_rows * CPU_ROWS;
+    const int32_t *sums = f->sums + from * CPU_ROWS;
     const uint8_t *tail = f->tails + from * CPU_X_TAIL;
     const float *total = f->total + from * CPU_ROWS;
     float *dst = f->dst + (size_t)from * f->stride;
     for (int t = from; t < to; t++) {
         vi s = vi_add(vi_shl(vi_load(sums), shift), vi_load(sums + low));
-        if (n_rows == 2) { /* low bytes' rows after those of high ones */
-            sums += CPU_ROWS;
+        if (both) {
+            const int32_t *l = sums + f->low_sums;
             if (format == CPU_Q6_K)
                 s = vi_add(vi_shl(s, CPU_X_LOW_BITS),
-                           vi_add(vi_shl(vi_load(sums), shift), vi_load(sums + low)));
+                           vi_add(vi_shl(vi_load(l), shift), vi_load(l + low)));
             else
-                s = vi_add(s, vi_load(sums));
+                s = vi_add(s, vi_load(l));
         }
         vf_store(dst, add_unit(format, &rest, s, tail, vf_load(total)));
         sums += CPU_ROWS;
@@ -366,8 +367,8 @@ struct beside {
     int portion, n_portions; /* in the course of a unit */
 };
 
-CPU_INLINE void fold_portion(enum cpu_format format, int n_rows, struct beside *b) {
-    fold_tokens(format, n_rows, &b->last, b->token, b->token + b->part);
+CPU_INLINE void fold_portion(enum cpu_format format, bool both, struct beside *b) {
+    fold_tokens(format, both, &b->last, b->token, b->token + b->part);
     b->token += b->part;
 }
 
@@ -389,32 +390,32 @@ CPU_INLINE void unpack_portion(enum cpu_format format, int unit_bytes, struct be
         multiply;                                                                                  \
     } while (0)
 
-/* STEP_COLS columns of a pass. take: where the sums so far go, or NULL. Products alternate with portions of vector work: a
+/* CPU_STEP columns of a pass. take: where the sums so far go, or NULL. Products alternate with portions of vector work: a
  * processor looks ahead until it runs out of registers for results, some 190 vector instructions, and both overlap only
  * if it has seen the next product by then. */
-CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, const struct shape *p,
-                              const uint8_t *parts, const uint8_t *x, sum_tiles take,
-                              struct beside *b) {
-    const int rows = p->rows, n_rows = p->n_rows, second = rows * p->stride;
-    TILE_LOAD(6, parts, 64);
-    TOKENS_LOAD(4, x, p->stride);
+CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, bool both,
+                              const struct shape *p, const uint8_t *parts, const uint8_t *x,
+                              sum_tiles take, struct beside *b) {
+    const int rows = p->rows, low = rows * CPU_STEP;
+    TILE_LOAD(6, parts);
+    TOKENS_LOAD(4, x);
     PRODUCT(0, MULTIPLY_HIGH(format, 0, 4));
-    if (!take) fold_portion(format, n_rows, b);
-    if (p->n_tiles > 1) TOKENS_LOAD(5, x + second, p->stride);
+    if (!take) fold_portion(format, both, b);
+    if (p->n_tiles > 1) TOKENS_LOAD(5, x + p->second);
     if (p->n_tiles > 1) PRODUCT(2, MULTIPLY_HIGH(format, 2, 5));
-    if (!take) fold_portion(format, n_rows, b);
-    TILE_LOAD(7, parts + TILE_BYTES, 64);
+    if (!take) fold_portion(format, both, b);
+    TILE_LOAD(7, parts + TILE_BYTES);
     PRODUCT(1, MULTIPLY_LOW(format, 1, 4));
-    if (p->apart) TOKENS_LOAD(4, x + QK_K, p->stride); /* low bytes, for high parts of weights */
+    if (p->apart) TOKENS_LOAD(4, x + low); /* for high parts of weights */
     unpack_portion(format, unit_bytes, b);
     if (p->n_tiles > 1) PRODUCT(3, MULTIPLY_LOW(format, 3, 5));
-    if (p->apart && p->n_tiles > 1) TOKENS_LOAD(5, x + QK_K + second, p->stride);
+    if (p->apart && p->n_tiles > 1) TOKENS_LOAD(5, x + p->second + low);
     if (p->apart) MULTIPLY_HIGH(format, 1, 4);
     unpack_portion(format, unit_bytes, b);
     if (p->apart && p->n_tiles > 1) MULTIPLY_HIGH(format, 3, 5);
 }
 
-/* In passes of one tile of tokens or two, all of one height. */
+/* In passes of one group of tokens or two. */
 CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
                           int planes, int n_tiles, bool apart) {
     enum { FOLD_PORTIONS = 2 * (UNIT_STEPS - 1) }; /* of a pass */
@@ -422,11 +423,14 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
     _Alignas(64) struct unit unpacked[2];
     _Alignas(64) sum_tiles sums;
     _Alignas(64) float total[CPU_TILE][CPU_ROWS];
-    const int n_rows = apart ? 1 : planes;
-    const int most = n_tiles * TILE_ROWS / n_rows, n_passes = (job->n + most - 1) / most;
-    const int height = (job->n + n_passes * n_tiles - 1) / (n_passes * n_tiles),
-              n_pass = n_tiles * height, rows = height * n_rows;
-    const struct shape shape = {n_tiles, apart, n_rows, rows, planes / n_rows * QK_K};
+    const bool both = planes == 2 && !apart; /* of a group's planes in a pass */
+    const int group = cpu_x_group(job->n), plane_bytes = group * CPU_STEP;
+    const int n_pass = both ? group : n_tiles * group, n_passes = (job->n + n_pass - 1) / n_pass;
+    const struct shape shape = {.n_tiles = n_tiles,
+                                .apart = apart,
+                                .rows = both && n_tiles == 1 ? 2 * group : group,
+                                .step_bytes = planes * plane_bytes,
+                                .second = (both ? 1 : UNIT_STEPS * planes) * plane_bytes};
     const int32_t n_units = job->n_tiles * job->n_units;
     const uint8_t *x = job->x;
     float *out = job->out;
@@ -434,14 +438,14 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
                             .job = job,
                             .next = job->w,
                             .n_portions = n_passes * UNIT_STEPS * 2};
-    configure_tiles(rows, STEP_COLS);
-    take_sums(n_tiles, rows, sums); /* for the zeros */
+    configure_tiles(shape.rows, CPU_STEP);
+    take_sums(n_tiles, shape.rows, sums); /* for the zeros */
     unpacked[0].rest = unpack_tile_rest(format, planes, job->w);
     for (int b = 0; b < UNIT_BLOCKS; b++) unpack_block(format, job->w, b, &unpacked[0]);
     for (int32_t i = 0, column = 0; i < n_units; i++) {
         const struct unit *u = &unpacked[i % 2];
         const bool first = column == 0, final = column == job->n_units - 1;
-        const uint8_t *tails = x + job->n * planes * QK_K;
+        const uint8_t *tails = x + cpu_x_bytes(job->n, planes);
         beside.next += unit_bytes;
         beside.fresh = &unpacked[(i + 1) % 2];
         beside.n_blocks = i + 1 < n_units ? UNIT_BLOCKS : 0;
@@ -449,15 +453,17 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
         for (int t = 0; t < job->n; t += n_pass) {
             beside.token = 0;
             for (int s = 0; s < UNIT_STEPS; s++)
-                multiply_step(format, unit_bytes, &shape, u->parts[s][0],
-                              x + t * planes * QK_K + s * STEP_COLS, s == 0 ? sums : NULL, &beside);
+                multiply_step(format, unit_bytes, both, &shape, u->parts[s][0],
+                              x + t * planes * QK_K + s * shape.step_bytes, s == 0 ? sums : NULL,
+                              &beside);
             beside.last = (struct fold){.u = u,
                                         .sums = sums[0][0],
                                         .tails = tails + t * CPU_X_TAIL,
                                         .total = first ? zeros[t] : total[t],
                                         .dst = final ? out + (size_t)t * job->stride : total[t],
                                         .stride = final ? job->stride : CPU_ROWS,
-                                        .n = job->n - t < n_pass ? job->n - t : n_pass};
+                                        .n = job->n - t < n_pass ? job->n - t : n_pass,
+                                        .low_sums = group * CPU_ROWS};
         }
         if (beside.n_blocks > 0) beside.fresh->rest = unpack_tile_rest(format, planes, beside.next);
         x = tails + job->n * CPU_X_TAIL;
@@ -466,8 +472,8 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
         x = job->x;
         out += CPU_ROWS;
     }
-    take_sums(n_tiles, rows, sums);
-    fold_tokens(format, n_rows, &beside.last, 0, n_pass);
+    take_sums(n_tiles, shape.rows, sums);
+    fold_tokens(format, both, &beside.last, 0, n_pass);
 }
 
 CPU_INLINE void dot_superblocks(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
@@ -490,33 +496,36 @@ CPU_INLINE void dot_superblocks(const struct cpu_dot *job, enum cpu_format forma
 
 /* Q8_0 has a scale per 32 columns, and needs no unpacking. */
 CPU_INLINE void dot_blocks(const struct cpu_dot *job, int planes) {
-    _Alignas(64) int32_t sums[TILE_ROWS][CPU_ROWS];
+    _Alignas(64) int32_t sums[2 * TILE_ROWS][CPU_ROWS];
     _Alignas(64) float total[CPU_TILE][CPU_ROWS];
-    const int most = TILE_ROWS / planes, n_tiles = (job->n + most - 1) / most;
-    const int height = (job->n + n_tiles - 1) / n_tiles;
-    const size_t x_unit = (size_t)job->n * cpu_x_unit_bytes(planes);
+    const int group = cpu_x_group(job->n), n_rows = planes * group;
+    const int tile_rows = n_rows <= TILE_ROWS ? n_rows : group;
+    const size_t x_bytes = cpu_x_bytes(job->n, planes),
+                 x_unit = x_bytes + (size_t)job->n * CPU_X_TAIL;
     const uint8_t *w = job->w;
-    configure_tiles(planes * height, CPU_BLOCK);
+    configure_tiles(tile_rows, CPU_BLOCK);
     for (int32_t tile = 0; tile < job->n_tiles; tile++) {
         memset(total, 0, (size_t)job->n * sizeof *total);
         for (int32_t b = 0; b < job->n_units; b++, w += CPU_Q8_0_UNIT) {
             prefetch(job, w, CPU_Q8_0_UNIT / 64);
             vf d = vf_load(w + CPU_Q8_0_D);
-            TILE_LOAD(6, w, 64);
-            const uint8_t *x = job->x + (size_t)(b / UNIT_BLOCKS) * x_unit;
-            const uint8_t *tail = x + job->n * planes * QK_K;
-            for (int from = 0; from < job->n; from += height) {
-                TILE_LOAD(4, x + from * planes * QK_K + b % UNIT_BLOCKS * CPU_BLOCK, QK_K);
-                _tile_zero(0);
-                _tile_dpbsud(0, 4, 6);
-                _tile_stored(0, sums, 64);
-                __asm__ volatile("" ::: "memory");
-                for (int t = from; t < job->n && t < from + height; t++, tail += CPU_X_TAIL) {
+            TILE_LOAD(6, w);
+            const uint8_t *x = job->x + (size_t)(b / UNIT_BLOCKS) * x_unit, *tail = x + x_bytes;
+            for (int from = 0; from < job->n; from += group) {
+                const uint8_t *rows = x + cpu_x_at(job->n, planes, from, b % UNIT_BLOCKS * CPU_BLOCK);
+                for (int r = 0; r < n_rows; r += tile_rows) {
+                    TOKENS_LOAD(4, rows + r * CPU_STEP);
+                    _tile_zero(0);
+                    _tile_dpbsud(0, 4, 6);
+                    _tile_stored(0, sums[r], 64);
+                    __asm__ volatile("" ::: "memory");
+                }
+                for (int t = from; t < job->n && t < from + group; t++, tail += CPU_X_TAIL) {
                     int16_t sum;
                     memcpy(&sum, tail + CPU_X_SUMS_32 + 2 * (b % UNIT_BLOCKS), sizeof sum);
-                    vi s = vi_load(sums[planes * (t - from)]);
+                    vi s = vi_load(sums[t - from]);
                     if (planes == 2)
-                        s = vi_add(vi_shl(s, CPU_X_LOW_BITS), vi_load(sums[2 * (t - from) + 1]));
+                        s = vi_add(vi_shl(s, CPU_X_LOW_BITS), vi_load(sums[group + t - from]));
                     s = vi_sub(s, vi_set1(128 * sum)); /* quants were taken as 0 … 255 */
                     vf y = vf_mul(vf_from_int(s), d);
                     vf_store(total[t], vf_fma(y, vf_set1(scale_of(tail)), vf_load(total[t])));
@@ -549,9 +558,9 @@ CPU_INLINE vi sums_of(const vi *x) {
 #undef EVEN_AND_ODD_LANES
 }
 
-/* Up to 256 values, whole blocks of 32, to a unit of a row; the others are zero. Round to nearest. If they hold NaN or
- * infinity their scale is not finite, so that the row's products are not finite either. */
-CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8_t *tail,
+/* Up to 256 values, whole blocks of 32, to token t's unit in a tile of n; the others are zero. Round to nearest. If they
+ * hold NaN or infinity their scale is not finite, so that the row's products are not finite either. */
+CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *tile, int t, int n,
                               int planes) {
     const float limit = planes == 2 ? CPU_X_LIMIT_2 : CPU_X_LIMIT_1, tiny = 1e-30f;
     const vi no_sign = vi_set1(0x7fffffff);
@@ -570,8 +579,12 @@ CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8
         scale = max / limit;
         inverse = limit / max;
     }
+    uint8_t *tail = tile + cpu_x_bytes(n, planes) + t * CPU_X_TAIL;
+    const int plane_bytes = cpu_x_group(n) * CPU_STEP, step_bytes = planes * plane_bytes;
+    uint8_t *first_step = tile + cpu_x_at(n, planes, t, 0);
     CPU_UNROLL
     for (int i = 0; i < 16; i++) {
+        uint8_t *to = first_step + i / 4 * step_bytes + i % 4 * 16;
         q[i] = vf_to_int(vf_mul(v[i], vf_set1(inverse)));
         vi first = q[i];
         if (planes == 2) {
@@ -579,10 +592,9 @@ CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8
             vi half = vi_add(vi_set1(1 << (CPU_X_LOW_BITS - 1)), vi_sar(q[i], 31));
             first = vi_sar(vi_add(q[i], half), CPU_X_LOW_BITS);
             vi second = vi_sub(q[i], vi_shl(first, CPU_X_LOW_BITS));
-            _mm_storeu_si128((__m128i *)(void *)(high + QK_K + 16 * i),
-                             _mm512_cvtepi32_epi8(second));
+            _mm_storeu_si128((__m128i *)(void *)(to + plane_bytes), _mm512_cvtepi32_epi8(second));
         }
-        _mm_storeu_si128((__m128i *)(void *)(high + 16 * i), _mm512_cvtepi32_epi8(first));
+        _mm_storeu_si128((__m128i *)(void *)to, _mm512_cvtepi32_epi8(first));
     }
     __m256i sums = _mm512_cvtepi32_epi16(sums_of(q));
     __m256i pairs = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
@@ -594,9 +606,10 @@ CPU_INLINE void quantize_unit(const float *x, int n_blocks, uint8_t *high, uint8
 
 CPU_INLINE void quantize_units(const float *x, int32_t n, int planes, uint8_t *tile, int t,
                                int n_tokens) {
-    for (int32_t at = 0; at < n; at += QK_K, tile += (size_t)n_tokens * cpu_x_unit_bytes(planes))
-        quantize_unit(x + at, (n - at < QK_K ? n - at : QK_K) / CPU_BLOCK, tile + t * planes * QK_K,
-                      tile + n_tokens * planes * QK_K + t * CPU_X_TAIL, planes);
+    const size_t unit_bytes = cpu_x_bytes(n_tokens, planes) + (size_t)n_tokens * CPU_X_TAIL;
+    for (int32_t at = 0; at < n; at += QK_K, tile += unit_bytes)
+        quantize_unit(x + at, (n - at < QK_K ? n - at : QK_K) / CPU_BLOCK, tile, t, n_tokens,
+                      planes);
 }
 
 static void k_quantize_unit_tile(const float *x, int32_t n, int planes, uint8_t *tile, int t,
@@ -613,11 +626,18 @@ static void k_quantize_units(const float *x, int32_t n, int planes, uint8_t *row
 
 static void k_gather_units(const uint8_t *const *rows, int n_tokens, int32_t n, int planes,
                            uint8_t *tile) {
-    const size_t x_bytes = (size_t)planes * QK_K, unit_bytes = cpu_x_unit_bytes(planes);
-    for (size_t at = 0; at < cpu_x_row_bytes(n, planes); at += unit_bytes) {
-        for (int t = 0; t < n_tokens; t++, tile += x_bytes) memcpy(tile, rows[t] + at, x_bytes);
-        for (int t = 0; t < n_tokens; t++, tile += CPU_X_TAIL)
-            memcpy(tile, rows[t] + at + x_bytes, CPU_X_TAIL);
+    const size_t x_bytes = cpu_x_bytes(n_tokens, planes), row_unit = cpu_x_unit_bytes(planes);
+    const int plane_bytes = cpu_x_group(n_tokens) * CPU_STEP;
+    for (size_t at = 0; at < cpu_x_row_bytes(n, planes); at += row_unit) {
+        uint8_t *tail = tile + x_bytes;
+        for (int t = 0; t < n_tokens; t++, tail += CPU_X_TAIL) {
+            const uint8_t *from = rows[t] + at;
+            uint8_t *to = tile + cpu_x_at(n_tokens, planes, t, 0);
+            for (int i = 0; i < UNIT_STEPS * planes; i++, from += CPU_STEP, to += plane_bytes)
+                memcpy(to, from, CPU_STEP);
+            memcpy(tail, from, CPU_X_TAIL);
+        }
+        tile = tail;
     }
 }
 

@@ -21,15 +21,15 @@
  * CPU_X_LIMIT_2 steps on either side, so that their sums of 32 fit 16 bits and those of a superblock 32. Dot products of a
  * superblock (of Q8_0: of a block) are exact integers, but for one part of Q4_K and Q5_K with two planes, which is left
  * out: scales, too, are high bits, rounded to nearest, and two (Q4_K) or three (Q5_K) left, and low bits are not
- * multiplied with low bits. These integers are combined in float32, in order. A tile of n tokens is, per unit, the last
- * one filled up with zeros:
+ * multiplied with low bits. These integers are combined in float32, in order. A tile of n tokens is cut into groups of
+ * equally many, the last one filled up with whatever there is: one group, or pairs of them from CPU_GROUP tokens on. What a
+ * tile product reads lies together. It is, per unit, the last one filled up with zeros:
  *
- *     int8 x[n][planes][256]
+ *     int8 x[groups][256 / CPU_STEP][planes][tokens of a group][CPU_STEP]
  *     n times CPU_X_TAIL bytes: float scale; at CPU_X_SUMS_32 int16 [8], sums of each 32 values; at CPU_X_SUMS_16
  *     int16 [16], of each 16
  *
- * and a quantised row is a tile of one. What a pass over a unit reads lies together, whatever the rows' length. Of x up to
- * CPU_TILE_PAD - 1 tokens more are read, whatever they hold.
+ * and a quantised row is a tile of one.
  *
  * Private to the CPU backend and its tests. */
 #ifndef MOED_MOE_CPU_KERNELS_H
@@ -41,7 +41,8 @@
 enum {
     CPU_ROWS = 16, /* weight rows per tile: the lanes of a 512-bit register */
     CPU_TILE = 64, /* tokens per tile at most */
-    CPU_TILE_PAD = 16, /* what tiles of tokens are padded to, by units */
+    CPU_GROUP = 16, /* by units: tokens per group at most; tiles are no larger than of a multiple of it */
+    CPU_STEP = 64, /* columns that lie together */
     CPU_BLOCK = 32, /* columns per activation scale */
     CPU_POS = 16, /* key positions interleaved in the KV cache */
     CPU_SPLIT = 64, /* positions per step of the running softmax, from multiples of it */
@@ -186,6 +187,20 @@ struct cpu_kernels {
 static inline size_t cpu_x_unit_bytes(int planes) { return (size_t)planes * QK_K + CPU_X_TAIL; }
 static inline size_t cpu_x_row_bytes(int32_t n_cols, int planes) {
     return ((size_t)n_cols + QK_K - 1) / QK_K * cpu_x_unit_bytes(planes);
+}
+/* Of a tile of n tokens: how many a group has, bytes of all groups' values in a unit, and where value c of token t is.
+ * Its second plane follows after a group's CPU_STEP columns. */
+static inline int cpu_x_group(int n) {
+    const int pairs = (n + 2 * CPU_GROUP - 1) / (2 * CPU_GROUP);
+    return n <= CPU_GROUP ? n : (n + 2 * pairs - 1) / (2 * pairs);
+}
+static inline size_t cpu_x_bytes(int n, int planes) {
+    const int group = cpu_x_group(n);
+    return (size_t)((n + group - 1) / group * group) * (size_t)planes * QK_K;
+}
+static inline size_t cpu_x_at(int n, int planes, int t, int c) {
+    const int group = cpu_x_group(n), step = t / group * (QK_K / CPU_STEP) + c / CPU_STEP;
+    return (size_t)((step * planes * group + t % group) * CPU_STEP + c % CPU_STEP);
 }
 static inline size_t cpu_row_bytes(const struct cpu_kernels *k, int32_t n_cols, int planes) {
     if (k->inputs == CPU_BY_UNIT) return cpu_x_row_bytes(n_cols, planes);

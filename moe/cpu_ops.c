@@ -86,8 +86,9 @@ void cpu_dequantize_row(const struct cpu *c, const uint8_t *row, int32_t n_cols,
             const uint8_t *unit = row + (size_t)(i / QK_K) * cpu_x_unit_bytes(planes);
             float scale;
             memcpy(&scale, unit + planes * QK_K + CPU_X_SCALE, sizeof scale);
-            int v = (int8_t)unit[i % QK_K];
-            if (planes == 2) v = v * (1 << CPU_X_LOW_BITS) + (int8_t)unit[QK_K + i % QK_K];
+            const uint8_t *at = unit + cpu_x_at(1, planes, 0, i % QK_K);
+            int v = (int8_t)at[0];
+            if (planes == 2) v = v * (1 << CPU_X_LOW_BITS) + (int8_t)at[CPU_STEP];
             dst[i] = scale * (float)v;
         }
         return;

@@ -9,7 +9,7 @@ static int n_isas;
 
 /* A tile, and behind it what products may read but must not heed. */
 static uint8_t *new_tile(int32_t n_cols) {
-    size_t n = (CPU_TILE + CPU_TILE_PAD) * cpu_x_row_bytes(n_cols, 2);
+    size_t n = (CPU_TILE + CPU_GROUP) * cpu_x_row_bytes(n_cols, 2);
     uint8_t *tile = aligned_alloc(64, n);
     memset(tile, 0xa5, n);
     return tile;
@@ -17,20 +17,34 @@ static uint8_t *new_tile(int32_t n_cols) {
 
 /* ---- quantisation ------------------------------------------------------------------------------------ */
 
-/* Value c of token t of a tile of n, as an integer, and what one step of it is. */
-static int value_at(const uint8_t *tile, int planes, int n, int t, int32_t c, float *scale) {
-    const uint8_t *unit = tile + (size_t)(c / QK_K * n) * cpu_x_unit_bytes(planes);
-    const uint8_t *high = unit + t * planes * QK_K + c % QK_K;
-    memcpy(scale, unit + n * planes * QK_K + t * CPU_X_TAIL + CPU_X_SCALE, sizeof *scale);
-    if (planes == 1) return (int8_t)*high;
-    assert_in_range((int8_t)high[QK_K] + 4, 0, 8);
-    return (int8_t)*high * (1 << CPU_X_LOW_BITS) + (int8_t)high[QK_K];
+static size_t tile_unit_bytes(int planes, int n) {
+    return cpu_x_bytes(n, planes) + (size_t)n * CPU_X_TAIL;
+}
+
+static const uint8_t *tail_at(const uint8_t *tile, int planes, int n, int t, int32_t c) {
+    return tile + (size_t)(c / QK_K) * tile_unit_bytes(planes, n) + cpu_x_bytes(n, planes) +
+           t * CPU_X_TAIL;
+}
+
+/* Byte c of a plane of token t of a tile of n. */
+static int byte_at(const uint8_t *tile, int planes, int n, int t, int32_t c, int plane) {
+    const uint8_t *unit = tile + (size_t)(c / QK_K) * tile_unit_bytes(planes, n);
+    return (int8_t)unit[cpu_x_at(n, planes, t, c % QK_K) +
+                        (size_t)(plane * cpu_x_group(n) * CPU_STEP)];
 }
 
 /* The value in the low plane, which a scale's low bits are not multiplied with. */
 static int low_at(const uint8_t *tile, int n, int t, int32_t c) {
-    const uint8_t *unit = tile + (size_t)(c / QK_K * n) * cpu_x_unit_bytes(2);
-    return (int8_t)unit[(2 * t + 1) * QK_K + c % QK_K];
+    return byte_at(tile, 2, n, t, c, 1);
+}
+
+/* Value c, as an integer, and what one step of it is. */
+static int value_at(const uint8_t *tile, int planes, int n, int t, int32_t c, float *scale) {
+    memcpy(scale, tail_at(tile, planes, n, t, c) + CPU_X_SCALE, sizeof *scale);
+    const int high = byte_at(tile, planes, n, t, c, 0);
+    if (planes == 1) return high;
+    assert_in_range(low_at(tile, n, t, c) + 4, 0, 8);
+    return high * (1 << CPU_X_LOW_BITS) + low_at(tile, n, t, c);
 }
 
 /* What those low bits make of weight w in row r, column c. */
@@ -65,7 +79,7 @@ static void check_quantize(const struct cpu_kernels *k, int planes, const float 
     memset(row, 0xaa, bytes);
     k->quantize_row(x, n_cols, planes, row);
     for (int u = 0; u < n_units; u++) {
-        const uint8_t *tail = row + (size_t)u * cpu_x_unit_bytes(planes) + planes * QK_K;
+        const uint8_t *tail = tail_at(row, planes, 1, 0, QK_K * u);
         double max = 0;
         int sums[16] = {0};
         float scale;
@@ -100,38 +114,47 @@ static void test_quantize(void **state) {
     }
 }
 
-/* A tile has the tokens' units side by side, and rows gathered to one are the tile. */
+/* A tile has its tokens' values and tails, rows gathered to one are the tile, groups are pairs if more than one, and tiles of
+ * whole groups are no larger than their rows. */
+static void check_tile(const struct cpu_kernels *k, int planes, int width) {
+    enum { COLS = 288 };
+    uint64_t seed = 22;
+    const size_t bytes = cpu_x_row_bytes(COLS, planes);
+    const int group = cpu_x_group(width), n_groups = (width + group - 1) / group;
+    const size_t tile_bytes = bytes / cpu_x_unit_bytes(planes) * tile_unit_bytes(planes, width);
+    uint8_t *rows = new_tile(COLS), *tile = new_tile(COLS), *gathered = new_tile(COLS);
+    const uint8_t *at[CPU_TILE];
+    float in[COLS], scale, row_scale;
+    assert_in_range(group, 1, CPU_GROUP);
+    assert_true(n_groups == 1 || n_groups % 2 == 0);
+    const int whole = (width + CPU_GROUP - 1) / CPU_GROUP * CPU_GROUP;
+    assert_true(tile_bytes <= (size_t)whole * bytes);
+    for (int t = 0; t < width; t++) {
+        fill_input(t % N_KINDS, &seed, COLS, in);
+        at[t] = rows + (size_t)t * bytes;
+        k->quantize_row(in, COLS, planes, rows + (size_t)t * bytes);
+        k->quantize(in, COLS, planes, tile, t, width);
+    }
+    k->gather(at, width, COLS, planes, gathered);
+    assert_memory_equal(gathered, tile, tile_bytes + CPU_X_TAIL); /* and nothing beyond */
+    for (int t = 0; t < width; t++)
+        for (int c = 0; c < 2 * QK_K; c++) {
+            assert_int_equal(value_at(tile, planes, width, t, c, &scale),
+                             value_at(at[t], planes, 1, 0, c, &row_scale));
+            if (c % QK_K == 0)
+                assert_memory_equal(tail_at(tile, planes, width, t, c),
+                                    tail_at(at[t], planes, 1, 0, c), CPU_X_TAIL);
+        }
+    free(rows);
+    free(tile);
+    free(gathered);
+}
+
 static void test_rows_and_tiles(void **state) {
     (void)state;
-    enum { COLS = 288, WIDTH = 37 };
-    uint64_t seed = 22;
-    for (int i = 0; i < 2 * n_isas; i++) {
-        const struct cpu_kernels *k = isas[i / 2];
-        const int planes = 1 + i % 2;
-        const size_t bytes = cpu_x_row_bytes(COLS, planes);
-        uint8_t *rows = new_tile(COLS), *tile = new_tile(COLS), *gathered = new_tile(COLS);
-        const uint8_t *at[WIDTH];
-        float in[COLS];
-        for (int t = 0; t < WIDTH; t++) {
-            fill_input(t % N_KINDS, &seed, COLS, in);
-            at[t] = rows + (size_t)t * bytes;
-            k->quantize_row(in, COLS, planes, rows + (size_t)t * bytes);
-            k->quantize(in, COLS, planes, tile, t, WIDTH);
-        }
-        k->gather(at, WIDTH, COLS, planes, gathered);
-        assert_memory_equal(gathered, tile, (WIDTH + 1) * bytes); /* and nothing beyond */
-        const size_t x_bytes = (size_t)planes * QK_K;
-        const uint8_t *x = tile;
-        for (size_t unit = 0; unit < bytes; unit += cpu_x_unit_bytes(planes)) {
-            for (int t = 0; t < WIDTH; t++, x += x_bytes)
-                assert_memory_equal(x, at[t] + unit, x_bytes);
-            for (int t = 0; t < WIDTH; t++, x += CPU_X_TAIL)
-                assert_memory_equal(x, at[t] + unit + x_bytes, CPU_X_TAIL);
-        }
-        free(rows);
-        free(tile);
-        free(gathered);
-    }
+    for (int isa = 0; isa < n_isas; isa++)
+        for (int planes = 1; planes <= 2; planes++)
+            for (int width = 1; width <= CPU_TILE; width++) check_tile(isas[isa], planes, width);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------ */
