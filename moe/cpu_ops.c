@@ -15,8 +15,9 @@ enum { MOST_TILES = 8, TILES_BYTES = 64 * 1024 };
 
 int32_t cpu_n_items(const struct cpu *c, int32_t n_parts, double cost) {
     /* Clocks per item. `least`: against the price of a hand-over. Then enough items for an even end, but no
-     * more: an item that gathers its tokens wants many rows to use them on. */
-    const double least = 1500, good = 12000, most = 300000;
+     * more: an item that gathers its tokens, or finds them in another core's cache, wants many
+     * rows to use them on. */
+    const double least = 1500, good = 12000, most = 2000000;
     double total = cost * (double)n_parts, per_thread = total / c->n_threads;
     double size = per_thread / 32;
     if (size > most) size = most;
