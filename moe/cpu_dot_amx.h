@@ -323,6 +323,8 @@ struct fold {
     const float *total; /* so far, [token][CPU_ROWS] */
     float *dst;
     size_t stride; /* of dst */
+    const float *soon; /* what will be written at the row tile's end and is in no near cache, or NULL */
+    size_t soon_stride;
     int n; /* tokens */
     int low_sums; /* from the sums of a token's high plane to those of its low one, if it has these */
 };
@@ -333,6 +335,8 @@ CPU_INLINE void fold_tokens(enum cpu_format format, bool both, const struct fold
     if (to > f->n) to = f->n;
     if (from >= to) return;
     const int shift = high_shift(format), low = 2 * TILE_ROWS * CPU_ROWS;
+    for (int t = from; f->soon && t < to; t++)
+        __builtin_prefetch(f->soon + (size_t)t * f->soon_stride, 1);
     const struct rest rest = f->u->rest;
     const int32_t *sums = f->sums + from * CPU_ROWS;
     const uint8_t *tail = f->tails + from * CPU_X_TAIL;
@@ -418,7 +422,10 @@ CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, bool both,
 /* In passes of one group of tokens or two. */
 CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
                           int planes, int n_tiles, bool apart) {
-    enum { FOLD_PORTIONS = 2 * (UNIT_STEPS - 1) }; /* of a pass */
+    enum {
+        FOLD_PORTIONS = 2 * (UNIT_STEPS - 1), /* of a pass */
+        FAR_STRIDE = 1024 /* a page: rows of a large matrix, which nobody has touched lately */
+    };
     static const float zeros[CPU_TILE][CPU_ROWS];
     _Alignas(64) struct unit unpacked[2];
     _Alignas(64) sum_tiles sums;
@@ -445,6 +452,7 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
     for (int32_t i = 0, column = 0; i < n_units; i++) {
         const struct unit *u = &unpacked[i % 2];
         const bool first = column == 0, final = column == job->n_units - 1;
+        const bool fetch = first && job->stride >= FAR_STRIDE;
         const uint8_t *tails = x + cpu_x_bytes(job->n, planes);
         beside.next += unit_bytes;
         beside.fresh = &unpacked[(i + 1) % 2];
@@ -462,6 +470,8 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
                                         .total = first ? zeros[t] : total[t],
                                         .dst = final ? out + (size_t)t * job->stride : total[t],
                                         .stride = final ? job->stride : CPU_ROWS,
+                                        .soon = fetch ? out + (size_t)t * job->stride : NULL,
+                                        .soon_stride = job->stride,
                                         .n = job->n - t < n_pass ? job->n - t : n_pass,
                                         .low_sums = group * CPU_ROWS};
         }
@@ -626,18 +636,17 @@ static void k_quantize_units(const float *x, int32_t n, int planes, uint8_t *row
 
 static void k_gather_units(const uint8_t *const *rows, int n_tokens, int32_t n, int planes,
                            uint8_t *tile) {
-    const size_t x_bytes = cpu_x_bytes(n_tokens, planes), row_unit = cpu_x_unit_bytes(planes);
+    const size_t x_bytes = cpu_x_bytes(n_tokens, planes),
+                 unit_bytes = x_bytes + (size_t)n_tokens * CPU_X_TAIL;
     const int plane_bytes = cpu_x_group(n_tokens) * CPU_STEP;
-    for (size_t at = 0; at < cpu_x_row_bytes(n, planes); at += row_unit) {
-        uint8_t *tail = tile + x_bytes;
-        for (int t = 0; t < n_tokens; t++, tail += CPU_X_TAIL) {
-            const uint8_t *from = rows[t] + at;
-            uint8_t *to = tile + cpu_x_at(n_tokens, planes, t, 0);
-            for (int i = 0; i < UNIT_STEPS * planes; i++, from += CPU_STEP, to += plane_bytes)
-                memcpy(to, from, CPU_STEP);
+    for (int t = 0; t < n_tokens; t++) { /* a row after the other, as memory is fetched ahead */
+        const uint8_t *from = rows[t], *end = from + cpu_x_row_bytes(n, planes);
+        uint8_t *x = tile + cpu_x_at(n_tokens, planes, t, 0), *tail = tile + x_bytes + t * CPU_X_TAIL;
+        for (; from < end; x += unit_bytes, tail += unit_bytes, from += CPU_X_TAIL) {
+            for (int i = 0; i < UNIT_STEPS * planes; i++, from += CPU_STEP)
+                memcpy(x + i * plane_bytes, from, CPU_STEP);
             memcpy(tail, from, CPU_X_TAIL);
         }
-        tile = tail;
     }
 }
 
