@@ -264,7 +264,8 @@ typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
  * group or two. */
 struct shape {
     int n_tiles;
-    bool apart;
+    bool both, apart;
+    int slots; /* products of a step, after each of which there is time for vector work */
     int rows; /* of a tile */
     int step_bytes; /* from CPU_STEP columns to the next ones */
     int second; /* bytes from the first tile to the second */
@@ -317,72 +318,63 @@ CPU_INLINE void take_sums(int n_tiles, int rows, sum_tiles sums) {
 
 /* What is to be done with the sums of a pass over a unit. */
 struct fold {
-    const struct unit *u;
     const int32_t *sums; /* sum_tiles */
     const uint8_t *tails; /* of the tokens */
     const float *total; /* so far, [token][CPU_ROWS] */
     float *dst;
     size_t stride; /* of dst */
-    const float *soon; /* what will be written at the row tile's end and is in no near cache, or NULL */
-    size_t soon_stride;
     int n; /* tokens */
     int low_sums; /* from the sums of a token's high plane to those of its low one, if it has these */
 };
 
-/* Tokens from … to - 1. */
-CPU_INLINE void fold_tokens(enum cpu_format format, bool both, const struct fold *f, int from,
-                            int to) {
-    if (to > f->n) to = f->n;
-    if (from >= to) return;
+CPU_INLINE void fold_token(enum cpu_format format, bool both, const struct fold *f,
+                           const struct rest *rest, int t) {
     const int shift = high_shift(format), low = 2 * TILE_ROWS * CPU_ROWS;
-    for (int t = from; f->soon && t < to; t++)
-        __builtin_prefetch(f->soon + (size_t)t * f->soon_stride, 1);
-    const struct rest rest = f->u->rest;
-    const int32_t *sums = f->sums + from * CPU_ROWS;
-    const uint8_t *tail = f->tails + from * CPU_X_TAIL;
-    const float *total = f->total + from * CPU_ROWS;
-    float *dst = f->dst + (size_t)from * f->stride;
-    for (int t = from; t < to; t++) {
-        vi s = vi_add(vi_shl(vi_load(sums), shift), vi_load(sums + low));
-        if (both) {
-            const int32_t *l = sums + f->low_sums;
-            if (format == CPU_Q6_K)
-                s = vi_add(vi_shl(s, CPU_X_LOW_BITS),
-                           vi_add(vi_shl(vi_load(l), shift), vi_load(l + low)));
-            else
-                s = vi_add(s, vi_load(l));
-        }
-        vf_store(dst, add_unit(format, &rest, s, tail, vf_load(total)));
-        sums += CPU_ROWS;
-        tail += CPU_X_TAIL;
-        total += CPU_ROWS;
-        dst += f->stride;
+    const int32_t *sums = f->sums + t * CPU_ROWS;
+    const uint8_t *tail = f->tails + t * CPU_X_TAIL;
+    vi s = vi_add(vi_shl(vi_load(sums), shift), vi_load(sums + low));
+    if (both) {
+        const int32_t *l = sums + f->low_sums;
+        if (format == CPU_Q6_K)
+            s = vi_add(vi_shl(s, CPU_X_LOW_BITS),
+                       vi_add(vi_shl(vi_load(l), shift), vi_load(l + low)));
+        else
+            s = vi_add(s, vi_load(l));
     }
+    vf_store(f->dst + (size_t)t * f->stride,
+             add_unit(format, rest, s, tail, vf_load(f->total + t * CPU_ROWS)));
 }
 
-/* What vectors do while tiles are multiplied, in portions. */
+/* What vectors do while tiles are multiplied. */
 struct beside {
     struct fold last; /* the sums of the last pass */
-    int token, part; /* so many of its tokens are added up; at a time */
+    int token; /* so many of its tokens are added up */
     const struct cpu_dot *job;
     const uint8_t *next; /* the next unit */
     struct unit *fresh; /* to be unpacked to this */
-    int block, n_blocks; /* so many of its blocks are; in all */
-    int portion, n_portions; /* in the course of a unit */
+    int block, n_blocks; /* so many of its blocks are; should be by the end of this pass */
 };
 
-CPU_INLINE void fold_portion(enum cpu_format format, bool both, struct beside *b) {
-    fold_tokens(format, both, &b->last, b->token, b->token + b->part);
-    b->token += b->part;
+CPU_INLINE void unpack_next_block(enum cpu_format format, int unit_bytes, struct beside *b) {
+    const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64;
+    prefetch(b->job, b->next + b->block * unit_bytes / UNIT_BLOCKS, lines);
+    unpack_block(format, b->next, b->block++, b->fresh);
 }
 
-CPU_INLINE void unpack_portion(enum cpu_format format, int unit_bytes, struct beside *b) {
-    const int lines = (unit_bytes / UNIT_BLOCKS + 63) / 64;
-    b->portion++;
-    for (; b->block < b->n_blocks && b->block * b->n_portions < b->portion * UNIT_BLOCKS;
-         b->block++) {
-        prefetch(b->job, b->next + b->block * unit_bytes / UNIT_BLOCKS, lines);
-        unpack_block(format, b->next, b->block, b->fresh);
+/* The vector work after one product. `summed`: the last pass's sums are in memory. A slot has either sums or a block, and
+ * few of them: a processor looks ahead by some 190 vector instructions, and must see the next products by then. */
+CPU_INLINE void work_beside(enum cpu_format format, int unit_bytes, const struct shape *p,
+                            bool summed, const struct rest *rest, struct beside *b) {
+    const int most = p->n_tiles * TILE_ROWS / (p->both ? 2 : 1); /* tokens of a pass */
+    const int n_slots = (UNIT_STEPS - 1) * p->slots, n = (most + n_slots - 1) / n_slots;
+    if (summed && (p->n_tiles > 1 || b->token < b->last.n)) {
+        CPU_UNROLL
+        for (int i = 0; i < n; i++)
+            if (b->token + i < b->last.n)
+                fold_token(format, p->both, &b->last, rest, b->token + i);
+        b->token += n;
+    } else if (b->block < b->n_blocks) {
+        unpack_next_block(format, unit_bytes, b);
     }
 }
 
@@ -394,38 +386,52 @@ CPU_INLINE void unpack_portion(enum cpu_format format, int unit_bytes, struct be
         multiply;                                                                                  \
     } while (0)
 
-/* CPU_STEP columns of a pass. take: where the sums so far go, or NULL. Products alternate with portions of vector work: a
- * processor looks ahead until it runs out of registers for results, some 190 vector instructions, and both overlap only
- * if it has seen the next product by then. */
-CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, bool both,
-                              const struct shape *p, const uint8_t *parts, const uint8_t *x,
-                              sum_tiles take, struct beside *b) {
+/* CPU_STEP columns of a pass. take: where the sums so far go, or NULL. rest: of the last pass's unit. */
+CPU_INLINE void multiply_step(enum cpu_format format, int unit_bytes, const struct shape *p,
+                              const uint8_t *parts, const uint8_t *x, sum_tiles take,
+                              const struct rest *rest, struct beside *b) {
     const int rows = p->rows, low = rows * CPU_STEP;
+#define WORK_BESIDE() work_beside(format, unit_bytes, p, !take, rest, b)
     TILE_LOAD(6, parts);
     TOKENS_LOAD(4, x);
     PRODUCT(0, MULTIPLY_HIGH(format, 0, 4));
-    if (!take) fold_portion(format, both, b);
-    if (p->n_tiles > 1) TOKENS_LOAD(5, x + p->second);
-    if (p->n_tiles > 1) PRODUCT(2, MULTIPLY_HIGH(format, 2, 5));
-    if (!take) fold_portion(format, both, b);
+    WORK_BESIDE();
+    if (p->n_tiles > 1) {
+        TOKENS_LOAD(5, x + p->second);
+        PRODUCT(2, MULTIPLY_HIGH(format, 2, 5));
+        WORK_BESIDE();
+    }
     TILE_LOAD(7, parts + TILE_BYTES);
     PRODUCT(1, MULTIPLY_LOW(format, 1, 4));
     if (p->apart) TOKENS_LOAD(4, x + low); /* for high parts of weights */
-    unpack_portion(format, unit_bytes, b);
-    if (p->n_tiles > 1) PRODUCT(3, MULTIPLY_LOW(format, 3, 5));
-    if (p->apart && p->n_tiles > 1) TOKENS_LOAD(5, x + p->second + low);
-    if (p->apart) MULTIPLY_HIGH(format, 1, 4);
-    unpack_portion(format, unit_bytes, b);
-    if (p->apart && p->n_tiles > 1) MULTIPLY_HIGH(format, 3, 5);
+    WORK_BESIDE();
+    if (p->n_tiles > 1) {
+        PRODUCT(3, MULTIPLY_LOW(format, 3, 5));
+        if (p->apart) TOKENS_LOAD(5, x + p->second + low);
+        WORK_BESIDE();
+    }
+    if (p->apart) {
+        MULTIPLY_HIGH(format, 1, 4);
+        WORK_BESIDE();
+    }
+    if (p->apart && p->n_tiles > 1) {
+        MULTIPLY_HIGH(format, 3, 5);
+        WORK_BESIDE();
+    }
+#undef WORK_BESIDE
+}
+
+/* Of the lines that a row tile's results go to a share per unit, if they lie in pages of their own: rows of a large matrix,
+ * in no near cache. Stores would wait for them one after the other. */
+CPU_INLINE void fetch_results(const struct cpu_dot *job, const float *out, int32_t column) {
+    if (job->stride * sizeof *out < 4096) return;
+    for (int t = job->n * column / job->n_units; t < job->n * (column + 1) / job->n_units; t++)
+        __builtin_prefetch(out + (size_t)t * job->stride, 1);
 }
 
 /* In passes of one group of tokens or two. */
 CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
                           int planes, int n_tiles, bool apart) {
-    enum {
-        FOLD_PORTIONS = 2 * (UNIT_STEPS - 1), /* of a pass */
-        FAR_STRIDE = 1024 /* a page: rows of a large matrix, which nobody has touched lately */
-    };
     static const float zeros[CPU_TILE][CPU_ROWS];
     _Alignas(64) struct unit unpacked[2];
     _Alignas(64) sum_tiles sums;
@@ -434,17 +440,16 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
     const int group = cpu_x_group(job->n), plane_bytes = group * CPU_STEP;
     const int n_pass = both ? group : n_tiles * group, n_passes = (job->n + n_pass - 1) / n_pass;
     const struct shape shape = {.n_tiles = n_tiles,
+                                .both = both,
                                 .apart = apart,
+                                .slots = n_tiles * (apart ? 3 : 2),
                                 .rows = both && n_tiles == 1 ? 2 * group : group,
                                 .step_bytes = planes * plane_bytes,
                                 .second = (both ? 1 : UNIT_STEPS * planes) * plane_bytes};
     const int32_t n_units = job->n_tiles * job->n_units;
     const uint8_t *x = job->x;
     float *out = job->out;
-    struct beside beside = {.part = (n_pass + FOLD_PORTIONS - 1) / FOLD_PORTIONS,
-                            .job = job,
-                            .next = job->w,
-                            .n_portions = n_passes * UNIT_STEPS * 2};
+    struct beside beside = {.job = job, .next = job->w};
     configure_tiles(shape.rows, CPU_STEP);
     take_sums(n_tiles, shape.rows, sums); /* for the zeros */
     unpacked[0].rest = unpack_tile_rest(format, planes, job->w);
@@ -452,30 +457,29 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
     for (int32_t i = 0, column = 0; i < n_units; i++) {
         const struct unit *u = &unpacked[i % 2];
         const bool first = column == 0, final = column == job->n_units - 1;
-        const bool fetch = first && job->stride >= FAR_STRIDE;
         const uint8_t *tails = x + cpu_x_bytes(job->n, planes);
         beside.next += unit_bytes;
         beside.fresh = &unpacked[(i + 1) % 2];
-        beside.n_blocks = i + 1 < n_units ? UNIT_BLOCKS : 0;
-        beside.block = beside.portion = 0;
-        for (int t = 0; t < job->n; t += n_pass) {
+        beside.block = 0;
+        fetch_results(job, out, column);
+        for (int pass = 0, t = 0; pass < n_passes; pass++, t += n_pass) {
+            const struct rest rest = pass == 0 ? beside.fresh->rest : u->rest;
             beside.token = 0;
+            beside.n_blocks = i + 1 < n_units ? (pass + 1) * UNIT_BLOCKS / n_passes : 0;
             for (int s = 0; s < UNIT_STEPS; s++)
-                multiply_step(format, unit_bytes, both, &shape, u->parts[s][0],
+                multiply_step(format, unit_bytes, &shape, u->parts[s][0],
                               x + t * planes * QK_K + s * shape.step_bytes, s == 0 ? sums : NULL,
-                              &beside);
-            beside.last = (struct fold){.u = u,
-                                        .sums = sums[0][0],
+                              &rest, &beside);
+            while (beside.block < beside.n_blocks) unpack_next_block(format, unit_bytes, &beside);
+            beside.last = (struct fold){.sums = sums[0][0],
                                         .tails = tails + t * CPU_X_TAIL,
                                         .total = first ? zeros[t] : total[t],
                                         .dst = final ? out + (size_t)t * job->stride : total[t],
                                         .stride = final ? job->stride : CPU_ROWS,
-                                        .soon = fetch ? out + (size_t)t * job->stride : NULL,
-                                        .soon_stride = job->stride,
                                         .n = job->n - t < n_pass ? job->n - t : n_pass,
                                         .low_sums = group * CPU_ROWS};
         }
-        if (beside.n_blocks > 0) beside.fresh->rest = unpack_tile_rest(format, planes, beside.next);
+        if (i + 1 < n_units) beside.fresh->rest = unpack_tile_rest(format, planes, beside.next);
         x = tails + job->n * CPU_X_TAIL;
         if (++column < job->n_units) continue;
         column = 0;
@@ -483,7 +487,8 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
         out += CPU_ROWS;
     }
     take_sums(n_tiles, shape.rows, sums);
-    fold_tokens(format, both, &beside.last, 0, n_pass);
+    const struct rest rest = unpacked[(n_units - 1) % 2].rest;
+    for (int t = 0; t < beside.last.n; t++) fold_token(format, both, &beside.last, &rest, t);
 }
 
 CPU_INLINE void dot_superblocks(const struct cpu_dot *job, enum cpu_format format, int unit_bytes,
