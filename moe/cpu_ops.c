@@ -9,7 +9,7 @@
 
 /* Row tiles that are multiplied with one token tile after the other: as many as leave the second-level cache to
  * the tokens, since a call's beginning and end cost as much as several blocks. */
-enum { MOST_TILES = 8, TILES_BYTES = 64 * 1024 };
+enum { MOST_TILES = 8, TILES_BYTES = 256 * 1024 };
 
 /* ---- cutting work ------------------------------------------------------------------------------- */
 
