@@ -260,8 +260,8 @@ CPU_INLINE void dot_few(const struct cpu_dot *job, enum cpu_format format, int u
  * second is of all products with a low part. */
 typedef int32_t sum_tiles[2][2 * TILE_ROWS][CPU_ROWS];
 
-/* How a pass lays tokens in tiles: one tile or two, with both planes of one group of tokens or, apart, one plane at a time of one
- * group or two. */
+/* How a pass lays tokens in tiles: one tile or two, with both planes of one group of tokens or, apart, one plane at a
+ * time of one group or two. */
 struct shape {
     int n_tiles;
     bool both, apart;
@@ -370,8 +370,7 @@ CPU_INLINE void work_beside(enum cpu_format format, int unit_bytes, const struct
     if (summed && (p->n_tiles > 1 || b->token < b->last.n)) {
         CPU_UNROLL
         for (int i = 0; i < n; i++)
-            if (b->token + i < b->last.n)
-                fold_token(format, p->both, &b->last, rest, b->token + i);
+            if (b->token + i < b->last.n) fold_token(format, p->both, &b->last, rest, b->token + i);
         b->token += n;
     } else if (b->block < b->n_blocks) {
         unpack_next_block(format, unit_bytes, b);
@@ -527,7 +526,8 @@ CPU_INLINE void dot_blocks(const struct cpu_dot *job, int planes) {
             TILE_LOAD(6, w);
             const uint8_t *x = job->x + (size_t)(b / UNIT_BLOCKS) * x_unit, *tail = x + x_bytes;
             for (int from = 0; from < job->n; from += group) {
-                const uint8_t *rows = x + cpu_x_at(job->n, planes, from, b % UNIT_BLOCKS * CPU_BLOCK);
+                const uint8_t *rows =
+                    x + cpu_x_at(job->n, planes, from, b % UNIT_BLOCKS * CPU_BLOCK);
                 for (int r = 0; r < n_rows; r += tile_rows) {
                     TOKENS_LOAD(4, rows + r * CPU_STEP);
                     _tile_zero(0);
@@ -646,7 +646,8 @@ static void k_gather_units(const uint8_t *const *rows, int n_tokens, int32_t n, 
     const int plane_bytes = cpu_x_group(n_tokens) * CPU_STEP;
     for (int t = 0; t < n_tokens; t++) { /* a row after the other, as memory is fetched ahead */
         const uint8_t *from = rows[t], *end = from + cpu_x_row_bytes(n, planes);
-        uint8_t *x = tile + cpu_x_at(n_tokens, planes, t, 0), *tail = tile + x_bytes + t * CPU_X_TAIL;
+        uint8_t *x = tile + cpu_x_at(n_tokens, planes, t, 0),
+                *tail = tile + x_bytes + t * CPU_X_TAIL;
         for (; from < end; x += unit_bytes, tail += unit_bytes, from += CPU_X_TAIL) {
             for (int i = 0; i < UNIT_STEPS * planes; i++, from += CPU_STEP)
                 memcpy(x + i * plane_bytes, from, CPU_STEP);

@@ -22,8 +22,8 @@
  * superblock (of Q8_0: of a block) are exact integers, but for one part of Q4_K and Q5_K with two planes, which is left
  * out: scales, too, are high bits, rounded to nearest, and two (Q4_K) or three (Q5_K) left, and low bits are not
  * multiplied with low bits. These integers are combined in float32, in order. A tile of n tokens is cut into groups of
- * equally many, the last one filled up with whatever there is: one group, or pairs of them from CPU_GROUP tokens on. What a
- * tile product reads lies together. It is, per unit, the last one filled up with zeros:
+ * equally many, of which the last may have room for more: one group, or with more than CPU_GROUP tokens an even number. What
+ * a product of AMX reads lies together. A tile is, per unit, the last one filled up with zeros:
  *
  *     int8 x[groups][256 / CPU_STEP][planes][tokens of a group][CPU_STEP]
  *     n times CPU_X_TAIL bytes: float scale; at CPU_X_SUMS_32 int16 [8], sums of each 32 values; at CPU_X_SUMS_16
@@ -41,8 +41,8 @@
 enum {
     CPU_ROWS = 16, /* weight rows per tile: the lanes of a 512-bit register */
     CPU_TILE = 64, /* tokens per tile at most */
-    CPU_GROUP = 16, /* by units: tokens per group at most; tiles are no larger than of a multiple of it */
-    CPU_STEP = 64, /* columns that lie together */
+    CPU_GROUP = 16, /* by units: tokens whose values lie together, at most */
+    CPU_STEP = 64, /* and columns */
     CPU_BLOCK = 32, /* columns per activation scale */
     CPU_POS = 16, /* key positions interleaved in the KV cache */
     CPU_SPLIT = 64, /* positions per step of the running softmax, from multiples of it */

@@ -29,8 +29,8 @@ static const uint8_t *tail_at(const uint8_t *tile, int planes, int n, int t, int
 /* Byte c of a plane of token t of a tile of n. */
 static int byte_at(const uint8_t *tile, int planes, int n, int t, int32_t c, int plane) {
     const uint8_t *unit = tile + (size_t)(c / QK_K) * tile_unit_bytes(planes, n);
-    return (int8_t)unit[cpu_x_at(n, planes, t, c % QK_K) +
-                        (size_t)(plane * cpu_x_group(n) * CPU_STEP)];
+    return (
+        int8_t)unit[cpu_x_at(n, planes, t, c % QK_K) + (size_t)(plane * cpu_x_group(n) * CPU_STEP)];
 }
 
 /* The value in the low plane, which a scale's low bits are not multiplied with. */
@@ -114,8 +114,8 @@ static void test_quantize(void **state) {
     }
 }
 
-/* A tile has its tokens' values and tails, rows gathered to one are the tile, groups are pairs if more than one, and tiles of
- * whole groups are no larger than their rows. */
+/* A tile has its tokens' values and tails, rows gathered to one are the tile, groups are of an even number if more than
+ * one, and tiles are no larger than the rows of whole groups of CPU_GROUP. */
 static void check_tile(const struct cpu_kernels *k, int planes, int width) {
     enum { COLS = 288 };
     uint64_t seed = 22;
