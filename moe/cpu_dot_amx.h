@@ -452,6 +452,7 @@ CPU_INLINE void dot_units(const struct cpu_dot *job, enum cpu_format format, int
     configure_tiles(shape.rows, CPU_STEP);
     take_sums(n_tiles, shape.rows, sums); /* for the zeros */
     unpacked[0].rest = unpack_tile_rest(format, planes, job->w);
+    unpacked[1].rest = unpacked[0].rest; /* of the pass before the first one, which has no tokens */
     for (int b = 0; b < UNIT_BLOCKS; b++) unpack_block(format, job->w, b, &unpacked[0]);
     for (int32_t i = 0, column = 0; i < n_units; i++) {
         const struct unit *u = &unpacked[i % 2];
