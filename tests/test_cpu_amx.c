@@ -29,8 +29,8 @@ static const uint8_t *tail_at(const uint8_t *tile, int planes, int n, int t, int
 /* Byte c of a plane of token t of a tile of n. */
 static int byte_at(const uint8_t *tile, int planes, int n, int t, int32_t c, int plane) {
     const uint8_t *unit = tile + (size_t)(c / QK_K) * tile_unit_bytes(planes, n);
-    return (
-        int8_t)unit[cpu_x_at(n, planes, t, c % QK_K) + (size_t)(plane * cpu_x_group(n) * CPU_STEP)];
+    const size_t plane_at = (size_t)(plane * cpu_x_group(n) * CPU_STEP);
+    return (int8_t)unit[cpu_x_at(n, planes, t, c % QK_K) + plane_at];
 }
 
 /* The value in the low plane, which a scale's low bits are not multiplied with. */
