@@ -6,9 +6,10 @@
 
 enum : int { MAX_WARPS = 8 };
 
-/* Depth of the ring of a kernel for 8 NG tokens: as much as lets a processor have four blocks of 4 warps, or two of 8. */
-__host__ DEVICE constexpr int few_stages(int type, int n_groups) {
-    return n_groups == 1 || type == PANEL_Q4_K ? 3 : 2;
+/* Depth of the ring for tiles of 8 NG tokens in a kernel for up to 8 MOST: as much as lets a processor have four blocks of
+ * 4 warps, or two of 8; fewer tokens leave room for one panel more. */
+__host__ DEVICE constexpr int few_stages(int type, int n_groups, int most) {
+    return (most == 1 || type == PANEL_Q4_K ? 3 : 2) + (most == 4 && n_groups == 2);
 }
 
 extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -20,26 +21,28 @@ __host__ DEVICE constexpr bool is_common(int type) { return type == PANEL_Q4_K |
 __host__ DEVICE constexpr bool is_fours(int n_groups) { return n_groups == 4; }
 
 /* What a warp has to itself, panels and scales, and all warps of a block together; activations come behind. */
-KERNEL_FN int own_bytes(int type, int n_groups) {
-    return few_stages(type, n_groups) * panel_bytes(type) + TABLE_BYTES;
-}
-KERNEL_FN int all_own_bytes(int type, int n_groups, int warps) {
-    return (warps * own_bytes(type, n_groups) + 1023) / 1024 * 1024;
-}
+KERNEL_FN int own_bytes(int type, int stages) { return stages * panel_bytes(type) + TABLE_BYTES; }
+KERNEL_FN int all_own_bytes(int type, int stages, int warps) { return (warps * own_bytes(type, stages) + 1023) / 1024 * 1024; }
 
 /* For weights of a type and up to 8 NG tokens, in a kernel for up to 8 MOST. */
 template <int TYPE, int NG, int MOST> struct few {
     using f = format<TYPE>;
     static constexpr bool fours = is_fours(MOST);
-    static constexpr int stages = few_stages(TYPE, MOST);
+    static constexpr int stages = few_stages(TYPE, NG, MOST);
     static constexpr int x_bytes = PANEL_UNITS * 8 * NG * X_ROW;           /* of one panel's activations */
-    static constexpr int held = NG == 1 ? 2 : 4;                           /* rows of activations a warp knows by heart */
+    static constexpr int held = fours ? NG : NG == 1 ? 2 : 4; /* rows of activations a warp knows by heart; of fours, all its rows */
     static constexpr int together = !is_common(TYPE) || fours ? 1 : NG == 1 ? 4 : 2; /* units that are read at once */
     static constexpr int unrolled = is_common(TYPE) ? PANEL_UNITS : 1;
 };
 
 template <int MOST> static size_t few_shared(int type, int warps, int parts) {
-    return (size_t)(all_own_bytes(type, MOST, warps) + parts * few_stages(type, MOST) * PANEL_UNITS * 8 * MOST * X_ROW);
+    int most = 0;
+    for (int n_groups = MOST == 4 && is_common(type) ? 2 : MOST; n_groups <= MOST; n_groups++) {
+        int stages = few_stages(type, n_groups, MOST), x_bytes = PANEL_UNITS * 8 * n_groups * X_ROW;
+        int n = all_own_bytes(type, stages, warps) + parts * stages * x_bytes;
+        if (n > most) most = n;
+    }
+    return (size_t)most;
 }
 
 /* Of fours, scalar registers are for wgmma's descriptors. */
@@ -151,16 +154,27 @@ static DEVICE void few_panel(float (&acc)[NG][4], const uint8_t *panel, const ui
     }
 }
 
-/* The item's tiles, whose first panels are on their way. */
+/* The item's tiles. */
 template <int TYPE, int NG, int MOST>
-static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &w, const struct few_panels &panels) {
+static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &w) {
     using F = few<TYPE, NG, MOST>;
     using f = typename F::f;
-    int lane = panels.lane, warp = warp_of<MOST>();
-    uint8_t *own = shared_bytes + warp * own_bytes(TYPE, MOST), *table = own + F::stages * f::bytes;
-    uint8_t *all_x = shared_bytes + all_own_bytes(TYPE, MOST, 1 << a.warps_shift), *x = all_x + w.part * F::stages * F::x_bytes;
+    int lane = (int)threadIdx.x & 31, warp = warp_of<MOST>(), blocks = 1 << w.rows_shift;
+    uint8_t *own = shared_bytes + warp * own_bytes(TYPE, F::stages), *table = own + F::stages * f::bytes;
+    struct few_panels panels = {w.w + lane * 16, (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * f::bytes), lane,
+                                min(w.n_tiles, (w.n_blocks - w.block + blocks - 1) >> w.rows_shift),
+                                shared_address(own + lane * 16)};
+    keep(panels.to);
+    struct few_next next = {panels.w, NULL, 0, 0, 0};
+#pragma unroll 1
+    for (int i = 0; i < F::stages - 1; i++) { /* weights do not depend on the kernels before */
+        copy_weights<TYPE>(panels, next);
+        advance<TYPE, F::stages>(w, panels, next);
+    }
+    wait_for_inputs(a, w);
+    uint8_t *all_x = shared_bytes + all_own_bytes(TYPE, F::stages, 1 << a.warps_shift), *x = all_x + w.part * F::stages * F::x_bytes;
     struct few_ring<F> ring = {a, w, panels, shared_address(x + (lane >> 3) * (8 * NG * X_ROW)), {}, {}};
-    struct few_next next = {panels.w, (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + lane * 16, 0, 0, 0};
+    next = {panels.w, (const uint8_t *)a.x + w.part * w.n_panels * (PANEL_K * 2) + lane * 16, 0, 0, 0};
     find_rows(ring);
 #pragma unroll 1
     for (int i = 0; i < F::stages - 1; i++) {
@@ -207,26 +221,13 @@ static DEVICE void few_tiles(const struct gemm_args &a, const struct gemm_work &
 
 /* Bodies for fewer groups of 8 tokens for the common formats, one for the others. */
 template <int TYPE, int MOST> static DEVICE void few_groups(const struct gemm_args &a, const struct gemm_work &w) {
-    constexpr int stages = few_stages(TYPE, MOST), bytes = format<TYPE>::bytes;
-    int lane = (int)threadIdx.x & 31, blocks = 1 << w.rows_shift;
-    struct few_panels panels = {w.w + lane * 16, (size_t)(blocks * w.n_parts - 1) * (size_t)(w.n_panels * bytes), lane,
-                                min(w.n_tiles, (w.n_blocks - w.block + blocks - 1) >> w.rows_shift),
-                                shared_address(shared_bytes + warp_of<MOST>() * own_bytes(TYPE, MOST) + lane * 16)};
-    keep(panels.to);
-    struct few_next next = {panels.w, NULL, 0, 0, 0};
-#pragma unroll 1
-    for (int i = 0; i < stages - 1; i++) { /* weights do not depend on the kernels before */
-        copy_weights<TYPE>(panels, next);
-        advance<TYPE, stages>(w, panels, next);
-    }
-    wait_for_inputs(a, w);
     if constexpr (MOST == 4 && is_common(TYPE)) {
-        if (w.n <= 16) return few_tiles<TYPE, 2, MOST>(a, w, panels);
-        if (w.n <= 24) return few_tiles<TYPE, 3, MOST>(a, w, panels);
+        if (w.n <= 16) return few_tiles<TYPE, 2, MOST>(a, w);
+        if (w.n <= 24) return few_tiles<TYPE, 3, MOST>(a, w);
     }
     if constexpr (MOST == 2 && is_common(TYPE))
-        if (w.n <= 8) return few_tiles<TYPE, 1, MOST>(a, w, panels);
-    few_tiles<TYPE, MOST, MOST>(a, w, panels);
+        if (w.n <= 8) return few_tiles<TYPE, 1, MOST>(a, w);
+    few_tiles<TYPE, MOST, MOST>(a, w);
 }
 
 template <int MOST> static DEVICE void few_block(const struct gemm_args &a) {
