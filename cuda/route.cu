@@ -78,19 +78,27 @@ template <int TT> struct logit_tile {
         return real ? 32 * at + 2 * (int)blockIdx.z + lane / CHAIN_QUADS : 0;
     }
 
-    DEVICE void fetch_weights(const struct route_args &a, int piece, int lane, int warp) {
+    /* On their way, and there: most blocks begin when x is there too, and then wait for both at once. */
+    struct weights {
+        float4 norm, v[TILE_EXPERTS / WARPS];
+    };
+    static DEVICE void load_weights(const struct route_args &a, int piece, int lane, int warp, struct weights &from) {
         bool real;
         int at = column(a, piece, lane, real), quads = a.n_cols / 4, e0 = (int)blockIdx.y * TILE_EXPERTS;
-        float4 norm = load_if(real, (const float4 *)a.norm + at), v[TILE_EXPERTS / WARPS];
+        from.norm = load_if(real, (const float4 *)a.norm + at);
 #pragma unroll
         for (int i = 0; i < TILE_EXPERTS / WARPS; i++) {
             int e = e0 + warp + WARPS * i;
-            v[i] = load_if(real && e < a.n_experts, (const float4 *)a.router + (size_t)e * (size_t)quads + at);
+            from.v[i] = load_if(real && e < a.n_experts, (const float4 *)a.router + (size_t)e * (size_t)quads + at);
         }
+    }
+    DEVICE void put_weights(const struct weights &from, int lane, int warp) {
+        float4 norm = from.norm;
 #pragma unroll
-        for (int i = 0; i < TILE_EXPERTS / WARPS; i++)
-            *(float4 *)&w[warp + WARPS * i][4 * lane] =
-                make_float4(v[i].x * norm.x, v[i].y * norm.y, v[i].z * norm.z, v[i].w * norm.w);
+        for (int i = 0; i < TILE_EXPERTS / WARPS; i++) {
+            float4 v = from.v[i];
+            *(float4 *)&w[warp + WARPS * i][4 * lane] = make_float4(v.x * norm.x, v.y * norm.y, v.z * norm.z, v.w * norm.w);
+        }
     }
 
     DEVICE void fetch_inputs(const struct route_args &a, int piece, int t0, int lane, int warp) {
@@ -223,11 +231,21 @@ static DEVICE void add_planes(const struct route_args &a, int t, int lane, float
     }
 }
 
-/* Experts and weights of token t from the sums. */
+/* Sums of squares of token t's planes. */
+static DEVICE float load_squares(const struct route_args &a, int t, int lane) {
+    return __ldcg(squares_of(a) + (size_t)t * ROUTE_PLANES + lane % ROUTE_PLANES);
+}
+static DEVICE float inverse_of_planes(const struct route_args &a, float squares) {
+    for (int d = 1; d < ROUTE_PLANES; d <<= 1) squares += __shfl_xor_sync(ALL_LANES, squares, d);
+    return inverse_of(a, squares);
+}
+
+/* Experts and weights of token t from the sums; inverse: of one plane. */
 template <int PLANES, int PER_LANE>
 static DEVICE void finish_token(const struct route_args &a, int t, float inverse, int *ids, int lane) {
-    float p[PER_LANE];
+    float p[PER_LANE], squares = PLANES > 1 ? load_squares(a, t, lane) : 0.0f;
     add_planes<PLANES, PER_LANE>(a, t, lane, p);
+    if (PLANES > 1) inverse = inverse_of_planes(a, squares); /* asked for with the planes, not before */
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) p[i] = expert_at(i, lane) < a.n_experts ? p[i] * inverse : -INFINITY;
     choose<PER_LANE>(a, t, p, ids, lane);
@@ -395,15 +413,15 @@ static __global__ void __launch_bounds__(THREADS, 2)
     if (t0 >= n_tokens) return;
     float acc[tile::TM][tile::TN] = {}, squares = 0.0f; /* thread 2 i + c: of token i, chain c */
     const float *own = &b.x[(int)threadIdx.x / 2 % TT][(int)threadIdx.x % 2 * (4 * CHAIN_QUADS)];
-    b.fetch_weights(a, 0, lane, warp);
-    depend_wait();
     for (int first = 0; first < quads; first += CHAIN_QUADS) {
-        if (first > 0) {
-            __syncthreads();
-            b.fetch_weights(a, first / CHAIN_QUADS, lane, warp);
-        }
+        typename tile::weights weights;
+        if (first > 0) __syncthreads();
+        tile::load_weights(a, first / CHAIN_QUADS, lane, warp, weights);
+        if (TT == 64) b.put_weights(weights, lane, warp); /* registers are for sums */
+        if (first == 0) depend_wait();
         b.fetch_inputs(a, first / CHAIN_QUADS, t0, lane, warp);
         if (first == 0) bring_next(a);
+        if (TT < 64) b.put_weights(weights, lane, warp);
         copy_wait<0>();
         __syncthreads();
         int n = min(quads - first, (int)CHAIN_QUADS);
@@ -430,19 +448,14 @@ static __global__ void __launch_bounds__(THREADS, 2)
     int t0 = ((int)blockIdx.x - (writes ? n_chunks : 0)) * ROUTE_CHUNK, n = min(a.header->n_tokens - t0, (int)ROUTE_CHUNK);
     if (n <= 0) return;
     depend_wait();
-    float inverse = 0.0f;
-    if (warp < n) {
-        float squares = __ldcg(squares_of(a) + (size_t)(t0 + warp) * ROUTE_PLANES + lane % ROUTE_PLANES);
-        for (int d = 1; d < ROUTE_PLANES; d <<= 1) squares += __shfl_xor_sync(ALL_LANES, squares, d);
-        inverse = inverse_of(a, squares);
-    }
     if (writes) {
-        if (warp < n && lane == 0) inverses[warp] = inverse;
+        float inverse = warp < n ? inverse_of_planes(a, load_squares(a, t0 + warp, lane)) : 0.0f;
+        if (lane == 0) inverses[warp] = inverse;
         __syncthreads();
         depend_release();
         return write_rows(a, t0, n, inverses);
     }
-    choose_chunk<ROUTE_PLANES>(a, t0, n, inverse, ids, lane, warp);
+    choose_chunk<ROUTE_PLANES>(a, t0, n, 0.0f, ids, lane, warp);
     depend_release();
     if (!a.unsorted) sort_chunk(a, t0, n, ids);
 }
@@ -475,7 +488,7 @@ static __global__ void __launch_bounds__(THREADS) k_route_sort_i32(const __grid_
 
 /* For steps of up to `bucket` tokens. */
 static size_t sort_bytes(const struct route_args *a, int bucket) {
-    return route_sort_bytes(bucket < SORT_TOKENS ? bucket : SORT_TOKENS, a->n_experts);
+    return route_sort_bytes(bucket < SORT_TOKENS ? bucket : SORT_TOKENS, a->n_experts, a->n_used);
 }
 
 /* alone: a processor has one block, two would halve each other's speed while others idle. Tiles of 16 tokens are too short
@@ -520,7 +533,7 @@ template <typename K> static cudaError_t allow_shared(K *kernel, size_t n) {
 }
 
 cudaError_t route_prepare(size_t max_shared) {
-    const size_t sort = route_sort_bytes(SORT_TOKENS, MAX_EXPERTS);
+    const size_t sort = route_sort_bytes(SORT_TOKENS, MAX_EXPERTS, MAX_EXPERTS_USED);
     const size_t half = max_shared / 2 + 1, logits32 = half > sizeof(logit_tile<32>) ? half : sizeof(logit_tile<32>);
     const cudaError_t all[] = {
         allow_shared(k_route_few_f32<1>, sort),

@@ -9,7 +9,7 @@
 
 #include "cuda/common.cuh"
 
-enum : int { SORT_TOKENS = 256, BATCH = 8 /* loads under way */ };
+enum : int { SORT_TOKENS = 256 /* a byte says which */, BATCH = 8 /* loads under way */ };
 static_assert((int)ROUTE_CHUNK == 8, "a bit for each token");
 
 /* Groups cut into tiles of at most 8 << list tokens, as even as multiples of 8 allow. Most are one tile. */
@@ -97,8 +97,11 @@ static DEVICE void place_experts(const struct route_args &a, int e0, const int (
             rows += n[i];
         }
     }
-    if (!lists) return;
-    if (threadIdx.x == 0) a.lists.expert_first[a.n_experts] = a.header->n_tokens * a.n_used;
+    if (lists && threadIdx.x == 0) a.lists.expert_first[a.n_experts] = a.header->n_tokens * a.n_used;
+}
+
+/* The groups of those rows are read. */
+template <int PER> static DEVICE void count_reads(const struct route_args &a, const int (&n)[PER]) {
     if (!a.n_reads) return;
     int groups = 0;
 #pragma unroll
@@ -107,17 +110,12 @@ static DEVICE void place_experts(const struct route_args &a, int e0, const int (
     if (groups > 0 && (threadIdx.x & 31) == 0) atomicAdd((unsigned long long *)a.n_reads, (unsigned long long)groups);
 }
 
-static DEVICE void place_pair(const struct route_args &a, int pair, int token, int row) {
-    a.lists.token_of[row] = token;
-    a.lists.row_of[pair] = row;
-}
-
 /* ---- one block -------------------------------------------------------------------------------------------------- */
 
 /* Bytes of shared memory for up to n_tokens; marks come first. */
-KERNEL_FN size_t route_sort_bytes(int n_tokens, int n_experts) {
+KERNEL_FN size_t route_sort_bytes(int n_tokens, int n_experts, int n_used) {
     size_t chunks = (size_t)((n_tokens + ROUTE_CHUNK - 1) / ROUTE_CHUNK), pitch = (size_t)route_pitch(n_experts);
-    return chunks * pitch * 3 + pitch * sizeof(int) + 32 * sizeof(int);
+    return chunks * pitch * 3 + pitch * sizeof(int) + 32 * sizeof(int) + (size_t)n_tokens * (size_t)n_used;
 }
 
 /* Of up to SORT_TOKENS tokens. ids: of one chunk, whose marks are in memory; NULL: both are in global memory. */
@@ -128,6 +126,7 @@ template <int THREADS> static DEVICE void route_sort(const struct route_args &a,
     const uint8_t *marks = (const uint8_t *)memory;
     int *first = (int *)memory + n_chunks * (pitch / 4), *totals = first + pitch; /* [E], [2 * THREADS / 32] */
     uint16_t *before = (uint16_t *)(totals + 32);                                 /* [chunks][pitch] */
+    uint8_t *tokens = (uint8_t *)(before + n_chunks * pitch);                     /* [pairs]: in routing order */
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
         int i = tid + THREADS * j;
@@ -142,11 +141,16 @@ template <int THREADS> static DEVICE void route_sort(const struct route_args &a,
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         if (i >= per || tid * per + i >= a.n_experts) break;
-#pragma unroll 4
-        for (int c = 0; c < n_chunks; c++) {
-            int at = c * pitch + tid * per + i;
-            before[at] = (uint16_t)n[i];
-            n[i] += __popc(marks[at]);
+#pragma unroll 1
+        for (int c0 = 0; c0 < n_chunks; c0 += BATCH) {
+            int at = c0 * pitch + tid * per + i, m[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) m[j] = c0 + j < n_chunks ? marks[at + j * pitch] : 0;
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                if (c0 + j < n_chunks) before[at + j * pitch] = (uint16_t)n[i];
+                n[i] += __popc(m[j]);
+            }
         }
     }
     place_experts<THREADS, PER>(a, tid * per, n, true, first, totals);
@@ -158,10 +162,14 @@ template <int THREADS> static DEVICE void route_sort(const struct route_args &a,
             int i = base + THREADS * j, t = token_of_pair(a, i);
             if (i >= n_pairs) break;
             if (base != tid) e[j] = ids ? ids[i] : __ldcg(a.lists.ids + i);
-            int at = t / ROUTE_CHUNK * pitch + e[j];
-            place_pair(a, i, t, first[e[j]] + before[at] + marked_before(marks[at], t));
+            int at = t / ROUTE_CHUNK * pitch + e[j], row = first[e[j]] + before[at] + marked_before(marks[at], t);
+            a.lists.row_of[i] = row;
+            tokens[row] = (uint8_t)t;
         }
     }
+    __syncthreads();
+    for (int i = tid; i < n_pairs; i += THREADS) a.lists.token_of[i] = tokens[i]; /* rows together, not each by itself */
+    count_reads<PER>(a, n);
 }
 
 /* ---- many blocks -------------------------------------------------------------------------------------------------- */
@@ -213,11 +221,14 @@ template <int WARPS> static DEVICE void route_place(const struct route_args &a, 
         for (int w = 0; w < WARPS; w++) before[w * pitch + tid] = at, at += __popc(marks[w * pitch + tid]);
     }
     place_experts<THREADS, 1>(a, tid, n, blockIdx.x == 0, first, totals);
+    if (blockIdx.x == 0) count_reads<1>(a, n);
     __syncthreads();
     int chunk = ROUTE_CHUNK * a.n_used, begin = (first_chunk + warp) * chunk, end = min(begin + chunk, n_tokens * a.n_used);
     for (int i = begin + lane; i < end; i += 32) {
         int id = a.lists.ids[i], t = token_of_pair(a, i), at = warp * pitch + id;
-        place_pair(a, i, t, first[id] + before[at] + marked_before(marks[at], t));
+        int row = first[id] + before[at] + marked_before(marks[at], t);
+        a.lists.token_of[row] = t;
+        a.lists.row_of[i] = row;
     }
 }
 
