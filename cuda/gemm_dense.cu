@@ -279,8 +279,8 @@ static __global__ void __launch_bounds__(THREADS + 32, 2)
     DENSE_BLOCK(8, 2, false, x, d);
 }
 static __global__ void __launch_bounds__(THREADS + 32, 1)
-    k_gemm_dense96_own2_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
-    DENSE_BLOCK(12, 2, false, x, d);
+    k_gemm_dense88_own2_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
+    DENSE_BLOCK(11, 2, false, x, d);
 }
 static __global__ void __launch_bounds__(THREADS, 2)
     k_gemm_dense128_twice_f16(const __grid_constant__ CUtensorMap x, const __grid_constant__ struct dense_args d) {
@@ -299,9 +299,9 @@ static const struct dense_kind {
              {32, 1, true, THREADS + 32, k_gemm_dense32_f16},
              {64, 1, true, THREADS + 32, k_gemm_dense64_f16},
              {128, 1, false, THREADS + 32, k_gemm_dense128_f16},
-             /* for several, if no processor needs two blocks; */
+             /* for several, if no processor needs two blocks (88: a third of 256, and few tokens that are none); */
              {64, 2, false, THREADS + 32, k_gemm_dense64_own2_f16},
-             {96, 2, false, THREADS + 32, k_gemm_dense96_own2_f16},
+             {88, 2, false, THREADS + 32, k_gemm_dense88_own2_f16},
              /* for more */
              {128, 1, true, THREADS, k_gemm_dense128_twice_f16}};
 

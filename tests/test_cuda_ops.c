@@ -84,44 +84,51 @@ static void test_linear_add(void **state) {
 }
 
 /* A token's result, bit for bit, whatever kernel the size of its step chooses: mma.sync and wgmma, tiles of every
- * width, one part, two and four, by warps of a block and by blocks of a cluster. */
+ * width, one part, two and four, by warps of a block and by blocks of a cluster. A matrix of many rows has other tiles than
+ * one of few. */
 static void test_any_step(void **state) {
     (void)state;
-    enum { MOST = 520, N_ROWS = 768 };
-    static const int32_t columns[] = {256, 2048, 4096}, tokens[] = {1, 8, 9, 16, 24, 32, 33, 48, 100, 300};
+    enum { MOST = 520, N_MATRICES = 4, N_TALL_TYPES = 2 };
+    static const struct {
+        int32_t rows, columns;
+    } matrices[N_MATRICES] = {{768, 256}, {768, 2048}, {768, 4096}, {5120, 2048}};
+    static const int32_t tokens[] = {1, 8, 9, 16, 24, 32, 33, 48, 100, 192, 256, 300};
     struct moe_limits l = limits_of(MOST);
-    struct model_shape shape = small;
-    shape.n_embd = N_ROWS;
-    struct pair p = pair_open(&shape, &l);
-    struct bufs h = pair_bufs(&p, BUF_TOKENS, BUF_EXACT, N_ROWS), x[3];
-    struct weights w[N_TYPES][3];
-    for (int c = 0; c < 3; c++) {
-        x[c] = pair_bufs(&p, BUF_TOKENS, BUF_INNER, columns[c]);
-        for (int t = 0; t < N_TYPES; t++)
-            w[t][c] = pair_weights(&p, all_types[t], 1, N_ROWS, columns[c], 1.0f);
+    struct pair p = pair_open(&small, &l);
+    struct bufs h[N_MATRICES], x[N_MATRICES];
+    struct weights w[N_TYPES][N_MATRICES];
+    size_t most_values = 0;
+    for (int c = 0; c < N_MATRICES; c++) {
+        int32_t rows = matrices[c].rows;
+        x[c] = pair_bufs(&p, BUF_TOKENS, BUF_INNER, matrices[c].columns);
+        h[c] = pair_bufs(&p, BUF_TOKENS, BUF_EXACT, rows);
+        for (int t = 0; t < (rows > 768 ? N_TALL_TYPES : N_TYPES); t++)
+            w[t][c] = pair_weights(&p, all_types[t], 1, rows, matrices[c].columns, 1.0f);
+        if ((size_t)MOST * (size_t)rows > most_values) most_values = (size_t)MOST * (size_t)rows;
     }
     pair_ready(&p);
     const struct backend_ops *gpu = pair_ops(&p, GPU);
-    float *zeros = calloc((size_t)MOST * N_ROWS, sizeof *zeros), *whole = NULL;
-    for (int c = 0; c < 3; c++)
-        for (int t = 0; t < N_TYPES; t++) {
+    float *zeros = calloc(most_values, sizeof *zeros), *whole = NULL;
+    for (int c = 0; c < N_MATRICES; c++)
+        for (int t = 0; t < (matrices[c].rows > 768 ? N_TALL_TYPES : N_TYPES); t++) {
+            int32_t rows = matrices[c].rows;
             pair_fill(&p, &x[c], MOST, 2.0f);
             for (int k = -1; k < (int)(sizeof tokens / sizeof *tokens); k++) {
                 int32_t n = k < 0 ? MOST : tokens[k];
-                assert_int_equal(gpu->buf_write(p.b[GPU], h.b[GPU], 0, n, zeros), ST_OK);
+                assert_int_equal(gpu->buf_write(p.b[GPU], h[c].b[GPU], 0, n, zeros), ST_OK);
                 pair_begin(&p, 0, n, MOE_ROWS_NONE);
-                const struct op_linear_add op = {.x = x[c].b[GPU], .w = w[t][c].w[GPU], .h = h.b[GPU]};
+                const struct op_linear_add op = {.x = x[c].b[GPU], .w = w[t][c].w[GPU], .h = h[c].b[GPU]};
                 assert_int_equal(gpu->linear_add(p.b[GPU], &op), ST_OK);
-                float *got = pair_read(&p, GPU, &h, n);
+                float *got = pair_read(&p, GPU, &h[c], n);
                 pair_end(&p);
                 if (k < 0) {
                     whole = got;
                     continue;
                 }
-                for (int32_t i = 0; i < n * N_ROWS; i++)
+                for (int32_t i = 0; i < n * rows; i++)
                     if (memcmp(&got[i], &whole[i], sizeof *got) != 0)
-                        fail_msg("type %d, %d columns: token %d differs in a step of %d", (int)all_types[t],
-                                 (int)columns[c], (int)(i / N_ROWS), (int)n);
+                        fail_msg("type %d, %d rows, %d columns: token %d differs in a step of %d", (int)all_types[t],
+                                 (int)rows, (int)matrices[c].columns, (int)(i / rows), (int)n);
                 free(got);
             }
             free(whole);
