@@ -2,9 +2,12 @@
  * percentiles, options. */
 #include "tests/support.h"
 
+#include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "clients/common/answer.h"
 #include "clients/common/args.h"
@@ -382,6 +385,37 @@ static void test_http_status(void **state) {
         assert_int_equal(http_status(cases[i].st), cases[i].http);
 }
 
+static void *interrupt_later(void *thread) {
+    struct timespec moment = {0, 20000000};
+    nanosleep(&moment, NULL);
+    pthread_kill(*(pthread_t *)thread, SIGINT);
+    return NULL;
+}
+
+/* Nobody types anything: an interrupt ends the wait, be it there already or come later, and is gone then. */
+static void test_await_input(void **state) {
+    (void)state;
+    int ends[2];
+    assert_int_equal(pipe(ends), 0);
+    catch_interrupt();
+    alarm(60); /* a wait that misses the interrupt would be for ever */
+    raise(SIGINT);
+    assert_false(await_input(ends[0]));
+    assert_false(interrupted());
+    pthread_t self = pthread_self(), other;
+    assert_int_equal(pthread_create(&other, NULL, interrupt_later, &self), 0);
+    assert_false(await_input(ends[0]));
+    pthread_join(other, NULL);
+    assert_int_equal(write(ends[1], "a", 1), 1);
+    assert_true(await_input(ends[0]));
+    char c;
+    assert_int_equal(read(ends[0], &c, 1), 1);
+    close(ends[1]);
+    assert_true(await_input(ends[0])); /* its end */
+    alarm(0);
+    close(ends[0]);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_answer),        cmocka_unit_test(test_answer_refuses),
@@ -389,6 +423,7 @@ int main(void) {
         cmocka_unit_test(test_body_chat),     cmocka_unit_test(test_body_completion),
         cmocka_unit_test(test_body_refuses),  cmocka_unit_test(test_percentiles),
         cmocka_unit_test(test_args),          cmocka_unit_test(test_http_status),
+        cmocka_unit_test(test_await_input),
     };
     return cmocka_run_group_tests_name("client_common", tests, NULL, NULL);
 }

@@ -82,8 +82,10 @@ static enum line read_line(bool tty, char **line, size_t *cap, size_t *n) {
         fflush(stdout);
     }
     errno = 0;
-    ssize_t got = getline(line, cap, stdin);
-    if (got < 0 && errno == EINTR && interrupted()) {
+    /* A terminal gives a line at a time: none is in stdin's buffer. */
+    bool waited = !tty || await_input(STDIN_FILENO);
+    ssize_t got = waited ? getline(line, cap, stdin) : -1;
+    if (!waited || (got < 0 && errno == EINTR && interrupted())) {
         clearerr(stdin);
         puts("\n(/exit or Ctrl-D leaves)");
         return LINE_EMPTY;

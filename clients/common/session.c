@@ -2,6 +2,7 @@
 #include "clients/common/session.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -85,6 +86,18 @@ bool interrupted(void) {
     bool seen = interrupt_seen != 0;
     interrupt_seen = 0;
     return seen;
+}
+
+bool await_input(int fd) {
+    sigset_t signals, before;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &signals, &before);
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    int n = interrupt_seen ? -1 : ppoll(&p, 1, NULL, &before);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return !(n < 0 && interrupted());
 }
 
 const char *error_line(const struct error *e, char *dst, size_t cap) {

@@ -46,6 +46,8 @@ static inline struct bytes bytes_of(const char *s) {
  * fails with EINTR. SIGPIPE is ignored from now on: a closed stdout is a write error. */
 void catch_interrupt(void);
 bool interrupted(void);
+/* Until fd can be read or has ended. false: interrupted, were it a moment before the wait, which a read alone would miss. */
+bool await_input(int fd);
 
 /* "OVERLOADED: queue full" for people. Returns dst. */
 const char *error_line(const struct error *e, char *dst, size_t cap);
